@@ -1,0 +1,2014 @@
+#!/usr/bin/env python3
+"""BYOL Mammo: self-supervised pre-training on mammograms, from image files to a ResNet backbone.
+
+Each mammogram is segmented, cut into 512 px tiles that hold tissue and fine detail, and cached once.
+BYOL then learns from two medically safe views of every tile: full bit depth, one resample per view.
+
+    python train_byol_mammo.py --data_dir split_images/training          # one GPU, or the CPU
+    python train_byol_mammo.py --backbone resnet18 --weights none --view_size 128 --epochs 3
+    python train_byol_mammo.py --help                                    # every setting, one line each
+
+Contents
+    1 Configuration    constants, Config, flags
+    2 Image            files, bit depth, polarity
+    3 Breast mask      padding, labels, skin line, pectoral muscle
+    4 Tiles            grid, frequency energy, acceptance
+    5 Pixel cache      parallel extraction, one memory-mapped array, tiles as an index into it
+    6 Views            random homographies and photometry, one bilinear gather
+    7 Model            backbone, BYOL heads, classification head
+    8 Schedule         weight decay groups, learning rate, momentum
+    9 Checkpoint       atomic writes, resume, backbone export
+    10 Monitoring      collapse, metrics.csv, wandb, pictures
+    11 Training        the step, the epoch, the run
+    12 Entry           main
+
+Method: Grill et al. 2020, "Bootstrap your own latent" (arXiv:2006.07733), with lightly's heads and loss.
+Deviations: AdamW instead of LARS (batches of tens, not thousands); rotations of a whole tile instead of
+random crops, no hue and no solarisation (grey values carry the diagnosis). Research use only; not for
+clinical decisions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import multiprocessing
+import netrc
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import torchvision
+from filelock import FileLock
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+from lightly.models.utils import (
+    deactivate_requires_grad,
+    get_weight_decay_parameters,
+    update_momentum,
+)
+from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ---- 1 Configuration ------------------------------------------------------------------------------
+# Each constant is a field of Config and a flag of the same lower-case name; its comment is the help.
+
+DATA_DIR = "./split_images/training"  # folder of mammograms (PNG, TIFF, JPEG), sub-folders included
+OUTPUT_DIR = "./runs"  # a run writes its checkpoints and pictures to OUTPUT_DIR/RUN_NAME
+RUN_NAME = ""  # sub-folder of the run; empty = byol_<backbone>
+CACHE_DIR = "./cache"  # pixel cache, one sub-folder for each set of images and tile settings
+TILE_SIZE = 512  # px, side of a tile
+TILE_STRIDE = 256  # px between tiles; half a tile shows every lesion whole at least once
+MIN_BREAST_RATIO = 0.15  # share of a tile that must be breast; 0 = off
+MIN_FREQ_ENERGY = 0.03  # speck energy a tile must reach (see frequency_energy); 0 = off
+MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bit depth; 0 = off
+MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
+EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscle
+PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
+MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
+TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
+NUM_WORKERS = 16  # extraction processes; never more than the cores there are
+VIEW_SIZE = 0  # px, side of a view; 0 = the tile size
+BACKBONE = "resnet50"  # resnet18, resnet34 or resnet50 (torchvision)
+WEIGHTS = "imagenet"  # imagenet, none, or the path of a checkpoint or state dict
+INPUT_DIM = 2048  # backbone features; follows the backbone (512 for resnet18 and resnet34)
+HIDDEN_DIM = 4096  # hidden units of the projection and prediction heads
+PROJ_DIM = 256  # output of the projection and prediction heads
+MOMENTUM_BASE = 0.996  # target network momentum at the first step, rising to 1 by a cosine
+BATCH_SIZE = 32  # tiles per step
+EPOCHS = 100  # passes over TILES_PER_EPOCH tiles
+MAX_STEPS = 0  # stop after this many steps, schedules unchanged; 0 = off
+LR = 2e-3  # peak learning rate at batch 32; scales with the square root of the batch
+WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
+WEIGHT_DECAY = 1e-4  # AdamW weight decay; biases and normalisation parameters are exempt
+MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
+CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
+SAVE_EVERY = 10.0  # minutes between writes of last.pth inside an epoch
+LOG_EVERY = 10  # steps between rows of metrics.csv
+SEED = 0  # every random choice follows from it
+DEVICE = "auto"  # auto, cpu, cuda or cuda:N
+PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto = bf16 where supported, else fp16, fp32 on CPU
+COMPILE = True  # torch.compile on CUDA
+RESUME = True  # go on where a run of this name stopped; otherwise it is moved aside
+WANDB_MODE = "auto"  # auto, online, offline or disabled; auto = online only when logged in
+WANDB_PROJECT = "byol-mammo"  # wandb project
+
+CHOICES = {
+    "backbone": ("resnet18", "resnet34", "resnet50"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "wandb_mode": ("auto", "online", "offline", "disabled"),
+}
+LR_BATCH = 32  # batch size at which LR is meant
+# Settings that may differ between a run and its resumption: they don't change the weights.
+FREE_ON_RESUME = frozenset(
+    "output_dir run_name cache_dir data_dir num_workers max_steps save_every log_every device "
+    "compile resume wandb_mode wandb_project checkpoint_every".split()
+)
+
+
+class MammoError(Exception):
+    """An error that the user can mend; the message says what, where and how."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Defaults are the constants above, flags have the fields' names."""
+
+    data_dir: str = DATA_DIR
+    output_dir: str = OUTPUT_DIR
+    run_name: str = RUN_NAME
+    cache_dir: str = CACHE_DIR
+    tile_size: int = TILE_SIZE
+    tile_stride: int = TILE_STRIDE
+    min_breast_ratio: float = MIN_BREAST_RATIO
+    min_freq_energy: float = MIN_FREQ_ENERGY
+    min_tile_intensity: float = MIN_TILE_INTENSITY
+    min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
+    exclude_pectoral: bool = EXCLUDE_PECTORAL
+    pixel_spacing_mm: float = PIXEL_SPACING_MM
+    max_tiles: int = MAX_TILES
+    tiles_per_epoch: int = TILES_PER_EPOCH
+    num_workers: int = NUM_WORKERS
+    view_size: int = VIEW_SIZE
+    backbone: str = BACKBONE
+    weights: str = WEIGHTS
+    input_dim: int = INPUT_DIM
+    hidden_dim: int = HIDDEN_DIM
+    proj_dim: int = PROJ_DIM
+    momentum_base: float = MOMENTUM_BASE
+    batch_size: int = BATCH_SIZE
+    epochs: int = EPOCHS
+    max_steps: int = MAX_STEPS
+    lr: float = LR
+    warmup_epochs: int = WARMUP_EPOCHS
+    weight_decay: float = WEIGHT_DECAY
+    monitor_tiles: int = MONITOR_TILES
+    checkpoint_every: int = CHECKPOINT_EVERY
+    save_every: float = SAVE_EVERY
+    log_every: int = LOG_EVERY
+    seed: int = SEED
+    device: str = DEVICE
+    precision: str = PRECISION
+    compile: bool = COMPILE
+    resume: bool = RESUME
+    wandb_mode: str = WANDB_MODE
+    wandb_project: str = WANDB_PROJECT
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise MammoError(f"--{name} {value}: choose one of {', '.join(choices)}")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise MammoError(f"--{name} {value}: must lie between {low:g} and {high:g}")
+
+    @property
+    def view_side(self) -> int:
+        """Side of a view in px."""
+        return self.view_size or self.tile_size
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir) / (self.run_name or f"byol_{self.backbone}")
+
+
+# Bounds that protect from settings which cannot work; batch norm needs two tiles.
+RANGES: dict[str, tuple[float, float]] = {
+    "tile_size": (32, 8192),
+    "tile_stride": (8, 8192),
+    "min_breast_ratio": (0, 1),
+    "min_freq_energy": (0, math.inf),
+    "min_tile_intensity": (0, 255),
+    "min_non_zero_pixels": (0, 1),
+    "pixel_spacing_mm": (0.005, 2),
+    "max_tiles": (0, math.inf),
+    "tiles_per_epoch": (0, math.inf),
+    "num_workers": (0, 4096),
+    "view_size": (0, 8192),
+    "input_dim": (1, 65536),
+    "hidden_dim": (1, 65536),
+    "proj_dim": (2, 65536),
+    "momentum_base": (0, 1),
+    "batch_size": (2, 65536),
+    "epochs": (1, 1_000_000),
+    "max_steps": (0, math.inf),
+    "lr": (0, 100),
+    "warmup_epochs": (0, math.inf),
+    "weight_decay": (0, 10),
+    "monitor_tiles": (0, 65536),
+    "checkpoint_every": (0, math.inf),
+    "save_every": (0, math.inf),
+    "log_every": (1, math.inf),
+    "seed": (0, 2**63 - 1),
+}
+
+
+def setting_help() -> dict[str, str]:
+    """The one-line comment of each constant, by lower-case name."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    found = re.findall(r"^([A-Z][A-Z_]+) = [^#\n]+  # (.+)$", source, flags=re.MULTILINE)
+    return {name.lower(): comment for name, comment in found}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise MammoError(f"{message} (see --help)")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """Turn flags into a Config; `--tile-size` equals `--tile_size`. Raises MammoError on a typo."""
+    parser = _Parser(
+        description=(__doc__ or "").split("Contents")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    comments = setting_help()
+    for field in dataclasses.fields(Config):
+        text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true", help=text)
+            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false")
+            parser.set_defaults(**{field.name: field.default})
+        else:
+            kind = {"int": int, "float": float, "str": str}[str(field.type)]
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
+    words = sys.argv[1:] if argv is None else argv
+    namespace, unknown = parser.parse_known_args([_underscores(word) for word in words])
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        raise MammoError(f"unknown argument {unknown[0]}{hint}")
+    return Config(**vars(namespace))
+
+
+def _underscores(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+# ---- 2 Image ---------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
+
+
+class ImageReadError(MammoError):
+    """An image that can't be used; names the file and the reason."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = Path(path), reason
+
+
+def find_images(data_dir: str | Path) -> list[Path]:
+    """All images under a folder in sorted order. Raises MammoError where there is none."""
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not paths:
+        raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it")
+    return paths
+
+
+def read_mammogram(path: str | Path) -> np.ndarray:
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise ImageReadError(path, "unreadable")
+    if image.ndim == 3:
+        image = np.ascontiguousarray(image[..., 0])
+    return image
+
+
+def bit_depth(image: np.ndarray) -> int:
+    """8, or the least of 10, 12, 14 and 16 bits that holds the largest value."""
+    if image.dtype == np.uint8:
+        return 8
+    return next(bits for bits in (10, 12, 14, 16) if int(image.max()) < 2**bits)
+
+
+# ---- 3 Breast mask ---------------------------------------------------------------------------------
+
+
+def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
+    _, binary = cv2.threshold(image, 0, 1, cv2.THRESH_BINARY)
+    n, labels, stats, _ = cv2.connectedComponentsWithStats(binary.astype(np.uint8))
+    if n < 2:
+        return np.zeros(image.shape, bool)
+    return labels == 1 + np.argmax(stats[1:, 4])
+
+
+def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.zeros_like(mask)
+
+
+# ---- 4 Tiles ---------------------------------------------------------------------------------------
+
+
+def speck_peaks(image, mask, spacing_mm=0.085):
+    field = image.astype(np.float32)
+    band = cv2.GaussianBlur(field, (0, 0), 1.2) - cv2.GaussianBlur(field, (0, 0), 4)
+    z = band / (cv2.GaussianBlur(band**2, (0, 0), 16) ** 0.5 + 1e-3)
+    ys, xs = np.nonzero((z == cv2.dilate(z, np.ones((5, 5)))) & mask & (z > 2))
+    return ys, xs, z[ys, xs]
+
+
+def energy_of_peaks(strengths):
+    return float(np.sort(strengths)[-5:].mean() / 100) if len(strengths) > 5 else 0.0
+
+
+def frequency_energy(image, mask, spacing_mm=PIXEL_SPACING_MM):
+    return energy_of_peaks(speck_peaks(image, mask, spacing_mm)[2])
+
+
+CRITERIA = ("breast_ratio", "mean_intensity", "non_zero_ratio", "freq_energy")
+
+
+def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
+    """Starts of tiles along an axis of `length` px; the last one ends at the border.
+
+    An axis shorter than a tile has the single position 0.
+    """
+    last = max(0, length - size)
+    return np.unique(np.append(np.arange(0, last, stride), last))
+
+
+def score_tiles(
+    image: np.ndarray, mask: np.ndarray, config: Config, spacing_mm: float | None = None
+) -> pd.DataFrame:
+    """Score every grid position of an image (H, W) with its breast mask (H, W) bool.
+
+    Columns: x, y (px, upper left corner), and
+    breast_ratio      share of the tile that is breast, without muscle if EXCLUDE_PECTORAL
+    mean_intensity    mean of the tile's breast pixels in the image's window, 0-255
+    non_zero_ratio    share of the tile's breast pixels that are not 0
+    freq_energy       see frequency_energy
+    rejected_by       the first criterion that the tile fails; '' = kept
+    The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
+    and how much of a tile may be air is MIN_BREAST_RATIO's business alone.
+    """
+    size = config.tile_size
+    ys = tile_positions(image.shape[0], size, config.tile_stride)
+    xs = tile_positions(image.shape[1], size, config.tile_stride)
+    y, x = (axis.ravel() for axis in np.meshgrid(ys, xs, indexing="ij"))
+    low, high = intensity_window(image, mask)
+    masked = np.where(mask, image, 0)
+    tissue = mask
+    if config.exclude_pectoral:
+        tissue = mask & ~segment_pectoral_muscle(image, mask)
+    area = _tile_sums(mask, y, x, size)
+    mean = _tile_sums(masked, y, x, size) / np.maximum(area, 1)
+    peaks = speck_peaks(image, mask, spacing_mm or config.pixel_spacing_mm)
+    table = pd.DataFrame(
+        {
+            "x": x,
+            "y": y,
+            "breast_ratio": _tile_sums(tissue, y, x, size) / size**2,
+            "mean_intensity": np.clip(255 * (mean - low) / (high - low), 0, 255),
+            "non_zero_ratio": _tile_sums(masked > 0, y, x, size) / np.maximum(area, 1),
+            "freq_energy": _tile_energies(peaks, y, x, size),
+        }
+    )
+    return table.assign(rejected_by=_first_failure(table, config))
+
+
+def _tile_sums(field: np.ndarray, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
+    """Sum of a (H, W) field over each tile, from one summed-area table (Crow 1984)."""
+    kind = np.uint8 if field.dtype == bool else field.dtype
+    table = cv2.integral(field.astype(kind, copy=False), sdepth=cv2.CV_64F)
+    y1, x1 = np.minimum(y + size, field.shape[0]), np.minimum(x + size, field.shape[1])
+    return table[y1, x1] - table[y, x1] - table[y1, x] + table[y, x]
+
+
+def _tile_energies(
+    peaks: tuple[np.ndarray, np.ndarray, np.ndarray], y: np.ndarray, x: np.ndarray, size: int
+) -> np.ndarray:
+    """Energy of each tile from the image's peaks (rows, columns, strengths)."""
+    rows, columns, strengths = peaks
+    energies = np.zeros(len(y))
+    for index, (top, left) in enumerate(zip(y, x, strict=True)):
+        inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
+        energies[index] = energy_of_peaks(strengths[inside])
+    return energies
+
+
+def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
+    """The first criterion that each tile fails, '' where it fails none."""
+    bars = (
+        config.min_breast_ratio,
+        config.min_tile_intensity,
+        config.min_non_zero_pixels,
+        config.min_freq_energy,
+    )
+    failed = [table[name] < bar for name, bar in zip(CRITERIA, bars, strict=True)]
+    # A tile without breast is of no use even where every threshold is 0.
+    failed[0] |= table["breast_ratio"] == 0
+    return np.select(failed, CRITERIA, default="")
+
+
+# ---- 5 Pixel cache ---------------------------------------------------------------------------------
+# Tiles overlap by half, so pixels are stored once and a tile is an index into them. Pixels outside the
+# breast mask are 0: labels, markers and film edges never reach a view.
+
+EXTRACTION_PICTURES = ("segmentation.png", "tiles.png")
+VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
+
+
+def list_sources(data_dir: str | Path) -> pd.DataFrame:
+    """One row for each image file: path, image, size, mtime_ns, study_id, laterality, view, spacing_mm.
+
+    Study, laterality, view and spacing come from manifest.csv in the folder or beside it (written by
+    prepare_dataset.py); without one, each image counts as a study of its own.
+    """
+    root = Path(data_dir).resolve()
+    paths = find_images(root)
+    stats = [path.stat() for path in paths]
+    sources = pd.DataFrame(
+        {
+            "path": [str(path) for path in paths],
+            "image": [path.relative_to(root).as_posix() for path in paths],
+            "size": [stat.st_size for stat in stats],
+            "mtime_ns": [stat.st_mtime_ns for stat in stats],
+        }
+    )
+    known = _read_manifest(root)
+    sources = sources.merge(known, on="path", how="left")
+    stems = sources["image"].map(lambda name: str(Path(name).with_suffix("")))
+    sources["study_id"] = sources["study_id"].fillna(stems)
+    for column in ("laterality", "view"):
+        sources[column] = sources[column].fillna("")
+    return sources
+
+
+def _read_manifest(root: Path) -> pd.DataFrame:
+    columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
+    for folder in (root, root.parent):
+        if not (folder / "manifest.csv").is_file():
+            continue
+        manifest = pd.read_csv(folder / "manifest.csv", dtype=str, encoding="utf-8-sig")
+        if "file" not in manifest:
+            raise MammoError(f"{folder / 'manifest.csv'}: no column 'file'; rerun prepare_dataset.py")
+        manifest["path"] = [str(folder / name) for name in manifest["file"]]
+        manifest = manifest.reindex(columns=columns).drop_duplicates("path")
+        manifest["spacing_mm"] = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
+        return manifest
+    return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
+
+
+def code_version() -> str:
+    """Hash of the code of sections 2-5 without comments: an edited filter makes a new cache."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    start = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- 2 "))
+    end = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- 6 "))
+    nodes = [node for node in ast.parse(source).body if start < node.lineno < end]
+    return hashlib.sha256("".join(map(ast.dump, nodes)).encode()).hexdigest()
+
+
+def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
+    """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
+    settings = (
+        "tile_size tile_stride min_breast_ratio min_freq_energy min_tile_intensity "
+        "min_non_zero_pixels exclude_pectoral pixel_spacing_mm max_tiles"
+    )
+    rows = sources.drop(columns="path").to_csv(index=False)
+    return {
+        "settings": {name: getattr(config, name) for name in settings.split()},
+        "code": code_version(),
+        "files": hashlib.sha256(rows.encode()).hexdigest(),
+    }
+
+
+def cache_key(inputs: dict[str, Any]) -> str:
+    """Name of the cache folder: 16 hex digits of the inputs' hash."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Grey levels (low, high) shown as 0 and 1: the 0.1 and 99.9 percentiles of the breast.
+
+    Values above `high` are kept, not clipped, so that calcifications stay brighter than tissue.
+    """
+    histogram = cv2.calcHist([image], [0], mask.astype(np.uint8), [65536], [0, 65536]).ravel()
+    share = np.cumsum(histogram) / max(1.0, histogram.sum())
+    low, high = np.searchsorted(share, (0.001, 0.999))
+    return float(low), float(max(high, low + 1))
+
+
+def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[str, Any], np.ndarray]:
+    """Segment one mammogram and choose its tiles.
+
+    Returns a record (window, origin, bit depth, spacing, funnel, kept tiles as columns) and the pixels
+    of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
+    Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
+    """
+    image = read_mammogram(path)
+    size = config.tile_size
+    if min(image.shape) < size:
+        shape = f"{image.shape[1]} x {image.shape[0]}"
+        raise ImageReadError(path, f"{shape} px is smaller than a tile; lower --tile_size ({size})")
+    mask = segment_breast_tissue(image)
+    if not mask.any():
+        raise ImageReadError(path, "no breast found (empty, all-white or noise)")
+    table = score_tiles(image, mask, config, spacing_mm)
+    kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
+    low, high = intensity_window(image, mask)
+    rows, cols = tile_box(kept, config, image.shape)
+    pixels = np.where(mask[rows, cols], image[rows, cols], 0)
+    counts = table["rejected_by"].value_counts()
+    record = {
+        "origin": (rows.start, cols.start),
+        "window": (low, high),
+        "bit_depth": bit_depth(image),
+        "spacing_mm": spacing_mm,
+        "positions": len(table),
+        "rejected": {name: int(counts.get(name, 0)) for name in CRITERIA},
+        "tiles": kept.to_dict("list"),
+    }
+    return record, pixels
+
+
+def tile_box(tiles: pd.DataFrame, config: Config, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """Rows and columns of the box around tiles (x, y) plus the views' margin, inside the image."""
+    if tiles.empty:
+        return slice(0, 0), slice(0, 0)
+    margin = math.ceil(VIEW_MARGIN * config.tile_size)
+    reach = config.tile_size + margin
+    y0, x0 = max(0, tiles["y"].min() - margin), max(0, tiles["x"].min() - margin)
+    y1, x1 = tiles["y"].max() + reach, tiles["x"].max() + reach
+    return slice(int(y0), int(min(y1, shape[0]))), slice(int(x0), int(min(x1, shape[1])))
+
+
+def _extract_to_part(index: int, path: str, spacing_mm: float, config: Config, parts: str) -> str:
+    """Write one image's pixels and record; returns the reason where the image was skipped."""
+    cv2.setNumThreads(1)  # one process per core is already running
+    stem = Path(parts) / f"{index:07d}"
+    try:
+        record, pixels = extract_image(path, spacing_mm, config)
+    except ImageReadError as error:
+        record, pixels = {"error": error.reason}, np.zeros((0, 0), np.uint8)
+    np.save(stem.with_suffix(".npy"), pixels)
+    write_atomic(stem.with_suffix(".json"), json.dumps(record))  # last: it marks the part as done
+    return str(record.get("error", ""))
+
+
+def build_cache(config: Config) -> Path:
+    """Return the folder of the finished pixel cache, extracting whatever is missing.
+
+    Images run in parallel processes, each part is kept until all are there, so that an interrupted
+    build goes on where it stopped; the folder appears under its name only when complete. A second
+    run that needs the same cache waits for the first.
+    """
+    sources = list_sources(config.data_dir)
+    inputs = cache_inputs(sources, config)
+    final = Path(config.cache_dir) / cache_key(inputs)
+    if (final / "cache.json").is_file():
+        return final
+    building = final.with_name(f".{final.name}.building")
+    building.mkdir(parents=True, exist_ok=True)
+    with FileLock(building.with_suffix(".lock")):
+        if not (final / "cache.json").is_file():
+            (building / "parts").mkdir(parents=True, exist_ok=True)
+            _extract_all(sources, config, building / "parts")
+            merge_parts(building, sources, inputs, config)
+            draw_extraction(config, building)
+            os.replace(building, final)
+    return final
+
+
+def _extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
+    spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
+    jobs = [
+        (index, path, float(mm), config, str(parts))
+        for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
+        if not (parts / f"{index:07d}.json").is_file()
+    ]
+    workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
+    # fork shares the imported libraries; CUDA is not touched before this point.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    with progress(total=len(jobs), desc="tiles", unit="image") as bar:
+        if workers == 1:
+            for job in jobs:
+                _extract_to_part(*job)
+                bar.update()
+            return
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            futures = [pool.submit(_extract_to_part, *job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def merge_parts(building: Path, sources: pd.DataFrame, inputs: dict[str, Any], config: Config) -> None:
+    """Join the parts into pixels.npy, images.csv, tiles.csv, rejections.csv and cache.json.
+
+    One part at a time is in memory. Raises MammoError where no tile was kept.
+    """
+    parts = sorted((building / "parts").glob("*.json"))
+    records = [json.loads(part.read_text()) for part in parts]
+    tiles = _choose_tiles(records, config)
+    rejections = _funnel(records, tiles, sources)
+    if tiles.empty:
+        raise MammoError(f"no tile was kept.\n{describe_funnel(rejections)}")
+    images, tiles = _write_pixels(building, parts, records, tiles, sources, config)
+    images.to_csv(building / "images.csv", index=False)
+    tiles.to_csv(building / "tiles.csv", index=False)
+    rejections.to_csv(building / "rejections.csv", index=False)
+    for part in parts:
+        part.unlink()
+        part.with_suffix(".npy").unlink()
+    (building / "parts").rmdir()
+    versions = {"numpy": np.__version__, "opencv": cv2.__version__}
+    summary = {"inputs": inputs, "versions": versions, "finished": True}
+    write_atomic(building / "cache.json", json.dumps(summary, indent=2))
+
+
+def _choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
+    """All kept tiles, or MAX_TILES of them: each image's best first, then each image's second best."""
+    frames = [
+        pd.DataFrame(record["tiles"]).assign(image=index)
+        for index, record in enumerate(records)
+        if record.get("tiles", {}).get("x")
+    ]
+    if not frames:
+        return pd.DataFrame(columns=["image", "x", "y", *CRITERIA])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *CRITERIA]]
+    if config.max_tiles and len(tiles) > config.max_tiles:
+        rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
+        order = np.lexsort((-tiles["freq_energy"], rank))
+        tiles = tiles.iloc[np.sort(order[: config.max_tiles])]
+    return tiles
+
+
+def _funnel(records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
+    """One row for each image: positions, kept, rejected per criterion, capped, error."""
+    kept = tiles["image"].value_counts()
+    rows = []
+    for index, record in enumerate(records):
+        rejected = record.get("rejected", dict.fromkeys(CRITERIA, 0))
+        passed = record.get("positions", 0) - sum(rejected.values())
+        chosen = int(kept.get(index, 0))
+        rows.append(
+            {
+                "image": sources["image"][index],
+                "positions": record.get("positions", 0),
+                "kept": chosen,
+                **rejected,
+                "capped": passed - chosen,
+                "error": record.get("error", ""),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def describe_funnel(rejections: pd.DataFrame) -> str:
+    """The funnel in a few lines of text: images, positions, rejections by criterion, skips by name."""
+    total = rejections.sum(numeric_only=True)
+    skipped = rejections[rejections["error"] != ""]
+    lost = ", ".join(f"{name} {total[name]:,.0f}" for name in (*CRITERIA, "capped") if total[name])
+    lines = [
+        f"images    {len(rejections):,}, skipped {len(skipped):,}",
+        f"positions {total['positions']:,.0f}, kept {total['kept']:,.0f}; rejected: {lost or 'none'}",
+    ]
+    lines += [f"  skipped {row.image}: {row.error}" for row in skipped.head(10).itertuples()]
+    if len(skipped) > 10:
+        lines.append(f"  ... and {len(skipped) - 10:,} more in rejections.csv")
+    return "\n".join(lines)
+
+
+def _write_pixels(
+    building: Path,
+    parts: list[Path],
+    records: list[dict[str, Any]],
+    tiles: pd.DataFrame,
+    sources: pd.DataFrame,
+    config: Config,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Write pixels.npy; return images.csv's rows and the tiles with `image` as a row of them."""
+    rows, boxes, offset = [], [], 0
+    for index, group in tiles.groupby("image"):
+        record = records[int(index)]
+        part = np.load(parts[int(index)].with_suffix(".npy"), mmap_mode="r")
+        y0, x0 = record["origin"]
+        bounds = (y0 + part.shape[0], x0 + part.shape[1])
+        box = tile_box(group, config, bounds)  # smaller than the part where MAX_TILES cut tiles
+        height, width = box[0].stop - box[0].start, box[1].stop - box[1].start
+        rows.append(
+            {
+                **sources.loc[int(index), ["image", "study_id", "laterality", "view"]].to_dict(),
+                "offset": offset,
+                "height": height,
+                "width": width,
+                "y0": box[0].start,
+                "x0": box[1].start,
+                "low": record["window"][0],
+                "high": record["window"][1],
+                "bit_depth": record["bit_depth"],
+                "spacing_mm": record["spacing_mm"],
+            }
+        )
+        boxes.append(
+            (
+                int(index),
+                part.dtype,
+                (
+                    slice(box[0].start - y0, box[0].stop - y0),
+                    slice(box[1].start - x0, box[1].stop - x0),
+                ),
+            )
+        )
+        offset += height * width
+    dtype = np.result_type(*(dtype for _, dtype, _ in boxes))
+    out = np.lib.format.open_memmap(building / "pixels.npy", "w+", dtype, (offset,))
+    for row, (index, _, box) in zip(rows, boxes, strict=True):
+        part = np.load(parts[index].with_suffix(".npy"), mmap_mode="r")
+        out[row["offset"] : row["offset"] + row["height"] * row["width"]] = part[box].ravel()
+    out.flush()
+    position = {index: row for row, (index, _, _) in enumerate(boxes)}
+    return pd.DataFrame(rows), tiles.assign(image=tiles["image"].map(position))
+
+
+class MammogramTiles:
+    """Tiles of a pixel cache: an index into one flat array of pixels.
+
+    `reduce` > 1 opens a copy of the pixels averaged over blocks of that side, for views smaller than
+    their tile (a mip level, Williams 1983): one bilinear gather is then free of aliasing. The copy is
+    uint16 with 8 fractional bits for 8-bit images, so that averaging keeps its precision.
+
+    Per tile: `layout` (N, 3) int64 offset, height and width of its image's pixels; `centre` (N, 2)
+    x and y in them; `window` (N, 2) float32 grey levels; all in units of the opened copy.
+    """
+
+    def __init__(self, cache: str | Path, reduce: int = 1) -> None:
+        self.cache, self.reduce = Path(cache), reduce
+        self.images = pd.read_csv(self.cache / "images.csv", keep_default_na=False)
+        self.tiles = pd.read_csv(self.cache / "tiles.csv")
+        inputs = json.loads((self.cache / "cache.json").read_text())["inputs"]
+        self.tile_size: int = inputs["settings"]["tile_size"]
+        source = np.load(self.cache / "pixels.npy", mmap_mode="c")
+        shape = -(-self.images[["height", "width"]].to_numpy() // reduce)
+        offset = np.cumsum(shape.prod(1)) - shape.prod(1)
+        grey_scale = 256 if reduce > 1 and source.dtype == np.uint8 else 1
+        array = source if reduce == 1 else self._reduced(source, shape, offset, grey_scale)
+        # torch has few uint16 operations: the bits travel as int16, _bilinear reads them back.
+        self.pixels = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+        image = self.tiles["image"].to_numpy()
+        origin = self.images[["x0", "y0"]].to_numpy()[image]
+        self.layout = np.column_stack([offset, shape])[image]
+        self.centre = (self.tiles[["x", "y"]].to_numpy() + self.tile_size / 2 - origin) / reduce
+        window = self.images[["low", "high"]].to_numpy(np.float32)
+        self.window = window[image] * np.float32(grey_scale)
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def to(self, device: torch.device) -> MammogramTiles:
+        """Hold the pixels in the device's memory."""
+        self.pixels = self.pixels.to(device)
+        return self
+
+    def _reduced(
+        self, source: np.ndarray, shape: np.ndarray, offset: np.ndarray, grey_scale: int
+    ) -> np.ndarray:
+        """Open the averaged copy, written once; beyond an image's pixels lies 0, as for every view."""
+        path, side = self.cache / f"pixels_reduced_{self.reduce}.npy", self.reduce
+        with FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                with replacing(path) as temporary:
+                    total = (int(shape.prod(1).sum()),)
+                    out = np.lib.format.open_memmap(temporary, "w+", np.uint16, total)
+                    for image, (h, w), start in zip(
+                        self.images.itertuples(), shape, offset, strict=True
+                    ):
+                        stop = image.offset + image.height * image.width
+                        crop = source[image.offset : stop].reshape(image.height, image.width)
+                        padded = np.zeros((h * side, w * side), np.float32)
+                        padded[: image.height, : image.width] = crop
+                        small = cv2.resize(padded, (int(w), int(h)), interpolation=cv2.INTER_AREA)
+                        out[start : start + h * w] = np.round(small * grey_scale).ravel()
+                    out.flush()
+        return np.load(path, mmap_mode="c")
+
+
+# ---- 6 Views ---------------------------------------------------------------------------------------
+# Geometry is one homography per view and ONE bilinear gather from the cached pixels, so that a speck of
+# 3-10 px is interpolated once; photometry follows on the training device, in float.
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """Ranges of one view's random parameters; all 0 = the tile as it is."""
+
+    rotation: float = 0.0  # degrees, uniform in +-rotation
+    scale: float = 0.0  # magnification, uniform in 1 +- scale
+    perspective: float = 0.0  # change of magnification from the centre to an edge, uniform in +-
+    brightness: float = 0.0  # factor, uniform in 1 +- brightness
+    contrast: float = 0.0  # factor about the mean of the tissue, uniform in 1 +- contrast
+    blur: float = 0.0  # px of the view, largest sigma of a Gaussian applied to half of the views
+    flip: bool = False  # mirror left-right and up-down, each for half of the views
+
+
+# Tissue has no preferred direction in a tile, but it has a density: strong geometry, mild photometry.
+# A sigma of 1.2 px leaves a speck 3 px wide more than 40 % of its contrast.
+VIEW_1 = ViewSpec(rotation=15, scale=0.15, brightness=0.3, contrast=0.3, flip=True)
+VIEW_2 = ViewSpec(rotation=25, perspective=0.08, brightness=0.4, contrast=0.4, blur=1.2, flip=True)
+PLAIN_VIEW = ViewSpec()
+BLUR_RADIUS = 4  # px, 3.3 of the largest sigma
+# Views are scaled to [0, 1] by the image's window, then standardised like the mean ImageNet channel.
+GREY_MEAN, GREY_STD = 0.449, 0.226
+
+
+def reduction(tile_size: int, view_size: int) -> int:
+    """Largest power of two by which the pixels may be averaged before a view is taken from them."""
+    return 2 ** max(0, int(math.log2(tile_size / view_size)))
+
+
+def random_homographies(spec: ViewSpec, rng: np.random.Generator, count: int) -> np.ndarray:
+    """(B, 3, 3) float64: from view to tile coordinates, both in [-1, 1] about the centre."""
+    draw = rng.uniform(-1, 1, (count, 4))
+    flips = np.where((rng.random((count, 2)) < 0.5) & spec.flip, -1.0, 1.0)
+    angle = np.deg2rad(spec.rotation * draw[:, 0])
+    zoom = 1 / (1 + spec.scale * draw[:, 1])
+    cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
+    out = np.zeros((count, 3, 3))
+    out[:, 0, 0], out[:, 0, 1] = cos * flips[:, 0], -sin * flips[:, 1]
+    out[:, 1, 0], out[:, 1, 1] = sin * flips[:, 0], cos * flips[:, 1]
+    out[:, 2, :2] = spec.perspective * draw[:, 2:]
+    out[:, 2, 2] = 1
+    return out
+
+
+def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarray, size: int) -> Tensor:
+    """Gather views of tiles `ids` (B,) through `homographies` (B, 3, 3) by bilinear interpolation.
+
+    Returns (B, 1, size, size) float32 on the device of the pixels: 0 at the low end of the image's
+    window, 1 at its high end, more above it; 0 outside the breast and beyond the image.
+    """
+    device, count = tiles.pixels.device, len(ids)
+    # From the view's [-1, 1] to pixels: times the tile's half side, plus the tile's centre.
+    to_pixels = np.zeros((count, 3, 3))
+    to_pixels[:, 0, 0] = to_pixels[:, 1, 1] = tiles.tile_size / 2 / tiles.reduce
+    to_pixels[:, :2, 2] = tiles.centre[ids]
+    to_pixels[:, 2, 2] = 1
+    matrix = torch.from_numpy((to_pixels @ homographies).astype(np.float32)).to(device)
+    offset, height, width = torch.from_numpy(tiles.layout[ids]).to(device).T.unsqueeze(2)  # (B, 1)
+    low, high = torch.from_numpy(tiles.window[ids]).to(device).T.unsqueeze(2)
+
+    # Where the reduced copy is still finer than the view, average 2 x 2 samples for each view pixel.
+    fine = 2 if tiles.tile_size / tiles.reduce / size > 1.25 else 1
+    axis = (torch.arange(size * fine, device=device) + 0.5) * (2 / (size * fine)) - 1
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
+    points = torch.stack([u.flatten(), v.flatten(), torch.ones_like(u).flatten()])  # (3, N)
+    x, y, w = (matrix @ points).unbind(1)  # each (B, N)
+    value = _bilinear(tiles.pixels, x / w - 0.5, y / w - 0.5, offset, height, width)
+    value = ((value - low) / (high - low)).clamp_min(0)
+    view = value.view(count, 1, size * fine, size * fine)
+    return F.avg_pool2d(view, fine) if fine > 1 else view
+
+
+def _bilinear(
+    pixels: Tensor, x: Tensor, y: Tensor, offset: Tensor, height: Tensor, width: Tensor
+) -> Tensor:
+    """Interpolate at (x, y) (B, N), in px from the first pixel's centre; 0 beyond the crop."""
+    left, top = x.floor(), y.floor()
+    across, down = x - left, y - top
+    left, top = left.long(), top.long()
+    total = torch.zeros_like(x)
+    for dy, weight_y in ((0, 1 - down), (1, down)):
+        for dx, weight_x in ((0, 1 - across), (1, across)):
+            column, row = left + dx, top + dy
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            index = offset + row * width + column
+            grey = pixels[torch.where(inside, index, 0)]
+            if grey.dtype == torch.int16:
+                grey = grey.int() & 0xFFFF  # the bits of a uint16
+            total += torch.where(inside, grey.float(), 0.0) * (weight_y * weight_x)
+    return total
+
+
+def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) -> Tensor:
+    """Blur, brightness and contrast of (B, 1, S, S), parameters per sample; air stays 0."""
+    count = len(view)
+    draw = rng.uniform(-1, 1, (count, 2)) * (spec.brightness, spec.contrast) + 1
+    # A sigma near 0 leaves the view as it is: half of the views are not blurred.
+    sigma = np.where(rng.random(count) < 0.5, rng.uniform(0, spec.blur, count), 0).clip(1e-3)
+    factors = torch.from_numpy(np.column_stack([draw, sigma]).astype(np.float32)).to(view.device)
+    brightness, contrast, sigma_ = factors.T.reshape(3, count, 1, 1, 1)
+    if spec.blur:
+        view = _gaussian_blur(view, sigma_)
+    view = view * brightness
+    tissue = view > 0
+    mean = view.sum((1, 2, 3), keepdim=True) / tissue.sum((1, 2, 3), keepdim=True).clamp_min(1)
+    return torch.where(tissue, (view - mean) * contrast + mean, 0.0).clamp_min(0)
+
+
+def _gaussian_blur(view: Tensor, sigma: Tensor) -> Tensor:
+    """Separable Gaussian of (B, 1, S, S) with a sigma (B, 1, 1, 1) for each sample, edges replicated."""
+    count, r = len(view), BLUR_RADIUS
+    taps = torch.arange(-r, r + 1, device=view.device, dtype=view.dtype)
+    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)  # (B, 1, 1, 2r+1)
+    kernel = kernel / kernel.sum(-1, keepdim=True)
+    flat = F.pad(view.transpose(0, 1), (r, r, r, r), mode="replicate")
+    flat = F.conv2d(flat, kernel, groups=count)
+    return F.conv2d(flat, kernel.transpose(2, 3), groups=count).transpose(0, 1)
+
+
+def make_view(
+    tiles: MammogramTiles,
+    ids: np.ndarray,
+    spec: ViewSpec,
+    size: int,
+    key: Sequence[int] = (0,),
+    device: torch.device | None = None,
+) -> Tensor:
+    """One view of each tile in `ids` (B,): (B, 1, size, size) float32, standardised, on `device`.
+
+    All random parameters follow from `key`, such as (seed, step, rank, view), and from nothing else.
+    """
+    rng = np.random.default_rng(key)
+    view = sample_tiles(tiles, ids, random_homographies(spec, rng, len(ids)), size)
+    view = view.to(device or view.device, non_blocking=True)
+    if spec != PLAIN_VIEW:
+        view = adjust_photometry(view, spec, rng)
+    return (view - GREY_MEAN) / GREY_STD
+
+
+# ---- 7 Model ---------------------------------------------------------------------------------------
+
+CLASSES = ("mass", "calcification")
+CLASSIFIER_HIDDEN = 2048  # hidden units of the classification head
+
+
+def build_backbone(name: str = BACKBONE, weights: str = "none") -> nn.Module:
+    """A torchvision ResNet without its fully connected layer: (B, 3, H, W) -> (B, 512 or 2048).
+
+    `weights`: imagenet, none, or a file (state dict, checkpoint of this script, safetensors).
+    Raises MammoError with the remedy where weights can't be had or don't fit.
+    """
+    backbone = torchvision.models.get_model(name, weights=None)
+    backbone.fc = nn.Identity()
+    if weights == "imagenet":
+        _load_state(backbone, _imagenet_state(name), "imagenet")
+    elif weights != "none":
+        _load_state(backbone, read_backbone_state(weights)[0], weights)
+    return backbone
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """Number of features of a ResNet without its fully connected layer."""
+    last = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)][-1]
+    return last.num_features
+
+
+def _imagenet_state(name: str) -> dict[str, Tensor]:
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # a firewall that drops packets must not hang the job
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
+        raise MammoError(
+            f"ImageNet weights of {name} are not on this machine and can't be downloaded ({error}).\n"
+            f"  get:   {weights.url}\n"
+            f"  put:   {file}\n"
+            f"  or:    --weights PATH of that file, or --weights none to start from random weights"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
+    """Backbone weights in torchvision names, without `fc`, and the architecture where it is recorded.
+
+    Reads backbone.safetensors, a checkpoint of this script, or a plain state dict. Files are read with
+    weights_only=True: nothing in them is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MammoError(f"weights {path}: no such file (imagenet, none or a path)")
+    try:
+        if path.suffix == ".safetensors":
+            state, name = load_file(path), ""
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            name = content.get("config", {}).get("backbone", "")
+            state = content.get("model_state_dict", content.get("state_dict", content))
+    except Exception as error:  # torch and safetensors raise many kinds on damaged files
+        raise MammoError(f"weights {path}: can't be read ({type(error).__name__}: {error})") from error
+    if any(key.startswith("backbone.") for key in state):
+        prefix = "backbone."
+        state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
+    return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
+
+
+def _load_state(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    try:
+        backbone.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise MammoError(
+            f"weights {source} don't fit the backbone: {reason[:200]}; does --backbone match the file?"
+        ) from error
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """The trained backbone of a run as a torchvision ResNet in eval mode, `fc` an identity.
+
+    `path`: backbone.safetensors, or any mammogram_byol_*.pth. Input (B, 3, H, W), standardised as
+    make_view does: scaled to [0, 1] by the image's window, minus GREY_MEAN, over GREY_STD.
+    """
+    state, name = read_backbone_state(path)
+    name = name or _architecture(state)
+    backbone = build_backbone(name)
+    _load_state(backbone, state, str(path))
+    return backbone.eval()
+
+
+def _architecture(state: dict[str, Tensor]) -> str:
+    """Which of the known ResNets a state dict belongs to, by its blocks."""
+    if "layer1.0.conv3.weight" in state:
+        return "resnet50"
+    return "resnet34" if "layer1.2.conv1.weight" in state else "resnet18"
+
+
+class MammogramBYOL(nn.Module):
+    """BYOL (Grill et al. 2020): an online network, its slowly moving target, a classification head.
+
+    `backbone` is a torchvision ResNet (its `fc` is replaced by an identity) or any module that maps
+    (B, 3, H, W) to (B, input_dim). Inputs x are (B, 1 or 3, H, W) float; grad and eval mode are the
+    caller's. The classification head is trained by train_classifier.py, not by BYOL.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        input_dim: int = INPUT_DIM,
+        hidden_dim: int = HIDDEN_DIM,
+        proj_dim: int = PROJ_DIM,
+    ) -> None:
+        super().__init__()
+        if hasattr(backbone, "fc"):
+            backbone.fc = nn.Identity()
+        self.backbone = backbone
+        self.projection_head = BYOLProjectionHead(input_dim, hidden_dim, proj_dim)
+        self.prediction_head = BYOLPredictionHead(proj_dim, hidden_dim, proj_dim)
+        self.backbone_momentum = copy.deepcopy(backbone)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head)
+        deactivate_requires_grad(self.backbone_momentum)
+        deactivate_requires_grad(self.projection_head_momentum)
+        self.classification_head = nn.Sequential(
+            nn.Linear(input_dim, CLASSIFIER_HIDDEN),
+            nn.ReLU(inplace=True),
+            nn.Linear(CLASSIFIER_HIDDEN, len(CLASSES)),
+        )
+
+    def get_features(self, x: Tensor) -> Tensor:
+        """Online features: (B, 1 or 3, H, W) -> (B, input_dim)."""
+        return self.backbone(_three_channels(x)).flatten(1)
+
+    def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Online projection and prediction of features, each (B, proj_dim)."""
+        projection = self.projection_head(features)
+        return projection, self.prediction_head(projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Online prediction: (B, 1 or 3, H, W) -> (B, proj_dim)."""
+        return self.project(self.get_features(x))[1]
+
+    @torch.no_grad()
+    def forward_target(self, x: Tensor) -> Tensor:
+        """Target projection, without gradient: (B, 1 or 3, H, W) -> (B, proj_dim)."""
+        features = self.backbone_momentum(_three_channels(x)).flatten(1)
+        return self.projection_head_momentum(features)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Logits of CLASSES: (B, 1 or 3, H, W) -> (B, 2)."""
+        return self.classification_head(self.get_features(x))
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """target = momentum * target + (1 - momentum) * online, after the optimiser step."""
+        update_momentum(self.backbone, self.backbone_momentum, momentum)
+        update_momentum(self.projection_head, self.projection_head_momentum, momentum)
+
+
+def _three_channels(x: Tensor) -> Tensor:
+    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+
+def byol_loss(model: MammogramBYOL, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric BYOL loss, -1 at perfect agreement, and the online projection of view 1 (B, proj_dim).
+
+    Eq. 2 of the paper is 2 + 2 times this. Each view passes alone, so that batch statistics belong to
+    one view (section 3.2); the loss is computed in fp32 under autocast.
+    """
+    criterion = NegativeCosineSimilarity()
+    projection, prediction_1 = model.project(model.get_features(view_1))
+    prediction_2 = model(view_2)
+    target_1, target_2 = model.forward_target(view_1), model.forward_target(view_2)
+    loss = criterion(prediction_1.float(), target_2.float())
+    loss = 0.5 * (loss + criterion(prediction_2.float(), target_1.float()))
+    return loss, projection.detach()
+
+
+# ---- 8 Schedule ------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: MammogramBYOL, config: Config) -> torch.optim.Optimizer:
+    """AdamW over the online network; biases and normalisation parameters without weight decay."""
+    online = [model.backbone, model.projection_head, model.prediction_head]
+    decayed, plain = get_weight_decay_parameters(online)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=next(model.parameters()).is_cuda)
+
+
+def learning_rate(step: int, total_steps: int, steps_per_epoch: int, config: Config) -> float:
+    """Linear warm-up, then cosine to 0. The peak grows with the square root of the batch.
+
+    The square root is the rule for adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287).
+    """
+    peak = config.lr * math.sqrt(config.batch_size / LR_BATCH)
+    warmup = min(config.warmup_epochs * steps_per_epoch, total_steps // 2)
+    return cosine_warmup_schedule(step, total_steps, peak, 0.0, warmup, 0.0)
+
+
+def target_momentum(step: int, total_steps: int, config: Config) -> float:
+    """MOMENTUM_BASE -> 1 by a cosine over the run (BYOL, section 3.2)."""
+    return cosine_schedule(step, total_steps, config.momentum_base, 1.0)
+
+
+# ---- 9 Checkpoint ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
+    """Write the model and its settings as plain types; with `resumable` all that a restart needs."""
+    content: dict[str, Any] = {
+        "model_state_dict": run.model.state_dict(),
+        "config": dataclasses.asdict(run.config),
+        "classes": list(CLASSES),
+        "step": run.step,
+        "epoch": run.step // run.steps_per_epoch,
+        "monitor": dict(run.monitor),
+    }
+    if resumable:
+        content["optimizer"] = run.optimizer.state_dict()
+        content["scaler"] = run.scaler.state_dict()
+        content["cache_key"] = run.tiles.cache.name
+        content["best_rankme"] = run.best_rankme
+        content["healthy"] = run.healthy
+        content["wandb_id"] = run.wandb_id
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint with weights_only=True. Raises MammoError where it is missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise MammoError(f"checkpoint {path}: no such file") from error
+    except Exception as error:  # damaged archives raise many kinds
+        raise MammoError(f"checkpoint {path}: can't be read ({type(error).__name__})") from error
+
+
+def resume_run(run: Run, state: dict[str, Any]) -> None:
+    """Put the saved state into a run. Raises MammoError where settings differ that shape the weights."""
+    now, then = dataclasses.asdict(run.config), state["config"]
+    names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
+    changed = [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
+    if state["cache_key"] != run.tiles.cache.name:
+        changed.append("the images, their tile settings or the tile code")
+    if changed:
+        raise MammoError(
+            f"{run.folder} holds a run with other settings: {'; '.join(changed)}.\n"
+            "  Give --run_name NAME for a new run, or --no_resume to move the old one aside."
+        )
+    run.model.load_state_dict(state["model_state_dict"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.monitor = state["step"], state["monitor"]
+    run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
+    run.wandb_id = state["wandb_id"]
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a run's folder to the first free NAME_1, NAME_2, ...: nothing is lost."""
+    number = 1
+    while folder.with_name(f"{folder.name}_{number}").exists():
+        number += 1
+    os.replace(folder, folder.with_name(f"{folder.name}_{number}"))
+
+
+def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
+    """Write the online backbone so that torchvision's model of that name loads it strictly.
+
+    `fc` is written as zeros: BYOL has no ImageNet classes, and strict loading wants the keys.
+    """
+    state = {key: value.detach().cpu() for key, value in model.backbone.state_dict().items()}
+    classes = 1000
+    state["fc.weight"], state["fc.bias"] = (
+        torch.zeros(classes, config.input_dim),
+        torch.zeros(classes),
+    )
+    state = {key: value.contiguous() for key, value in state.items()}
+    metadata = {"backbone": config.backbone, "grey_mean": str(GREY_MEAN), "grey_std": str(GREY_STD)}
+    with replacing(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+# ---- 10 Monitoring ---------------------------------------------------------------------------------
+
+COLLAPSE_STD = 0.1  # feature std below which a run counts as collapsed (1 = isotropic)
+METRICS = (
+    "step epoch loss lr momentum feature_std tiles_per_s breast_ratio gpu_memory_gb "
+    "monitor_std monitor_rankme"
+).split()
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """Mean standard deviation of L2-normalised features (B, D), times sqrt(D): 1 = isotropic, 0 = one
+    point (Chen & He 2021, SimSiam, section 4.1)."""
+    normalised = F.normalize(features.float(), dim=1)
+    return normalised.std(0).mean() * features.shape[1] ** 0.5
+
+
+def rankme(features: Tensor) -> Tensor:
+    """Effective rank of features (B, D): exp of the entropy of the singular values (Garrido 2023)."""
+    values = torch.linalg.svdvals(features.float())
+    share = values / values.sum().clamp_min(1e-12) + 1e-7
+    return torch.exp(-(share * share.log()).sum())
+
+
+@torch.no_grad()
+def watch(run: Run) -> dict[str, float]:
+    """Feature std of the projections and RankMe of the backbone features on the monitor tiles."""
+    run.model.eval()
+    features, projections = [], []
+    for ids in np.array_split(run.monitor_ids, -(-len(run.monitor_ids) // run.config.batch_size)):
+        view = make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side, device=run.device)
+        with run.autocast():
+            feature = run.model.get_features(view)
+            features.append(feature.float().cpu())
+            projections.append(run.model.projection_head(feature).float().cpu())
+    run.model.train()
+    return {
+        "std": float(feature_std(torch.cat(projections))),
+        "rankme": float(rankme(torch.cat(features))),
+    }
+
+
+def progress(**options: Any) -> tqdm:
+    """A tqdm bar; where stderr is a log file, it prints a line every 30 s instead of redrawing."""
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
+
+
+class MetricsFile:
+    """metrics.csv, one row every LOG_EVERY steps. A resumed run drops rows of steps it repeats."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = pd.DataFrame(columns=METRICS)
+        if path.is_file() and step:
+            kept = pd.read_csv(path)
+            kept = kept[kept["step"] <= step]
+        write_atomic(path, kept.to_csv(index=False))
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append one row; absent metrics stay empty."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
+
+
+class Tracker:
+    """wandb in a thread of its own: training never waits for it, and its errors stay there.
+
+    `auto` is online only where a login is found, otherwise offline; nothing leaves the machine unless
+    asked. With `disabled` wandb is not even imported.
+    """
+
+    def __init__(self, run_id: str, config: Config) -> None:
+        self.items: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.thread: threading.Thread | None = None
+        mode = wandb_mode(config)
+        if mode != "disabled":
+            self.thread = threading.Thread(target=self._work, args=(run_id, mode, config), daemon=True)
+            self.thread.start()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Queue metrics; a value that is a Path is sent as an image."""
+        if self.thread:
+            self.items.put(row)
+
+    def finish(self, timeout: float = 30) -> None:
+        """Let the thread write what is queued, for at most `timeout` seconds."""
+        if self.thread:
+            self.items.put(None)
+            self.thread.join(timeout)
+
+    def _work(self, run_id: str, mode: str, config: Config) -> None:
+        try:
+            import wandb
+
+            run = wandb.init(
+                project=config.wandb_project,
+                name=config.run_dir.name,
+                id=run_id,
+                resume="allow",
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(config.run_dir),
+                config=dataclasses.asdict(config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            while (row := self.items.get()) is not None:
+                pictures = {k: wandb.Image(str(v)) for k, v in row.items() if isinstance(v, Path)}
+                run.log({**row, **pictures}, step=row.get("step"))
+            run.finish()
+        except Exception as error:  # tracking must never end a run
+            print(f"note: wandb stopped ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+def wandb_mode(config: Config) -> str:
+    """Resolve --wandb_mode auto without touching the network."""
+    if config.wandb_mode != "auto":
+        return config.wandb_mode
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        login = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        login = None
+    return "online" if os.environ.get("WANDB_API_KEY") or login else "offline"
+
+
+# Okabe & Ito's colours stay apart for the colour-blind.
+BREAST_COLOUR, MUSCLE_COLOUR, KEPT_COLOUR = "#56b4e9", "#e69f00", "#009e73"
+REASON_COLOURS = dict(zip(CRITERIA, ("#999999", "#cc79a7", "#d55e00", "#f0e442"), strict=True))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as the extraction sees it, for the pictures."""
+
+    title: str
+    image: np.ndarray  # (H, W) uint8 or uint16
+    mask: np.ndarray  # (H, W) bool
+    muscle: np.ndarray  # (H, W) bool
+    table: pd.DataFrame  # score_tiles
+    window: tuple[float, float]  # grey levels
+
+
+def sample_images(config: Config, count: int = 4) -> list[Sample]:
+    """Up to `count` images of the archive, evenly spaced, without those that extraction skips."""
+    sources = list_sources(config.data_dir)
+    samples = []
+    for index in np.unique(np.linspace(0, len(sources) - 1, 3 * count).astype(int)):
+        source = sources.loc[index]
+        spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else config.pixel_spacing_mm
+        try:
+            image = read_mammogram(source["path"])
+        except ImageReadError:
+            continue  # named in rejections.csv
+        mask = segment_breast_tissue(image)
+        if not mask.any() or min(image.shape) < config.tile_size:
+            continue
+        muscle = segment_pectoral_muscle(image, mask)
+        table = score_tiles(image, mask, config, spacing)
+        title = f"image {index} {source['laterality']} {source['view']}"
+        samples.append(Sample(title, image, mask, muscle, table, intensity_window(image, mask)))
+    keep = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))
+    return [samples[i] for i in keep]
+
+
+def draw_extraction(config: Config, folder: Path) -> None:
+    """Write EXTRACTION_PICTURES into `folder`."""
+    samples = sample_images(config)
+    draw_segmentation(samples, folder / "segmentation.png")
+    draw_tiles(samples, config, folder / "tiles.png")
+
+
+def draw_segmentation(samples: list[Sample], path: Path) -> None:
+    """segmentation.png: outlines of breast and muscle over each image."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(samples), 4.4))
+    for column, sample in enumerate(samples, 1):
+        axes = figure.add_subplot(1, len(samples), column)
+        show_grey(axes, sample.image, sample.title, *sample.window)
+        for area, colour in ((sample.mask, BREAST_COLOUR), (sample.muscle, MUSCLE_COLOUR)):
+            outline, _ = cv2.findContours(
+                area.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+            )
+            for points in outline:
+                axes.plot(*points[:, 0].T, color=colour, linewidth=1.2)
+    figure.suptitle("Breast (blue) and pectoral muscle (orange)", fontsize=11)
+    save_figure(figure, path)
+
+
+def draw_tiles(samples: list[Sample], config: Config, path: Path) -> None:
+    """tiles.png: the grid over each image, coloured by what became of a tile, and tiles of each kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 11))
+    grid = figure.add_gridspec(4, 8, height_ratios=(2.4, 1, 1, 1))
+    per_image = 8 // len(samples)
+    pool: list[tuple[Sample, Any]] = []
+    for number, sample in enumerate(samples):
+        axes = figure.add_subplot(grid[0, number * per_image : (number + 1) * per_image])
+        show_grey(axes, sample.image, sample.title, *sample.window)
+        for reason, group in sample.table.groupby("rejected_by"):
+            axes.scatter(
+                group["x"] + config.tile_size / 2,
+                group["y"] + config.tile_size / 2,
+                c=REASON_COLOURS.get(str(reason), KEPT_COLOUR),
+                marker="s" if reason == "" else "x",
+                s=16,
+                label=reason or "kept",
+            )
+        axes.legend(fontsize=6, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncols=2)
+        pool += [(sample, tile) for tile in sample.table.itertuples()]
+    kept = sorted((p for p in pool if p[1].rejected_by == ""), key=lambda p: -p[1].freq_energy)
+    lost = [p for p in pool if p[1].rejected_by and p[1].breast_ratio > 0]
+    lost.sort(key=lambda p: (CRITERIA.index(p[1].rejected_by), -p[1].breast_ratio), reverse=True)
+    for row, (group, name) in enumerate(
+        (
+            (kept[:8], "kept, highest energy"),
+            (kept[-8:], "kept, lowest energy"),
+            (lost[:: max(1, len(lost) // 8)][:8], "rejected"),
+        ),
+        1,
+    ):
+        for column, (sample, tile) in enumerate(group):
+            axes = figure.add_subplot(grid[row, column])
+            area = (
+                slice(tile.y, tile.y + config.tile_size),
+                slice(tile.x, tile.x + config.tile_size),
+            )
+            masked = np.where(sample.mask[area], sample.image[area], 0)
+            reason = f"\n{tile.rejected_by}" if tile.rejected_by else ""
+            show_grey(axes, masked, f"energy {tile.freq_energy:.3f}{reason}", *sample.window)
+            if column == 0:
+                axes.set_ylabel(name, fontsize=9)
+    figure.suptitle("Tile centres by outcome, and tiles as they are cached", fontsize=11)
+    save_figure(figure, path)
+
+
+def draw_views(run: Run, path: Path, count: int = 4) -> None:
+    """views.png: tiles beside the two views that BYOL compares, at two steps."""
+    from matplotlib.figure import Figure
+
+    ids = run.train_ids[np.linspace(0, len(run.train_ids) - 1, count).astype(int)]
+    size, seed = run.config.view_side, run.config.seed
+    columns = [("tile", make_view(run.tiles, ids, PLAIN_VIEW, size))]
+    for step in (0, 1):
+        for name, view in zip(("view 1", "view 2"), two_views(run, ids, (seed, step, 0)), strict=True):
+            columns.append((f"{name}, step {step}", view.cpu()))
+    figure = Figure(figsize=(2.4 * len(columns), 2.5 * count))
+    for column, (name, view) in enumerate(columns):
+        for row in range(count):
+            axes = figure.add_subplot(count, len(columns), row * len(columns) + column + 1)
+            grey = (view[row, 0] * GREY_STD + GREY_MEAN).cpu().numpy()
+            show_grey(axes, grey, name if row == 0 else "", 0, 1)
+    save_figure(figure, path)
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """curves.png: loss, feature std, learning rate and RankMe against the step."""
+    from matplotlib.figure import Figure
+
+    table = pd.read_csv(metrics)
+    panels = (
+        (["loss"], "BYOL loss (-1 = agreement)"),
+        (["feature_std", "monitor_std"], "feature std (1 = isotropic, 0 = collapse)"),
+        (["lr"], "learning rate"),
+        (["monitor_rankme"], "RankMe (effective rank)"),
+    )
+    figure = Figure(figsize=(13, 3.4))
+    for number, (names, title) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for name in names:
+            line = table[["step", name]].dropna()
+            axes.plot(line["step"], line[name], marker="." if len(line) < 30 else "", label=name)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.axhline(COLLAPSE_STD, color="#d55e00", linestyle="--", label="collapse")
+            axes.set_ylim(bottom=0)
+            axes.legend(fontsize=7)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def show_grey(axes: Any, image: np.ndarray, title: str, low: float, high: float) -> None:
+    """Show an image in grey, without ticks."""
+    axes.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="antialiased")
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")
+
+
+# ---- 11 Training -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a training run holds; `step` counts optimiser steps since the start of the run."""
+
+    config: Config
+    folder: Path
+    tiles: MammogramTiles
+    train_ids: np.ndarray
+    monitor_ids: np.ndarray
+    model: MammogramBYOL
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    autocast: Callable[[], Any]
+    loss_function: Callable[..., tuple[Tensor, Tensor]]
+    steps_per_epoch: int
+    wandb_id: str
+    step: int = 0
+    best_rankme: float = 0.0
+    healthy: bool = True
+    monitor: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.config.epochs * self.steps_per_epoch
+
+
+def available_cores() -> int:
+    """Cores that this process may use (SLURM and containers give fewer than the node has)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_device(config: Config) -> torch.device:
+    """Resolve --device. Raises MammoError where CUDA is asked for and absent."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise MammoError(f"--device {name}: not a device (auto, cpu, cuda, cuda:N)") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MammoError(f"--device {name}: no CUDA GPU here; --device cpu works, slowly")
+    return device
+
+
+def choose_precision(config: Config, device: torch.device) -> torch.dtype:
+    """Resolve --precision: bf16 where supported, else fp16 on CUDA, fp32 on CPU."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if config.precision == "fp16" and device.type == "cpu":
+        raise MammoError("--precision fp16 needs a GPU; use fp32 or bf16 on the CPU")
+    if config.precision != "auto":
+        return names[config.precision]
+    if device.type != "cuda":
+        return torch.float32
+    # Volta emulates bf16: is_bf16_supported(False) asks for the hardware.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def split_monitor(tiles: pd.DataFrame, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the training tiles and of the monitor tiles, spread over images, fixed by the seed.
+
+    The monitor tiles watch for collapse; they are left out of training unless there are so few tiles
+    that a tenth of them would say nothing.
+    """
+    order = spread_over_images(tiles["image"].to_numpy(), np.random.default_rng([config.seed, 1]))
+    count = min(config.monitor_tiles, len(tiles) // 10)
+    if count < min(32, config.monitor_tiles):
+        return np.arange(len(tiles)), np.sort(order[: max(2, config.monitor_tiles)])
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def spread_over_images(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order of tiles whose every prefix is spread evenly over their images."""
+    shuffled = rng.permutation(len(image))
+    rank = pd.Series(image[shuffled]).groupby(image[shuffled]).cumcount().to_numpy()
+    return shuffled[np.lexsort((rng.random(len(image)), rank))]
+
+
+def epoch_order(run: Run, epoch: int) -> np.ndarray:
+    """Tile ids of an epoch in training order: TILES_PER_EPOCH of them, from (seed, epoch) alone."""
+    rng = np.random.default_rng([run.config.seed, 2, epoch])
+    image = run.tiles.tiles["image"].to_numpy()[run.train_ids]
+    drawn = spread_over_images(image, rng)[: run.config.tiles_per_epoch or None]
+    return run.train_ids[rng.permutation(drawn)]
+
+
+def two_views(run: Run, ids: np.ndarray, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The two views of tiles `ids`, each (B, 1, S, S) on the training device."""
+    size = run.config.view_side
+    first = make_view(run.tiles, ids, VIEW_1, size, (*key, 1), run.device)
+    return first, make_view(run.tiles, ids, VIEW_2, size, (*key, 2), run.device)
+
+
+def train_step(run: Run, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    """One optimiser step on tiles `ids`; returns loss and feature std, both still on the device."""
+    config, rank = run.config, 0
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config)
+    view_1, view_2 = two_views(run, ids, (config.seed, run.step, rank))
+    with run.autocast():
+        loss, projection = run.loss_function(run.model, view_1, view_2)
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.model.update_target(target_momentum(run.step, run.total_steps, config))
+    run.step += 1
+    return loss.detach(), feature_std(projection)
+
+
+def train_one_epoch(
+    run: Run, bar: tqdm, metrics: MetricsFile, tracker: Tracker, stop: StopSignal
+) -> None:
+    """Train to the end of the current epoch, or to MAX_STEPS, or until a signal asks to stop."""
+    config, batch = run.config, run.config.batch_size
+    epoch, first = divmod(run.step, run.steps_per_epoch)
+    order = epoch_order(run, epoch)
+    saved = logged = time.monotonic()
+    pending: list[tuple[Tensor, Tensor]] = []
+    for index in range(first, run.steps_per_epoch):
+        ids = order[index * batch : (index + 1) * batch]
+        pending.append(train_step(run, ids))
+        bar.update()
+        last = index + 1 == run.steps_per_epoch or run.step == config.max_steps
+        if run.step % config.log_every == 0 or last:
+            # The only place that waits for the device: LOG_EVERY steps are read at once.
+            loss, std = torch.stack([torch.stack(pair) for pair in pending]).mean(0).tolist()
+            speed = len(pending) * batch / (time.monotonic() - logged)
+            row = describe_step(run, loss, std, speed, ids)
+            check_finite(loss, run, ids)
+            bar.set_postfix_str(
+                f"loss {loss:.4f} lr {row['lr']:.2e} momentum {row['momentum']:.5f} "
+                f"std {std:.3f} {speed:.1f} tiles/s"
+            )
+            metrics.write(row)
+            tracker.log(row)
+            pending, logged = [], time.monotonic()
+        if stop.requested or (time.monotonic() - saved > 60 * config.save_every and not last):
+            save_checkpoint(run.folder / "last.pth", run, resumable=True)
+            saved = time.monotonic()
+        if stop.requested or run.step == config.max_steps:
+            return
+
+
+def describe_step(run: Run, loss: float, std: float, speed: float, ids: np.ndarray) -> dict[str, float]:
+    """A row of metrics.csv for the last step."""
+    step = run.step - 1
+    row = {
+        "step": run.step,
+        "epoch": run.step / run.steps_per_epoch,
+        "loss": loss,
+        "lr": learning_rate(step, run.total_steps, run.steps_per_epoch, run.config),
+        "momentum": target_momentum(step, run.total_steps, run.config),
+        "feature_std": std,
+        "tiles_per_s": speed,
+        "breast_ratio": float(run.tiles.tiles["breast_ratio"].to_numpy()[ids].mean()),
+    }
+    if run.device.type == "cuda":
+        row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
+    return row
+
+
+def check_finite(loss: float, run: Run, ids: np.ndarray) -> None:
+    """Raise MammoError on a loss that is not a number; the checkpoints on disk are from before it."""
+    if not math.isfinite(loss):
+        raise MammoError(
+            f"the loss is {loss} at step {run.step} (tiles {ids[:8].tolist()} ...); "
+            "lower --lr or use --precision fp32, then start again: the run resumes from last.pth"
+        )
+
+
+def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
+    """Watch for collapse, choose the best checkpoint, write the epoch's files."""
+    config, epoch = run.config, run.step // run.steps_per_epoch
+    run.monitor = watch(run)
+    run.healthy = run.monitor["std"] >= COLLAPSE_STD
+    row = {"step": run.step, "epoch": epoch}
+    row |= {f"monitor_{name}": value for name, value in run.monitor.items()}
+    metrics.write(row)
+    tracker.log(row)
+    if not run.healthy:
+        tqdm.write(
+            f"warning: collapse, feature std {run.monitor['std']:.3f} < {COLLAPSE_STD} after epoch "
+            f"{epoch}: all tiles look alike to the network. Lower --lr, raise --batch_size or "
+            "--momentum_base.",
+            file=sys.stderr,
+        )
+    # By RankMe, never by the loss: a collapsed network has the lowest loss of all (Garrido 2023).
+    if run.healthy and run.monitor["rankme"] > run.best_rankme:
+        run.best_rankme = run.monitor["rankme"]
+        save_checkpoint(run.folder / "mammogram_byol_best.pth", run)
+    if config.checkpoint_every and epoch % config.checkpoint_every == 0:
+        save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
+    save_checkpoint(run.folder / "last.pth", run, resumable=True)
+    draw_curves(metrics.path, run.folder / "curves.png")
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request that the loop obeys at the next step."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+
+    def __enter__(self) -> StopSignal:
+        names = ("SIGTERM", "SIGUSR1", "SIGINT")
+        signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.former = {number: signal.signal(number, self._request) for number in signals}
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = number
+        signal.signal(number, self.former[number])  # a second signal acts at once
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+
+def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
+    """Put model, optimiser and tiles on the device and resume where a run's state is found."""
+    device = choose_device(config)
+    dtype = choose_precision(config, device)
+    tiles = MammogramTiles(cache, reduction(config.tile_size, config.view_side))
+    hold_on_device(tiles, device)
+    train_ids, monitor_ids = split_monitor(tiles.tiles, config)
+    drawn = min(config.tiles_per_epoch or len(train_ids), len(train_ids))
+    if drawn < config.batch_size:
+        raise MammoError(
+            f"{drawn} tiles per epoch for a batch of {config.batch_size}: lower --batch_size, "
+            "add images or loosen the tile settings"
+        )
+    torch.manual_seed(config.seed)  # the heads' initial weights
+    model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    run = Run(
+        config=config,
+        folder=config.run_dir,
+        tiles=tiles,
+        train_ids=train_ids,
+        monitor_ids=monitor_ids,
+        model=model,
+        optimizer=build_optimizer(model, config),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        device=device,
+        autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        loss_function=compiled(byol_loss, config, device),
+        steps_per_epoch=drawn // config.batch_size,
+        wandb_id=hashlib.sha256(f"{config.run_dir.resolve()}{time.time()}".encode()).hexdigest()[:8],
+    )
+    if config.resume and (run.folder / "last.pth").is_file():
+        resume_run(run, load_checkpoint(run.folder / "last.pth"))
+    return run
+
+
+def hold_on_device(tiles: MammogramTiles, device: torch.device) -> None:
+    """Copy the pixels to the GPU where they fill at most half of its free memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if tiles.pixels.nbytes < free // 2:
+            tiles.to(device)
+
+
+def compiled(function: Callable[..., Any], config: Config, device: torch.device) -> Callable[..., Any]:
+    """torch.compile on CUDA; where compiling fails, a note and the plain function."""
+    if not config.compile or device.type != "cuda":
+        return function
+    fast = torch.compile(function)
+    state = {"function": fast}
+
+    def call(*args: Any) -> Any:
+        try:
+            return state["function"](*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if state["function"] is function:
+                raise
+            print(f"note: torch.compile failed, going on without ({error})", file=sys.stderr)
+            state["function"] = function
+            return function(*args)
+
+    return call
+
+
+def environment() -> dict[str, str]:
+    """Versions, device and git commit, recorded beside each run's result."""
+    commit = (
+        subprocess.run(
+            ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        if shutil.which("git")
+        else ""
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "git_commit": commit or "unknown",
+    }
+
+
+def train(config: Config) -> Path:
+    """The whole job: weights, cache, pictures, training, export. Returns the run's folder."""
+    if not config.resume and config.run_dir.exists():
+        move_aside(config.run_dir)
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config.backbone, config.weights)  # first: it fails in seconds
+    config = match_input_dim(config, backbone)
+    cache = build_cache(config)
+    run = prepare_run(config, backbone, cache)
+    start_folder(run)
+    metrics = MetricsFile(run.folder / "metrics.csv", run.step)
+    tracker = Tracker(run.wandb_id, config)
+    limit = min(run.total_steps, config.max_steps or run.total_steps)
+    with (
+        StopSignal() as stop,
+        progress(total=limit, initial=run.step, desc="train", unit="step") as bar,
+    ):
+        while run.step < limit and not stop.requested:
+            train_one_epoch(run, bar, metrics, tracker, stop)
+            if run.step % run.steps_per_epoch == 0 and not stop.requested:
+                end_epoch(run, metrics, tracker)
+    if stop.requested:
+        tracker.finish()
+        raise StoppedError(stop.requested, run.folder)
+    finish_run(run, metrics, tracker)
+    return run.folder
+
+
+def match_input_dim(config: Config, backbone: nn.Module) -> Config:
+    """Set input_dim to the backbone's width. Raises MammoError where another was asked for."""
+    width = feature_width(backbone)
+    if config.input_dim not in (INPUT_DIM, width):
+        raise MammoError(f"--input_dim {config.input_dim}: {config.backbone} has {width} features")
+    return dataclasses.replace(config, input_dim=width)
+
+
+def start_folder(run: Run) -> None:
+    """Create the run's folder: settings, environment, the extraction's pictures, a calm summary."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    record = {"config": dataclasses.asdict(run.config), "environment": environment()}
+    write_atomic(run.folder / "config.json", json.dumps(record, indent=2))
+    for name in EXTRACTION_PICTURES:
+        if (run.tiles.cache / name).is_file():
+            shutil.copyfile(run.tiles.cache / name, run.folder / name)
+    rejections = pd.read_csv(run.tiles.cache / "rejections.csv", keep_default_na=False)
+    print(describe_funnel(rejections))
+    print(f"cache     {run.tiles.cache} ({run.tiles.pixels.nbytes / 2**30:.2f} GiB of pixels)")
+    print(
+        f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "
+        f"{run.config.view_side} px views on {run.device} from step {run.step}"
+    )
+    print(f"run       {run.folder}", flush=True)
+
+
+def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
+    """Write the final checkpoint, the exported backbone and the last pictures; name them."""
+    folder = run.folder
+    save_checkpoint(folder / "mammogram_byol_final.pth", run)
+    save_checkpoint(folder / "last.pth", run, resumable=True)
+    best = folder / "mammogram_byol_best.pth"
+    if not best.is_file():  # no epoch was complete, or none was healthy
+        save_checkpoint(best, run)
+    export_backbone(run.model, folder / "backbone.safetensors", run.config)
+    draw_curves(metrics.path, folder / "curves.png")
+    draw_views(run, folder / "views.png")
+    tracker.log({name: folder / f"{name}.png" for name in ("segmentation", "tiles", "views")})
+    tracker.finish()
+    if not run.healthy:
+        print(
+            "warning: the run ended collapsed; mammogram_byol_best.pth is from before that "
+            "where an epoch was healthy",
+            file=sys.stderr,
+        )
+    print(f"finished at step {run.step}. Open in {folder}:")
+    print("  pictures   segmentation.png tiles.png views.png curves.png")
+    print("  numbers    metrics.csv config.json")
+    print("  models     mammogram_byol_best.pth mammogram_byol_final.pth backbone.safetensors")
+
+
+# ---- 12 Entry --------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """The run obeyed a signal; its state is saved."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; the same command goes on from "
+            f"{folder / 'last.pth'}"
+        )
+        self.code = 128 + number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job. Returns 0, or 2 after an error that the user can mend, or 128 + signal number."""
+    try:
+        train(parse_args(argv))
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+    except MammoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError:
+        print("error: the GPU's memory is full; lower --batch_size or --view_size", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
