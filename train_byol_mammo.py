@@ -128,10 +128,10 @@ CHOICES = {
 }
 LR_BATCH = 32  # batch size at which LR is meant
 # Settings that may differ between a run and its resumption: they don't change the weights.
-FREE_ON_RESUME = frozenset(
+FREE_ON_RESUME = (
     "output_dir run_name cache_dir data_dir num_workers max_steps save_every log_every device "
-    "compile resume wandb_mode wandb_project checkpoint_every".split()
-)
+    "compile resume wandb_mode wandb_project checkpoint_every"
+).split()  # fmt: skip
 
 
 class MammoError(Exception):
@@ -1290,7 +1290,7 @@ def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
 
 # ---- 10 Monitoring ---------------------------------------------------------------------------------
 
-COLLAPSE_STD = 0.1  # feature std below which a run counts as collapsed (1 = isotropic)
+COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (
     "step epoch loss lr momentum feature_std tiles_per_s breast_ratio gpu_memory_gb "
     "monitor_std monitor_rankme"
@@ -1414,8 +1414,10 @@ def wandb_mode(config: Config) -> str:
 
 
 # Okabe & Ito's colours stay apart for the colour-blind.
-BREAST_COLOUR, MUSCLE_COLOUR, KEPT_COLOUR = "#56b4e9", "#e69f00", "#009e73"
-REASON_COLOURS = dict(zip(CRITERIA, ("#999999", "#cc79a7", "#d55e00", "#f0e442"), strict=True))
+BREAST_COLOUR, MUSCLE_COLOUR = "#56b4e9", "#e69f00"
+OUTCOME_COLOURS = dict(
+    zip(("", *CRITERIA), ("#009e73", "#999999", "#cc79a7", "#d55e00", "#f0e442"), strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -1481,47 +1483,37 @@ def draw_tiles(samples: list[Sample], config: Config, path: Path) -> None:
     """tiles.png: the grid over each image, coloured by what became of a tile, and tiles of each kind."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 11))
-    grid = figure.add_gridspec(4, 8, height_ratios=(2.4, 1, 1, 1))
-    per_image = 8 // len(samples)
-    pool: list[tuple[Sample, Any]] = []
-    for number, sample in enumerate(samples):
-        axes = figure.add_subplot(grid[0, number * per_image : (number + 1) * per_image])
+    figure = Figure(figsize=(13, 10))
+    above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
+    for axes, sample in zip(above.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
         show_grey(axes, sample.image, sample.title, *sample.window)
-        for reason, group in sample.table.groupby("rejected_by"):
-            axes.scatter(
-                group["x"] + config.tile_size / 2,
-                group["y"] + config.tile_size / 2,
-                c=REASON_COLOURS.get(str(reason), KEPT_COLOUR),
-                marker="s" if reason == "" else "x",
-                s=16,
-                label=reason or "kept",
-            )
-        axes.legend(fontsize=6, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncols=2)
-        pool += [(sample, tile) for tile in sample.table.itertuples()]
-    kept = sorted((p for p in pool if p[1].rejected_by == ""), key=lambda p: -p[1].freq_energy)
-    lost = [p for p in pool if p[1].rejected_by and p[1].breast_ratio > 0]
-    lost.sort(key=lambda p: (CRITERIA.index(p[1].rejected_by), -p[1].breast_ratio), reverse=True)
-    for row, (group, name) in enumerate(
-        (
-            (kept[:8], "kept, highest energy"),
-            (kept[-8:], "kept, lowest energy"),
-            (lost[:: max(1, len(lost) // 8)][:8], "rejected"),
-        ),
-        1,
-    ):
-        for column, (sample, tile) in enumerate(group):
-            axes = figure.add_subplot(grid[row, column])
-            area = (
-                slice(tile.y, tile.y + config.tile_size),
-                slice(tile.x, tile.x + config.tile_size),
-            )
+        centre = sample.table[["x", "y"]] + config.tile_size / 2
+        for reason, colour in OUTCOME_COLOURS.items():
+            points = centre[sample.table["rejected_by"] == reason]
+            marker = "x" if reason else "s"
+            name = f"rejected: {reason}" if reason else "kept"
+            axes.scatter(points["x"], points["y"], s=18, c=colour, marker=marker, label=name)
+    above.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
+    above.suptitle("Tile centres by outcome", fontsize=10)
+    tiles = [(sample, tile) for sample in samples for tile in sample.table.itertuples()]
+    kept = sorted((t for t in tiles if not t[1].rejected_by), key=lambda t: -t[1].freq_energy)
+    lost = [t for t in tiles if t[1].rejected_by and t[1].breast_ratio > 0]
+    lost.sort(key=lambda t: (CRITERIA.index(t[1].rejected_by), t[1].breast_ratio), reverse=True)
+    groups = {
+        "kept, highest energy": kept[:8],
+        "kept, lowest energy": kept[-8:],
+        "rejected": lost[:: max(1, len(lost) // 8)][:8],
+    }
+    grid = below.subplots(3, 8, squeeze=False)
+    for row, (name, group) in zip(grid, groups.items(), strict=True):
+        row[0].set_ylabel(name, fontsize=9)
+        for axes, (sample, tile) in zip(row, group, strict=False):
+            area = (slice(tile.y, tile.y + config.tile_size), slice(tile.x, tile.x + config.tile_size))
             masked = np.where(sample.mask[area], sample.image[area], 0)
-            reason = f"\n{tile.rejected_by}" if tile.rejected_by else ""
-            show_grey(axes, masked, f"energy {tile.freq_energy:.3f}{reason}", *sample.window)
-            if column == 0:
-                axes.set_ylabel(name, fontsize=9)
-    figure.suptitle("Tile centres by outcome, and tiles as they are cached", fontsize=11)
+            title = f"energy {tile.freq_energy:.3f}\n{tile.rejected_by}"
+            show_grey(axes, masked, title, *sample.window)
+        for axes in row[len(group) :]:
+            axes.set_axis_off()
     save_figure(figure, path)
 
 

@@ -1,0 +1,92 @@
+"""Shared fixtures: a small archive of phantoms, its pixel cache, and ways to run the scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_byol_mammo as mammo  # noqa: E402
+
+torch.set_num_threads(2)
+cv2.setNumThreads(2)
+REAL = Path(os.environ.get("MAMMO_REAL_DATA", ROOT.parent / "shared" / "real"))
+# Flags that make a run small enough for a test.
+SMALL = (
+    "--tile_size 128 --tile_stride 64 --view_size 32 --backbone resnet18 --weights none "
+    "--hidden_dim 64 --proj_dim 32 --batch_size 8 --tiles_per_epoch 32 --monitor_tiles 32 "
+    "--min_freq_energy 0 --pixel_spacing_mm 0.3 --num_workers 2 --log_every 2 --device cpu "
+    "--wandb_mode disabled"
+).split()
+
+
+def breast_image(height=384, width=320, bits=8, seed=0):
+    """A half-ellipse of textured tissue at the left side: (H, W) image and its mask."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    mask = ((y - height / 2) / (0.45 * height)) ** 2 + (x / (0.8 * width)) ** 2 < 1
+    texture = cv2.GaussianBlur(rng.normal(size=(height, width)), (0, 0), 3) * 4
+    grey = np.where(mask, np.clip(0.5 + 0.1 * texture + 0.01 * rng.normal(size=mask.shape), 0.2, 1), 0)
+    dtype = np.uint8 if bits == 8 else np.uint16
+    return (grey * (2**bits - 1)).astype(dtype), mask
+
+
+def write_images(folder, count=4, **options):
+    """Write `count` breast images as PNG; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        cv2.imwrite(str(folder / f"s{index // 2}_i{index}.png"), breast_image(seed=index, **options)[0])
+    return folder
+
+
+def run_script(*words, cwd=ROOT, timeout=300, env=None):
+    """Run a script of the project as a user would; returns the finished process."""
+    command = [sys.executable, *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "2", **(env or {})}
+    return subprocess.run(
+        command, cwd=cwd, timeout=timeout, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def train_script(folder, *flags, **options):
+    """Run train_byol_mammo.py with SMALL settings, images in `folder`/images, outputs in `folder`."""
+    places = ["--data_dir", folder / "images", "--output_dir", folder / "runs"]
+    places += ["--cache_dir", folder / "cache"]
+    return run_script(ROOT / "train_byol_mammo.py", *places, *SMALL, *flags, **options)
+
+
+def small_config(folder, *flags):
+    """The Config of train_script."""
+    places = ["--data_dir", str(folder / "images"), "--output_dir", str(folder / "runs")]
+    places += ["--cache_dir", str(folder / "cache")]
+    return mammo.parse_args([*places, *SMALL, *flags])
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory):
+    """A folder with four 16-bit images in images/ and their finished cache."""
+    folder = tmp_path_factory.mktemp("archive")
+    write_images(folder / "images", bits=12)
+    mammo.build_cache(small_config(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiles(archive):
+    """The archive's tiles at full resolution."""
+    return mammo.MammogramTiles(mammo.build_cache(small_config(archive)))
+
+
+@pytest.fixture
+def real():
+    """The folder of real mammograms, where there is one."""
+    if not REAL.is_dir():
+        pytest.skip("no real mammograms: set MAMMO_REAL_DATA")
+    return REAL

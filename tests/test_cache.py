@@ -1,0 +1,226 @@
+"""The pixel cache: contents, key, resumption, errors."""
+
+import dataclasses
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import breast_image, small_config, write_images
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_byol_mammo as mammo
+
+
+def test_pixels_are_the_masked_originals(archive, tiles):
+    pixels = np.load(tiles.cache / "pixels.npy", mmap_mode="r")
+    assert pixels.dtype == np.uint16
+    assert len(pixels) == (tiles.images["height"] * tiles.images["width"]).sum()
+    for row in tiles.images.itertuples():
+        source = mammo.read_mammogram(archive / "images" / row.image)
+        mask = mammo.segment_breast_tissue(source)
+        box = (slice(row.y0, row.y0 + row.height), slice(row.x0, row.x0 + row.width))
+        stored = pixels[row.offset : row.offset + row.height * row.width].reshape(row.height, -1)
+        np.testing.assert_array_equal(stored, np.where(mask, source, 0)[box])
+        assert row.bit_depth == 12
+    assert len(np.unique(pixels)) > 1000
+
+
+def test_tables_hold_the_contract_and_agree(tiles):
+    columns = "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm"
+    assert list(tiles.images.columns) == columns.split()
+    assert list(tiles.tiles.columns) == ["image", "x", "y", *mammo.CRITERIA]
+    funnel = pd.read_csv(tiles.cache / "rejections.csv", keep_default_na=False)
+    rejected = funnel[[*mammo.CRITERIA, "capped"]].sum(axis=1)
+    assert (funnel["positions"] == funnel["kept"] + rejected).all()
+    assert funnel["kept"].sum() == len(tiles)
+    for name in mammo.EXTRACTION_PICTURES:
+        assert (tiles.cache / name).stat().st_size > 1000
+    for tile, centre, layout in zip(tiles.tiles.itertuples(), tiles.centre, tiles.layout, strict=True):
+        image = tiles.images.loc[tile.image]
+        assert tile.x - image["x0"] >= 0
+        assert tile.x - image["x0"] + 128 <= layout[2]
+        assert centre.tolist() == [tile.x + 64 - image["x0"], tile.y + 64 - image["y0"]]
+
+
+def test_second_build_finds_the_cache(archive):
+    config = small_config(archive)
+    before = (mammo.build_cache(config) / "pixels.npy").stat().st_mtime_ns
+    assert (mammo.build_cache(config) / "pixels.npy").stat().st_mtime_ns == before
+
+
+def test_labels_outside_the_breast_never_reach_the_cache(tmp_path):
+    image, mask = breast_image()
+    image[10:40, 270:310] = 255
+    (tmp_path / "images").mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), image)
+    tiles = mammo.MammogramTiles(mammo.build_cache(small_config(tmp_path)))
+    row = tiles.images.loc[0]
+    stored = tiles.pixels.numpy().reshape(row["height"], row["width"])
+    outside = ~mask[row["y0"] : row["y0"] + row["height"], row["x0"] : row["x0"] + row["width"]]
+    grown = cv2.erode(outside.astype(np.uint8), np.ones((9, 9))) > 0
+    assert not stored[grown].any()
+
+
+SETTINGS = {
+    "tile_size": 256, "tile_stride": 128, "min_breast_ratio": 0.5, "min_freq_energy": 0.1,
+    "min_tile_intensity": 1.0, "min_non_zero_pixels": 0.1, "exclude_pectoral": False,
+    "pixel_spacing_mm": 0.1, "max_tiles": 7,
+}  # fmt: skip
+OTHERS = {
+    "batch_size": 4, "view_size": 64, "seed": 3, "epochs": 2, "num_workers": 1, "output_dir": "x"
+}  # fmt: skip
+
+
+@given(st.sampled_from(sorted({**SETTINGS, **OTHERS})))
+def test_key_changes_exactly_when_its_inputs_do(name):
+    sources = pd.DataFrame({"path": ["/a/b.png"], "image": ["b.png"], "size": [3], "mtime_ns": [5]})
+    plain = mammo.Config()
+    changed = dataclasses.replace(plain, **{name: {**SETTINGS, **OTHERS}[name]})
+    keys = {mammo.cache_key(mammo.cache_inputs(sources, config)) for config in (plain, changed)}
+    assert len(keys) == (2 if name in SETTINGS else 1)
+
+
+@pytest.mark.parametrize("column", ["image", "size", "mtime_ns"])
+def test_key_follows_the_files_but_not_their_folder(column):
+    row = {"path": "/a/b.png", "image": "b.png", "size": 3, "mtime_ns": 5}
+    config = mammo.Config()
+
+    def key(**change):
+        return mammo.cache_key(mammo.cache_inputs(pd.DataFrame([{**row, **change}]), config))
+
+    assert key() == key(path="/elsewhere/b.png")
+    assert key() != key(**{column: "c.png" if column == "image" else 99})
+
+
+def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypatch):
+    shutil.copytree(archive / "images", tmp_path / "images")  # copytree keeps mtimes
+    config = dataclasses.replace(small_config(tmp_path), num_workers=1)
+    calls = []
+    extract = mammo.extract_image
+
+    def failing(path, *args):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return extract(path, *args)
+
+    monkeypatch.setattr(mammo, "extract_image", failing)
+    with pytest.raises(KeyboardInterrupt):
+        mammo.build_cache(config)
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+    cache = mammo.build_cache(config)
+    assert len(calls) == 5  # two kept, one tried again, one left
+    whole = mammo.build_cache(small_config(archive))
+    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
+        assert (cache / name).read_bytes() == (whole / name).read_bytes()
+    assert not (cache / "parts").exists()
+
+
+def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
+    folder = write_images(tmp_path / "images", 2)
+    good = (folder / "s0_i0.png").read_bytes()
+    (folder / "truncated.png").write_bytes(good[: len(good) // 2])
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.png").write_bytes(b"")
+    cv2.imwrite(str(folder / "black.png"), np.zeros((300, 300), np.uint8))
+    cv2.imwrite(str(folder / "small.png"), breast_image(100, 100)[0])
+    (folder / "folder.png").mkdir()
+    cache = mammo.build_cache(small_config(tmp_path))
+    funnel = pd.read_csv(cache / "rejections.csv", keep_default_na=False).set_index("image")
+    assert set(funnel.index[funnel["error"] != ""]) == {
+        "truncated.png", "text.png", "empty.png", "black.png", "small.png"
+    }  # fmt: skip
+    assert "no breast" in funnel["error"]["black.png"]
+    assert "lower --tile_size" in funnel["error"]["small.png"]
+    assert len(mammo.MammogramTiles(cache).images) == 2
+    assert "skipped 5" in mammo.describe_funnel(funnel.reset_index())
+
+
+def test_no_tile_at_all_is_an_error_with_the_funnel(tmp_path):
+    write_images(tmp_path / "images", 1)
+    with pytest.raises(mammo.MammoError, match=r"no tile was kept(.|\n)*freq_energy"):
+        mammo.build_cache(small_config(tmp_path, "--min_freq_energy", "1e9"))
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+
+
+def test_max_tiles_caps_evenly_by_energy(archive, tiles):
+    capped = mammo.MammogramTiles(mammo.build_cache(small_config(archive, "--max_tiles", "10")))
+    counts = capped.tiles["image"].value_counts()
+    assert len(capped) == 10
+    assert counts.max() - counts.min() <= 1
+    for image, group in capped.tiles.groupby("image"):
+        every = tiles.tiles[tiles.tiles["image"] == image]["freq_energy"]
+        assert group["freq_energy"].min() >= every.nlargest(len(group)).min()
+    assert len(capped.pixels) <= len(tiles.pixels)
+    funnel = pd.read_csv(capped.cache / "rejections.csv")
+    assert funnel["capped"].sum() == len(tiles) - 10
+
+
+def test_reduced_pixels_are_block_means(tiles):
+    reduced = mammo.MammogramTiles(tiles.cache, reduce=4)
+    full = tiles.pixels.numpy().view(np.uint16)
+    small = reduced.pixels.numpy().view(np.uint16)
+    offset = 0
+    for row in tiles.images.itertuples():
+        image = full[row.offset : row.offset + row.height * row.width].reshape(row.height, row.width)
+        padded = np.pad(image, ((0, -row.height % 4), (0, -row.width % 4))).astype(float)
+        h, w = padded.shape[0] // 4, padded.shape[1] // 4
+        means = padded.reshape(h, 4, w, 4).mean((1, 3))
+        np.testing.assert_allclose(small[offset : offset + h * w].reshape(h, w), means, atol=0.51)
+        offset += h * w
+    assert offset == len(small)
+
+
+def test_manifest_gives_study_and_spacing(tmp_path):
+    folder = write_images(tmp_path / "images", 2)
+    rows = [
+        {
+            "file": "images/s0_i0.png",
+            "study_id": "007",
+            "laterality": "L",
+            "view": "CC",
+            "spacing_mm": 0.2,
+        },
+        {"file": "images/s0_i1.png", "study_id": "007", "laterality": "R", "view": "CC"},
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
+    sources = mammo.list_sources(folder)
+    assert sources["study_id"].tolist() == ["007", "007"]
+    assert sources["laterality"].tolist() == ["L", "R"]
+    images = pd.read_csv(
+        mammo.build_cache(small_config(tmp_path)) / "images.csv", dtype={"study_id": str}
+    )
+    assert images["spacing_mm"].tolist() == [0.2, 0.3]
+    assert images["study_id"].tolist() == ["007", "007"]
+
+
+def _build(config, out):
+    out.put(str(mammo.build_cache(config)))
+
+
+def test_two_runs_at_once_build_one_cache(tmp_path):
+    write_images(tmp_path / "images", 3)
+    config = dataclasses.replace(small_config(tmp_path), num_workers=1)
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    runs = [context.Process(target=_build, args=(config, out)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    found = {out.get(timeout=120) for _ in runs}
+    for run in runs:
+        run.join()
+    assert len(found) == 1
+    assert json.loads((Path(found.pop()) / "cache.json").read_text())["finished"]
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(mammo.MammoError, match="no such folder"):
+        mammo.list_sources(tmp_path / "nowhere")
+    with pytest.raises(mammo.MammoError, match=r"no image with \.png"):
+        mammo.list_sources(tmp_path)

@@ -1,0 +1,181 @@
+"""Views: one faithful resample, documented ranges, randomness from the key alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import map_coordinates
+
+import train_byol_mammo as mammo
+
+SPECS = {"view 1": mammo.VIEW_1, "view 2": mammo.VIEW_2}
+
+
+class OneImage:
+    """A stand-in for MammogramTiles: one float-like 16-bit image, one tile in its middle."""
+
+    def __init__(self, image, tile_size, reduce=1):
+        self.tile_size, self.reduce = tile_size, reduce
+        self.pixels = torch.from_numpy(
+            np.ascontiguousarray(image).astype(np.uint16).view(np.int16).ravel()
+        )
+        self.layout = np.array([[0, *image.shape]])
+        self.centre = np.array([[image.shape[1] / 2, image.shape[0] / 2]])
+        self.window = np.array([[0, 65535]], np.float32)
+
+
+def test_views_follow_from_the_key_alone(tiles):
+    ids = np.arange(6)
+    first = mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 3))
+    torch.rand(5)
+    np.random.rand(5)
+    assert torch.equal(first, mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 3)))
+    other = mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 4))
+    assert ((first - other).flatten(1).abs().max(1).values > 0).all()
+
+
+def test_parameters_differ_per_sample_and_view(tiles):
+    ids = np.zeros(8, int)
+    views = [mammo.make_view(tiles, ids, spec, 32, (0, 0, n)) for n, spec in enumerate(SPECS.values())]
+    flat = torch.cat(views).flatten(1)
+    distance = torch.cdist(flat, flat) + torch.eye(16) * 1e3
+    assert distance.min() > 0.1
+
+
+@pytest.mark.parametrize("reduce", [1, 4])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_gather_equals_a_float64_reference_warp(tiles, spec, reduce):
+    source = mammo.MammogramTiles(tiles.cache, reduce)
+    size, ids = 128 // reduce, np.arange(0, len(tiles), 5)
+    homographies = mammo.random_homographies(spec, np.random.default_rng(0), len(ids))
+    views = mammo.sample_tiles(source, ids, homographies, size)
+    axis = (np.arange(size) + 0.5) * 2 / size - 1
+    v, u = np.meshgrid(axis, axis, indexing="ij")
+    points = np.stack([u, v, np.ones_like(u)])
+    for view, index, matrix in zip(views, ids, homographies, strict=True):
+        offset, height, width = source.layout[index]
+        pixels = source.pixels[offset : offset + height * width].numpy().view(np.uint16)
+        x, y, w = np.einsum("ij,jhw->ihw", matrix, points)
+        x = source.centre[index][0] + x / w * 64 / reduce - 0.5
+        y = source.centre[index][1] + y / w * 64 / reduce - 0.5
+        padded = np.pad(pixels.reshape(height, width).astype(float), 1)  # 0 beyond the image
+        grey = map_coordinates(padded, [y + 1, x + 1], order=1, cval=0)
+        low, high = source.window[index].astype(float)
+        expected = np.maximum((grey - low) / (high - low), 0)
+        assert np.abs(view[0].numpy() - expected).max() < 1e-3
+
+
+def test_plain_view_is_the_tile(archive, tiles):
+    ids = np.arange(4)
+    view = mammo.make_view(tiles, ids, mammo.PLAIN_VIEW, 128) * mammo.GREY_STD + mammo.GREY_MEAN
+    for index in ids:
+        tile = tiles.tiles.loc[index]
+        image = tiles.images.loc[tile["image"]]
+        source = mammo.read_mammogram(archive / "images" / image["image"])
+        source = np.where(mammo.segment_breast_tissue(source), source, 0)
+        y, x = int(tile["y"]), int(tile["x"])
+        grey = (source[y : y + 128, x : x + 128] - image["low"]) / (image["high"] - image["low"])
+        np.testing.assert_allclose(view[index, 0], np.maximum(grey, 0), atol=1e-4)
+
+
+def test_full_bit_depth_reaches_the_views(tiles):
+    view = mammo.make_view(tiles, np.arange(16), mammo.PLAIN_VIEW, 128)
+    assert len(torch.unique(view)) > 1000
+
+
+def speck_contrast(view):
+    return float(view.max() - view.median())
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.25, 0.5])
+def test_a_three_pixel_speck_survives(shift):
+    y, x = np.mgrid[:192, :192] + 0.5
+    sigma = 3 / 2.355
+    speck = np.exp(-((x - 96 - shift) ** 2 + (y - 96 - shift) ** 2) / (2 * sigma**2))
+    image = 20000 + 20000 * speck
+    tiles, ids = OneImage(image, 128), np.zeros(16, int)
+    spec = mammo.ViewSpec(rotation=25, flip=True)
+    turned = mammo.sample_tiles(
+        tiles, ids, mammo.random_homographies(spec, np.random.default_rng(0), 16), 128
+    )
+    whole = (image.max() - 20000) / 65535
+    assert min(speck_contrast(view) for view in turned) >= 0.8 * whole
+    strongest = torch.full((16, 1, 1, 1), mammo.VIEW_2.blur)
+    blurred = mammo._gaussian_blur(turned, strongest)
+    assert min(speck_contrast(view) for view in blurred) >= 0.4 * whole
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_views_stay_inside_the_margin_and_show_no_black_corner(spec):
+    homographies = mammo.random_homographies(spec, np.random.default_rng(0), 5000)
+    corners = np.array([[-1, -1, 1], [1, -1, 1], [-1, 1, 1], [1, 1, 1]], float).T
+    x, y, w = np.moveaxis(homographies @ corners, 1, 0)
+    reach = max(np.abs(x / w).max(), np.abs(y / w).max())
+    assert reach <= 1 + 2 * mammo.VIEW_MARGIN
+    side = 128 + 2 * round(128 * mammo.VIEW_MARGIN)
+    tissue = OneImage(np.full((side, side), 30000), 128)
+    views = mammo.sample_tiles(tissue, np.zeros(300, int), homographies[:300], 32)
+    np.testing.assert_allclose(views, 30000 / 65535, atol=1e-5)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30)
+def test_geometric_ranges_are_as_documented(seed):
+    for spec, degrees, scale in ((mammo.VIEW_1, 15, 0.15), (mammo.VIEW_2, 25, 0.0)):
+        for matrix in mammo.random_homographies(spec, np.random.default_rng(seed), 20):
+            magnification = 1 / np.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+            assert 1 - scale - 1e-9 <= magnification <= 1 + scale + 1e-9
+            angle = np.rad2deg(np.arctan2(matrix[1, 0], matrix[0, 0]))
+            angle = (angle + 90) % 180 - 90  # flips aside
+            assert abs(angle) <= degrees + 1e-9
+
+
+@pytest.mark.parametrize(("spec", "strength"), [(mammo.VIEW_1, 0.3), (mammo.VIEW_2, 0.4)])
+def test_photometric_ranges_are_as_documented(spec, strength):
+    view = torch.full((400, 1, 8, 8), 0.5)
+    view[:, :, :4] = 0.25
+    out = mammo.adjust_photometry(
+        view, mammo.dataclasses.replace(spec, blur=0), np.random.default_rng(0)
+    )
+    brightness = out.mean((1, 2, 3)) / 0.375
+    contrast = (out[:, 0, 5, 0] - out[:, 0, 0, 0]) / 0.25 / brightness
+    for factor in (brightness, contrast):
+        assert 1 - strength - 1e-4 <= factor.min() < 1 - 0.8 * strength
+        assert 1 + 0.8 * strength < factor.max() <= 1 + strength + 1e-4
+
+
+def test_air_stays_black_and_bright_specks_are_not_clipped():
+    view = torch.zeros(64, 1, 16, 16)
+    view[:, :, :8] = 0.6
+    view[:, :, 2, 2] = 1.8
+    out = mammo.adjust_photometry(view, mammo.VIEW_1, np.random.default_rng(0))
+    assert not out[:, :, 8:].any()
+    assert (out[:, 0, 2, 2] > out[:, 0, 0, 0]).all()
+    assert out.max() > 1.5
+
+
+def test_half_of_the_second_views_are_not_blurred():
+    view = torch.rand(1000, 1, 16, 16) + 0.1
+    spec = mammo.ViewSpec(blur=1.2)
+    out = mammo.adjust_photometry(view, spec, np.random.default_rng(0))
+    same = (out - view).flatten(1).abs().max(1).values < 1e-5
+    assert 0.4 < same.float().mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("tile", "view", "expected"),
+    [(512, 512, 1), (512, 384, 1), (512, 256, 2), (512, 96, 4), (64, 128, 1)],
+)
+def test_reduction_keeps_more_than_the_view_needs(tile, view, expected):
+    assert mammo.reduction(tile, view) == expected
+
+
+def test_shrinking_does_not_alias():
+    """Single-pixel noise shrunk 3-fold must lose its variance as an area mean does."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 65535, (768, 768))
+    block = image.reshape(384, 2, 384, 2).mean((1, 3))
+    view = mammo.sample_tiles(OneImage(block, 384, 1), np.zeros(1, int), np.eye(3)[None], 256)
+    ideal = image.reshape(256, 3, 256, 3).mean((1, 3)).std() / 65535
+    assert float(view.std()) < 1.3 * ideal
