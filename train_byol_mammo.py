@@ -617,9 +617,10 @@ def _extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
         if not (parts / f"{index:07d}.json").is_file()
     ]
     workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
-    # fork shares the imported libraries; CUDA is not touched before this point.
+    # Plain fork can hang once torch has started threads; a fork server imports the libraries once.
     methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
     with progress(total=len(jobs), desc="tiles", unit="image") as bar:
         if workers == 1:
             for job in jobs:
@@ -1722,7 +1723,8 @@ def train_one_epoch(
             metrics.write(row)
             tracker.log(row)
             pending, logged = [], time.monotonic()
-        if stop.requested or (time.monotonic() - saved > 60 * config.save_every and not last):
+        due = time.monotonic() - saved > 60 * config.save_every
+        if (stop.requested or due) and not last:  # the end of an epoch saves by itself
             save_checkpoint(run.folder / "last.pth", run, resumable=True)
             saved = time.monotonic()
         if stop.requested or run.step == config.max_steps:
@@ -1899,19 +1901,22 @@ def train(config: Config) -> Path:
     config = match_input_dim(config, backbone)
     cache = build_cache(config)
     run = prepare_run(config, backbone, cache)
+    limit = min(run.total_steps, config.max_steps or run.total_steps)
+    if run.step >= limit:
+        print(f"{run.folder} is finished at step {run.step}; raise --max_steps, or give --run_name")
+        return run.folder
     start_folder(run)
     metrics = MetricsFile(run.folder / "metrics.csv", run.step)
     tracker = Tracker(run.wandb_id, config)
-    limit = min(run.total_steps, config.max_steps or run.total_steps)
     with (
         StopSignal() as stop,
         progress(total=limit, initial=run.step, desc="train", unit="step") as bar,
     ):
         while run.step < limit and not stop.requested:
             train_one_epoch(run, bar, metrics, tracker, stop)
-            if run.step % run.steps_per_epoch == 0 and not stop.requested:
+            if run.step % run.steps_per_epoch == 0:
                 end_epoch(run, metrics, tracker)
-    if stop.requested:
+    if stop.requested and run.step < limit:
         tracker.finish()
         raise StoppedError(stop.requested, run.folder)
     finish_run(run, metrics, tracker)

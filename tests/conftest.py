@@ -22,7 +22,7 @@ REAL = Path(os.environ.get("MAMMO_REAL_DATA", ROOT.parent / "shared" / "real"))
 SMALL = (
     "--tile_size 128 --tile_stride 64 --view_size 32 --backbone resnet18 --weights none "
     "--hidden_dim 64 --proj_dim 32 --batch_size 8 --tiles_per_epoch 32 --monitor_tiles 32 "
-    "--min_freq_energy 0 --pixel_spacing_mm 0.3 --num_workers 2 --log_every 2 --device cpu "
+    "--min_freq_energy 0 --pixel_spacing_mm 0.3 --num_workers 1 --log_every 2 --device cpu "
     "--wandb_mode disabled"
 ).split()
 

@@ -100,7 +100,7 @@ def test_key_follows_the_files_but_not_their_folder(column):
 
 def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypatch):
     shutil.copytree(archive / "images", tmp_path / "images")  # copytree keeps mtimes
-    config = dataclasses.replace(small_config(tmp_path), num_workers=1)
+    config = small_config(tmp_path)
     calls = []
     extract = mammo.extract_image
 
@@ -200,13 +200,21 @@ def test_manifest_gives_study_and_spacing(tmp_path):
     assert images["study_id"].tolist() == ["007", "007"]
 
 
+def test_parallel_extraction_writes_the_same_cache(tmp_path, archive):
+    shutil.copytree(archive / "images", tmp_path / "images")
+    cache = mammo.build_cache(small_config(tmp_path, "--num_workers", "2"))
+    whole = mammo.build_cache(small_config(archive))
+    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
+        assert (cache / name).read_bytes() == (whole / name).read_bytes()
+
+
 def _build(config, out):
     out.put(str(mammo.build_cache(config)))
 
 
 def test_two_runs_at_once_build_one_cache(tmp_path):
     write_images(tmp_path / "images", 3)
-    config = dataclasses.replace(small_config(tmp_path), num_workers=1)
+    config = small_config(tmp_path)
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
     runs = [context.Process(target=_build, args=(config, out)) for _ in range(2)]

@@ -1,0 +1,310 @@
+"""Training: the step, overfitting, collapse, restart to the bit, refusals."""
+
+import contextlib
+import copy
+import hashlib
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL, small_config, train_script
+from torch import nn
+
+import train_byol_mammo as mammo
+
+
+def open_run(archive, *flags):
+    """A Run on the archive's cache, its folder made."""
+    config = small_config(archive, *flags)
+    torch.manual_seed(config.seed)
+    backbone = mammo.build_backbone(config.backbone)
+    config = mammo.match_input_dim(config, backbone)
+    run = mammo.prepare_run(config, backbone, mammo.build_cache(config))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def weights_hash(path):
+    state = torch.load(path)["model_state_dict"]
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_five_steps_equal_a_plain_reference_loop(archive, tmp_path):
+    run = open_run(archive, "--lr", "1e-3", "--weight_decay", "0.01", "--run_name", "five")
+    online = nn.ModuleDict(
+        {
+            name: copy.deepcopy(getattr(run.model, name))
+            for name in ("backbone", "projection_head", "prediction_head")
+        }
+    )
+    target = copy.deepcopy(nn.ModuleList([online["backbone"], online["projection_head"]]))
+    wide = [p for p in online.parameters() if p.ndim > 1]
+    thin = [p for p in online.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": wide, "weight_decay": 0.01}, {"params": thin, "weight_decay": 0.0}]
+    )
+    total = run.total_steps
+    warmup = min(10 * run.steps_per_epoch, total // 2)
+    order = mammo.epoch_order(run, 0)
+    for step in range(5):
+        if step == run.steps_per_epoch:
+            order = mammo.epoch_order(run, 1)
+        at = step % run.steps_per_epoch
+        ids = order[8 * at : 8 * at + 8]
+        views = mammo.two_views(run, ids, (run.config.seed, step, 0))
+        x, y = (view.repeat(1, 3, 1, 1) for view in views)
+        predict = lambda v: online["prediction_head"](online["projection_head"](online["backbone"](v)))  # noqa: E731
+        p_x, p_y = predict(x), predict(y)
+        with torch.no_grad():
+            z_x, z_y = target[1](target[0](x)), target[1](target[0](y))
+        loss = -(F.cosine_similarity(p_x, z_y).mean() + F.cosine_similarity(p_y, z_x).mean()) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * math.sqrt(8 / 32) * (step + 1) / warmup
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        momentum = 1 - (1 - 0.996) * (math.cos(math.pi * step / (total - 1)) + 1) / 2
+        with torch.no_grad():
+            pairs = zip(
+                target.parameters(),
+                [*online["backbone"].parameters(), *online["projection_head"].parameters()],
+                strict=True,
+            )
+            for slow, fast in pairs:
+                slow.mul_(momentum).add_(fast, alpha=1 - momentum)
+        actual, _ = mammo.train_step(run, ids)
+        torch.testing.assert_close(actual, loss.detach(), rtol=1e-5, atol=1e-6)
+    for name, module in online.items():
+        for a, b in zip(getattr(run.model, name).parameters(), module.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(run.model.backbone_momentum.parameters(), target[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def fit(model, make_views, steps, momentum, lr=1e-3):
+    """Train on given views; returns the last loss and feature std."""
+    optimizer = mammo.build_optimizer(model, mammo.Config(lr=lr))
+    for _ in range(steps):
+        loss, projection = mammo.byol_loss(model, *make_views())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_target(momentum)
+        if loss < -0.97 and steps == 150:
+            break
+    return float(loss.detach()), float(mammo.feature_std(projection))
+
+
+def test_one_fixed_batch_is_overfitted_without_collapse(archive):
+    run = open_run(archive, "--run_name", "overfit")
+    ids = run.train_ids[:: len(run.train_ids) // 8][:8]
+    views = mammo.two_views(run, ids, (0, 0, 0))
+    loss, std = fit(run.model, lambda: views, steps=150, momentum=0.99)
+    assert loss < -0.9
+    assert std > 0.2
+
+
+def test_without_the_predictor_the_collapse_warning_fires(archive, capfd):
+    """Views that share nothing can only be agreed on by collapse; the predictor holds it off."""
+    run = open_run(archive, "--run_name", "collapse")
+    metrics = mammo.MetricsFile(run.folder / "metrics.csv", 0)
+    tracker = mammo.Tracker("id", run.config)
+
+    def noise():
+        generator.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        return [torch.randn(16, 1, 32, 32, generator=generator) * 4 for _ in range(2)]
+
+    generator = torch.Generator().manual_seed(0)
+    run.step = run.steps_per_epoch
+    mammo.end_epoch(run, metrics, tracker)
+    assert run.healthy
+    assert "collapse" not in capfd.readouterr().err
+    best = (run.folder / "mammogram_byol_best.pth").read_bytes()
+    run.model.prediction_head = nn.Identity()
+    loss, std = fit(run.model, noise, steps=160, momentum=0.9, lr=2e-3)
+    assert loss < -0.9
+    assert std < mammo.COLLAPSE_STD
+    run.step += run.steps_per_epoch
+    mammo.end_epoch(run, metrics, tracker)
+    assert not run.healthy
+    assert "warning: collapse" in capfd.readouterr().err
+    assert (run.folder / "mammogram_byol_best.pth").read_bytes() == best  # never the lowest loss
+
+
+def test_an_epoch_shows_every_tile_once_spread_over_images(archive):
+    run = open_run(archive, "--tiles_per_epoch", "0", "--run_name", "order")
+    order = mammo.epoch_order(run, 0)
+    assert sorted(order) == sorted(run.train_ids)
+    assert not set(order) & set(run.monitor_ids) or len(run.train_ids) == len(run.tiles)
+    assert (mammo.epoch_order(run, 0) == order).all()
+    assert (mammo.epoch_order(run, 1) != order).any()
+    few = open_run(archive, "--tiles_per_epoch", "20", "--run_name", "order")
+    drawn = mammo.epoch_order(few, 3)
+    counts = np.bincount(few.tiles.tiles["image"].to_numpy()[drawn])
+    assert len(drawn) == 20
+    assert counts.max() - counts.min() <= 1
+
+
+def test_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
+    shutil.copytree(archive, tmp_path / "a")
+    whole = mammo.train(small_config(tmp_path / "a", "--epochs", "2", "--run_name", "whole"))
+    for limit in (1, 3, 4, 6, 0):  # inside an epoch, at its end, in the next one, to the end
+        flags = ("--epochs", "2", "--run_name", "parts", "--max_steps", str(limit))
+        parts = mammo.train(small_config(tmp_path / "a", *flags))
+    for name in ("mammogram_byol_final.pth", "mammogram_byol_best.pth"):
+        assert weights_hash(whole / name) == weights_hash(parts / name)
+    columns = ["step", "lr", "momentum", "monitor_std", "monitor_rankme"]
+    tables = [
+        pd.read_csv(folder / "metrics.csv")[columns].dropna(subset=["lr"]) for folder in (whole, parts)
+    ]
+    assert tables[1]["step"].is_unique
+    both = tables[0].merge(tables[1], on="step")
+    assert len(both) == len(tables[0])
+    np.testing.assert_array_equal(both["lr_x"], both["lr_y"])
+
+
+def start(folder, *flags):
+    places = [
+        "--data_dir",
+        folder / "images",
+        "--output_dir",
+        folder / "runs",
+        "--cache_dir",
+        folder / "cache",
+    ]
+    command = [sys.executable, ROOT / "train_byol_mammo.py", *places, *SMALL, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(path, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(archive, tmp_path):
+    """SIGKILL at three random moments, with a checkpoint written after every step."""
+    shutil.copytree(archive / "images", tmp_path / "images")
+    shutil.copytree(archive / "cache", tmp_path / "cache")
+    flags = ("--epochs", "6", "--save_every", "0", "--seed", "5")
+    done = train_script(tmp_path, *flags, "--run_name", "whole")
+    assert done.returncode == 0, done.stderr
+    rng = random.Random(0)
+    for _ in range(3):
+        process = start(tmp_path, *flags, "--run_name", "killed")
+        wait_for(tmp_path / "runs" / "killed" / "last.pth", process)
+        time.sleep(rng.uniform(0.0, 3.0))
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for checkpoint in (tmp_path / "runs" / "killed").glob("[!.]*.pth"):
+            torch.load(checkpoint)  # whole or absent, never torn
+    assert train_script(tmp_path, *flags, "--run_name", "killed").returncode == 0
+    names = [tmp_path / "runs" / run / "mammogram_byol_final.pth" for run in ("whole", "killed")]
+    assert weights_hash(names[0]) == weights_hash(names[1])
+
+
+def test_sigterm_saves_and_says_how_to_go_on(archive, tmp_path):
+    shutil.copytree(archive / "images", tmp_path / "images")
+    process = start(tmp_path, "--epochs", "1000")
+    wait_for(tmp_path / "runs" / "byol_resnet18" / "metrics.csv", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"the same command goes on" in errors
+    assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] > 0
+
+
+def test_resuming_with_other_settings_is_refused_by_name(archive, tmp_path):
+    shutil.copytree(archive, tmp_path / "a")
+    flags = ("--epochs", "2", "--max_steps", "2")
+    folder = mammo.train(small_config(tmp_path / "a", *flags))
+    before = weights_hash(folder / "last.pth")
+    with pytest.raises(mammo.MammoError, match=r"--lr 0\.002 -> 0\.1(.|\n)*--no_resume"):
+        mammo.train(small_config(tmp_path / "a", *flags, "--lr", "0.1"))
+    with pytest.raises(mammo.MammoError, match="tile settings"):
+        mammo.train(small_config(tmp_path / "a", *flags, "--max_tiles", "60"))
+    assert weights_hash(folder / "last.pth") == before
+    mammo.train(small_config(tmp_path / "a", *flags, "--lr", "0.1", "--no_resume"))
+    assert weights_hash(folder.with_name(f"{folder.name}_1") / "last.pth") == before
+
+
+def test_a_finished_run_says_so(archive, tmp_path, capsys):
+    shutil.copytree(archive, tmp_path / "a")
+    config = small_config(tmp_path / "a", "--epochs", "1")
+    folder = mammo.train(config)
+    before = (folder / "last.pth").stat().st_mtime_ns
+    capsys.readouterr()
+    mammo.train(config)
+    assert "is finished at step" in capsys.readouterr().out
+    assert (folder / "last.pth").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(archive, monkeypatch):
+    run = open_run(archive, "--run_name", "nan")
+    run.step = 7
+    with pytest.raises(mammo.MammoError, match="the loss is nan at step 7"):
+        mammo.check_finite(math.nan, run, run.train_ids)
+    mammo.check_finite(-0.5, run, run.train_ids)
+
+
+def test_too_few_tiles_for_a_batch_is_named(archive):
+    with pytest.raises(mammo.MammoError, match="lower --batch_size"):
+        open_run(archive, "--batch_size", "4096")
+
+
+def test_bf16_trains_on_the_cpu(archive):
+    run = open_run(archive, "--precision", "bf16", "--run_name", "bf16")
+    loss, std = mammo.train_step(run, run.train_ids[:8])
+    assert loss.dtype == torch.float32
+    assert math.isfinite(loss)
+    assert std > 0
+    with pytest.raises(mammo.MammoError, match="fp16 needs a GPU"):
+        mammo.choose_precision(small_config(archive, "--precision", "fp16"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, "offline"), ({"WANDB_API_KEY": "x"}, "online"), ({"WANDB_MODE": "disabled"}, "disabled")],
+)
+def test_wandb_is_online_only_when_logged_in(archive, tmp_path, monkeypatch, environment, expected):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert mammo.wandb_mode(mammo.Config()) == expected
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    if not environment:
+        assert mammo.wandb_mode(mammo.Config()) == "online"
+
+
+def test_wandb_failures_never_reach_the_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+    config = mammo.Config(output_dir=str(tmp_path), wandb_mode="offline")
+    tracker = mammo.Tracker("abc", config)
+    tracker.log({"step": 1, "loss": -0.5})
+    tracker.finish()
+    assert "wandb stopped" in capfd.readouterr().err
