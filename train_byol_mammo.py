@@ -75,6 +75,7 @@ from lightly.models.utils import (
 )
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
 from safetensors.torch import load_file, save_file
+from skimage.filters import threshold_multiotsu
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -305,12 +306,37 @@ def find_images(data_dir: str | Path) -> list[Path]:
 
 
 def read_mammogram(path: str | Path) -> np.ndarray:
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    """Read a mammogram: (H, W) uint8 or uint16 at full bit depth, breast bright on dark, not clipped.
+
+    Grey stored as RGB loses its copies, an alpha channel is dropped, MONOCHROME1-like images are
+    inverted within their bit depth. Raises ImageReadError naming file and reason.
+    """
+    if not Path(path).is_file():
+        raise ImageReadError(path, "no such file" if not Path(path).exists() else "not a file")
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:  # more pixels than OpenCV reads, or no memory for them
+        raise ImageReadError(path, f"can't be decoded ({error.err})") from error
     if image is None:
-        raise ImageReadError(path, "unreadable")
+        raise ImageReadError(path, "can't be decoded: damaged, or not an image")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise ImageReadError(path, f"{image.dtype} pixels; convert to 8 or 16 bits")
     if image.ndim == 3:
-        image = np.ascontiguousarray(image[..., 0])
+        image = _grey(image)
+    if min(image.shape) < 2:
+        raise ImageReadError(path, f"only {image.shape[1]} x {image.shape[0]} px")
+    if air_is_bright(image):
+        image = (2 ** bit_depth(image) - 1) - image
     return image
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """One channel of (H, W, C): the first where the colours are copies, their luma otherwise."""
+    if image.shape[2] < 3 or (
+        np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+    ):
+        return np.ascontiguousarray(image[..., 0])
+    return cv2.cvtColor(np.ascontiguousarray(image[..., :3]), cv2.COLOR_BGR2GRAY)
 
 
 def bit_depth(image: np.ndarray) -> int:
@@ -321,18 +347,222 @@ def bit_depth(image: np.ndarray) -> int:
 
 
 # ---- 3 Breast mask ---------------------------------------------------------------------------------
+# Levels of rejection: constant padding and frames, then the air's grey level, then components, then the
+# skin line. All but the last work on a reduced copy: a skin line is smooth at a scale of millimetres.
+
+SEGMENT_SIDE = 512  # px, long side of the reduced copy
+FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
+SKIN_LEVELS = (0.02, 0.11)  # skin line, share of the way from air to the breast's median: digital, film
+OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
+MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
+
+
+def reduced(image: np.ndarray, side: int = SEGMENT_SIDE) -> np.ndarray:
+    """Area-averaged float32 copy whose long side is at most `side` px."""
+    factor = min(1.0, side / max(image.shape))
+    shape = [max(1, round(length * factor)) for length in image.shape]
+    return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA).astype(np.float32)
+
+
+def content_box(image: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns left after constant border rows and columns (padding, frames) are peeled off."""
+    rows, columns = (0, image.shape[0]), (0, image.shape[1])
+    tolerance = FLAT_SPAN * float(np.ptp(image))
+    while True:
+        area = image[slice(*rows), slice(*columns)]
+        spans = [np.ptp(area, axis=axis) if area.size else np.zeros(0) for axis in (1, 0)]
+        varied = [np.flatnonzero(span > tolerance) for span in spans]
+        if not all(len(lines) for lines in varied):
+            return slice(0, 0), slice(0, 0)
+        peeled = [
+            (start + lines[0], start + lines[-1] + 1)
+            for (start, _), lines in zip((rows, columns), varied, strict=True)
+        ]
+        if peeled == [rows, columns]:
+            return slice(*rows), slice(*columns)
+        rows, columns = peeled
+
+
+def air_is_bright(image: np.ndarray) -> bool:
+    """Whether the image is MONOCHROME1-like: its brightest fifth is smoother than its darkest.
+
+    Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
+    the border decides where both ends are equally smooth.
+    """
+    small = reduced(image, SEGMENT_SIDE // 2)
+    area = small[content_box(small)]
+    if min(area.shape) < 16:
+        return False
+    gradient = cv2.morphologyEx(area, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+    border = np.ones(area.shape, bool)
+    border[2:-2, 2:-2] = False
+    low, high = np.percentile(area, (20, 80))
+    dark, bright = area <= low, area >= high
+    roughness = np.median(gradient[bright]), np.median(gradient[dark])
+    on_border = bright[border].mean(), dark[border].mean()
+    if on_border[0] < 0.1:
+        return False
+    return bool(
+        roughness[0] < roughness[1] or (roughness[0] == roughness[1] and on_border[0] > on_border[1])
+    )
+
+
+def largest_component(binary: np.ndarray) -> np.ndarray:
+    """The largest 8-connected component of a (H, W) bool array; all False where there is none."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(binary.astype(np.uint8))
+    if count < 2:
+        return np.zeros(binary.shape, bool)
+    return labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])
+
+
+def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
+    """Air, its noise, and the median of the breast in a smoothed reduced image without padding.
+
+    The lowest of three Otsu classes holds air and its fog (Liao et al. 2001); the air proper is what of
+    it lies away from the largest bright component. None where there is no air, as in noise.
+    """
+    lower = float(threshold_multiotsu(area, classes=3)[0])
+    dark = (area <= lower).astype(np.uint8)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
+    if cv2.morphologyEx(dark, cv2.MORPH_OPEN, disc).sum() < 0.2 * dark.sum():
+        return None  # air is a coherent area; noise is not
+    core = largest_component(area > lower)
+    reach = max(3, max(area.shape) // 20) | 1
+    near = cv2.dilate(core.astype(np.uint8), np.ones((reach, reach), np.uint8)) > 0
+    air = area[~near & (area <= lower)]
+    if air.size < 0.002 * area.size:
+        air = area[area <= np.percentile(area, 2)]
+    level = float(np.median(air))
+    return level, 1.4826 * float(np.median(np.abs(air - level))), float(np.median(area[core]))
+
+
+def breast_above(area: np.ndarray, level: float) -> np.ndarray:
+    """The breast in a reduced image: the largest component above `level`, opened and filled.
+
+    Opening cuts labels and tape that touch the breast by a thin bridge. Where the image side cuts the
+    breast off, dark fat may be open to that side: it is closed there before holes are filled.
+    """
+    binary = (area > level).astype(np.uint8)
+    pad = OPENING + 1
+    padded = cv2.copyMakeBorder(binary, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
+    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, disc)[pad:-pad, pad:-pad]
+    breast = largest_component(opened > 0)
+    side = chest_side(breast)
+    rows = np.flatnonzero(breast[:, side])
+    if len(rows):
+        breast[rows[0] : rows[-1] + 1, side] = True
+    return fill_holes(breast)
 
 
 def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
-    _, binary = cv2.threshold(image, 0, 1, cv2.THRESH_BINARY)
-    n, labels, stats, _ = cv2.connectedComponentsWithStats(binary.astype(np.uint8))
-    if n < 2:
-        return np.zeros(image.shape, bool)
-    return labels == 1 + np.argmax(stats[1:, 4])
+    """Breast mask of a mammogram (H, W) uint8 or uint16, bright on dark: (H, W) bool, one component.
+
+    Includes skin line, fat and pectoral muscle; excludes air, labels, markers, tape, frame, padding.
+    All False where there is no breast (empty, constant or noise).
+    """
+    nothing = np.zeros(image.shape, bool)
+    small = reduced(image)
+    box = content_box(small)
+    if min(small[box].shape) < 16:
+        return nothing
+    area = cv2.GaussianBlur(small[box], (0, 0), 1)
+    levels = grey_levels(area)
+    if levels is None:
+        return nothing
+    air, noise, tissue = levels
+    # Digital skin ends in a step: a level just above air gains hardly any area, and keeps thin skin.
+    # Film fades into the glow of scattered light: there the skin line is seen some way up.
+    low, high = (breast_above(area, air + share * (tissue - air) + 2 * noise) for share in SKIN_LEVELS)
+    breast = low if extent(low) < 1.03 * extent(high) else high
+    if breast.mean() < MIN_BREAST_AREA:
+        return nothing
+    mask = np.zeros(small.shape, np.float32)
+    mask[box] = breast
+    height, width = image.shape
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
+
+
+def chest_side(breast: np.ndarray) -> int:
+    """Column index (0 or -1) of the side that cuts the breast off."""
+    return 0 if breast[:, 0].sum() >= breast[:, -1].sum() else -1
+
+
+def extent(breast: np.ndarray) -> int:
+    """Area in px between the skin and the chest side, row by row, whatever holes there are."""
+    away = breast if chest_side(breast) == -1 else breast[:, ::-1]
+    return int(np.where(away.any(1), away.shape[1] - away.argmax(1), 0).sum())
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """Fill what the outer contour of a (H, W) bool mask encloses."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    filled = cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED)
+    return filled > 0
+
+
+MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the muscle is sought
+MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
+MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
+# What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
+MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.75, 0.85, 1.1, 0.04
 
 
 def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.zeros_like(mask)
+    """Pectoral muscle inside a breast mask: (H, W) uint8 or uint16 and bool -> (H, W) bool.
+
+    The muscle is the bright triangle in the upper corner of the chest side on MLO views; its border is
+    the line with the strongest bright-to-dark edge along it (Karssemeijer 1998 fits a line likewise).
+    All False where no line is long, bright and contrasted enough, as on CC views.
+    """
+    nothing = np.zeros(mask.shape, bool)
+    area = reduced(image)
+    breast = cv2.resize(mask.astype(np.uint8), area.shape[::-1], interpolation=cv2.INTER_AREA) > 0
+    if not breast.any():
+        return nothing
+    mirrored = chest_side(breast) == -1
+    if mirrored:
+        area, breast = area[:, ::-1], breast[:, ::-1]
+    line = muscle_line(area, breast)
+    if line is None:
+        return nothing
+    height, width = area.shape
+    y, x = np.mgrid[:height, :width]
+    distance = x / line[0] + y / line[1]
+    muscle, beside = breast & (distance < 1), breast & (distance >= 1) & (distance < 1.3)
+    grey = np.median(area[muscle])
+    if (
+        muscle.sum() < MUSCLE_MIN_AREA * breast.sum()
+        or grey < MUSCLE_MIN_GREY * np.median(area[breast])
+        or grey < MUSCLE_MIN_CONTRAST * np.median(area[beside])
+    ):
+        return nothing
+    muscle = muscle[:, ::-1] if mirrored else muscle
+    full = cv2.resize(muscle.astype(np.float32), mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return mask & (full > 0.5)
+
+
+def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | None:
+    """Where the muscle's border meets the top row and the left column (px), chest side left, or None."""
+    height, width = area.shape
+    if not breast[: height // 20 + 1, : width // 20 + 1].all():
+        return None  # the corner is air: a CC view
+    grey = np.log(area + 0.1 * np.median(area[breast]))
+    grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), MUSCLE_SMOOTHING)
+    slope_x, slope_y = (cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1)))
+    share = np.arange(0.15, 1.0, 0.025)
+    top, left = (axis.ravel() for axis in np.meshgrid(share * width, share * height))
+    along = np.linspace(0.03, 0.97, 80)
+    x = (top[:, None] * (1 - along)).astype(int)  # (lines, points)
+    y = (left[:, None] * along).astype(int)
+    length = np.hypot(top, left)[:, None]
+    edge = -(slope_x[y, x] * left[:, None] + slope_y[y, x] * top[:, None]) / length
+    edge = np.where(breast[y, x], edge, 0)
+    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (breast[y, x].mean(1) > 0.5)
+    best = int(score.argmax())
+    if (edge[best] > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
+        return None
+    return float(top[best]), float(left[best])
 
 
 # ---- 4 Tiles ---------------------------------------------------------------------------------------
