@@ -365,22 +365,22 @@ def reduced(image: np.ndarray, side: int = SEGMENT_SIDE) -> np.ndarray:
 
 
 def content_box(image: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns left after constant border rows and columns (padding, frames) are peeled off."""
-    rows, columns = (0, image.shape[0]), (0, image.shape[1])
-    tolerance = FLAT_SPAN * float(np.ptp(image))
-    while True:
-        area = image[slice(*rows), slice(*columns)]
-        spans = [np.ptp(area, axis=axis) if area.size else np.zeros(0) for axis in (1, 0)]
-        varied = [np.flatnonzero(span > tolerance) for span in spans]
-        if not all(len(lines) for lines in varied):
-            return slice(0, 0), slice(0, 0)
-        peeled = [
-            (start + lines[0], start + lines[-1] + 1)
-            for (start, _), lines in zip((rows, columns), varied, strict=True)
-        ]
-        if peeled == [rows, columns]:
-            return slice(*rows), slice(*columns)
-        rows, columns = peeled
+    """Rows and columns left when border lines of one grey brighter than air (padding, frames) go."""
+    darkest, brightest = int(image.min()), int(image.max())
+    tolerance = FLAT_SPAN * (brightest - darkest)
+
+    def is_padding(line: np.ndarray) -> bool:
+        low, high = int(line.min()), int(line.max())
+        return high - low <= tolerance < low - darkest
+
+    top, bottom, left, right = 0, image.shape[0], 0, image.shape[1]
+    peeling = True
+    while peeling and top < bottom and left < right:
+        area = image[top:bottom, left:right]
+        peel = [is_padding(line) for line in (area[0], area[-1], area[:, 0], area[:, -1])]
+        top, bottom, left, right = top + peel[0], bottom - peel[1], left + peel[2], right - peel[3]
+        peeling = any(peel)
+    return slice(top, max(top, bottom)), slice(left, max(left, right))
 
 
 def air_is_bright(image: np.ndarray) -> bool:
@@ -389,8 +389,12 @@ def air_is_bright(image: np.ndarray) -> bool:
     Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
     the border decides where both ends are equally smooth.
     """
-    small = reduced(image, SEGMENT_SIDE // 2)
-    area = small[content_box(small)]
+    content = image[content_box(image)]
+    if min(content.shape) < 16:
+        return False
+    area = reduced(content, SEGMENT_SIDE // 2)
+    spans = [np.ptp(area, axis=axis) > FLAT_SPAN * np.ptp(area) for axis in (1, 0)]
+    area = area[np.ix_(*spans)]  # without rows and columns of air alone
     if min(area.shape) < 16:
         return False
     gradient = cv2.morphologyEx(area, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
@@ -421,7 +425,10 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
     The lowest of three Otsu classes holds air and its fog (Liao et al. 2001); the air proper is what of
     it lies away from the largest bright component. None where there is no air, as in noise.
     """
-    lower = float(threshold_multiotsu(area, classes=3)[0])
+    try:
+        lower = float(threshold_multiotsu(area, classes=3)[0])
+    except ValueError:  # fewer than three grey levels
+        return None
     dark = (area <= lower).astype(np.uint8)
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
     if cv2.morphologyEx(dark, cv2.MORPH_OPEN, disc).sum() < 0.2 * dark.sum():
@@ -437,12 +444,14 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
 
 
 def breast_above(area: np.ndarray, level: float) -> np.ndarray:
-    """The breast in a reduced image: the largest component above `level`, opened and filled.
+    """The breast in a reduced image without padding: the largest component above a grey level.
 
     Opening cuts labels and tape that touch the breast by a thin bridge. Where the image side cuts the
-    breast off, dark fat may be open to that side: it is closed there before holes are filled.
+    breast off, dark fat may be open to that side: it is closed there before holes are filled. Noise
+    is smoothed away first; the rim that smoothing has pushed outwards is trimmed at the end.
     """
-    binary = (area > level).astype(np.uint8)
+    smooth = cv2.GaussianBlur(area, (0, 0), 1)
+    binary = (smooth > level).astype(np.uint8)
     pad = OPENING + 1
     padded = cv2.copyMakeBorder(binary, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
@@ -452,7 +461,10 @@ def breast_above(area: np.ndarray, level: float) -> np.ndarray:
     rows = np.flatnonzero(breast[:, side])
     if len(rows):
         breast[rows[0] : rows[-1] + 1, side] = True
-    return fill_holes(breast)
+    breast = fill_holes(breast)
+    inner = cv2.erode(breast.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1) > 0
+    trimmed = (inner | (breast & (area > level))).astype(np.uint8)
+    return largest_component(cv2.morphologyEx(trimmed, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0)
 
 
 def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
@@ -462,12 +474,11 @@ def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
     All False where there is no breast (empty, constant or noise).
     """
     nothing = np.zeros(image.shape, bool)
-    small = reduced(image)
-    box = content_box(small)
-    if min(small[box].shape) < 16:
+    box = content_box(image)
+    if min(image[box].shape) < 16:
         return nothing
-    area = cv2.GaussianBlur(small[box], (0, 0), 1)
-    levels = grey_levels(area)
+    area = reduced(image[box])
+    levels = grey_levels(cv2.GaussianBlur(area, (0, 0), 1))
     if levels is None:
         return nothing
     air, noise, tissue = levels
@@ -477,10 +488,11 @@ def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
     breast = low if extent(low) < 1.03 * extent(high) else high
     if breast.mean() < MIN_BREAST_AREA:
         return nothing
-    mask = np.zeros(small.shape, np.float32)
-    mask[box] = breast
-    height, width = image.shape
-    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
+    mask = nothing
+    height, width = image[box].shape
+    breast = cv2.resize(breast.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    mask[box] = breast > 0.5
+    return mask
 
 
 def chest_side(breast: np.ndarray) -> int:
@@ -1437,12 +1449,12 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, config: Con
     """
     peak = config.lr * math.sqrt(config.batch_size / LR_BATCH)
     warmup = min(config.warmup_epochs * steps_per_epoch, total_steps // 2)
-    return cosine_warmup_schedule(step, total_steps, peak, 0.0, warmup, 0.0)
+    return float(cosine_warmup_schedule(step, total_steps, peak, 0.0, warmup, 0.0))
 
 
 def target_momentum(step: int, total_steps: int, config: Config) -> float:
     """MOMENTUM_BASE -> 1 by a cosine over the run (BYOL, section 3.2)."""
-    return cosine_schedule(step, total_steps, config.momentum_base, 1.0)
+    return float(cosine_schedule(step, total_steps, config.momentum_base, 1.0))
 
 
 # ---- 9 Checkpoint ----------------------------------------------------------------------------------
@@ -1866,6 +1878,7 @@ class Run:
     step: int = 0
     best_rankme: float = 0.0
     healthy: bool = True
+    batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -1978,6 +1991,7 @@ def train_one_epoch(
             # The only place that waits for the device: LOG_EVERY steps are read at once.
             loss, std = torch.stack([torch.stack(pair) for pair in pending]).mean(0).tolist()
             speed = len(pending) * batch / (time.monotonic() - logged)
+            run.batch_std = std
             row = describe_step(run, loss, std, speed, ids)
             check_finite(loss, run, ids)
             bar.set_postfix_str(
@@ -2026,14 +2040,16 @@ def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     """Watch for collapse, choose the best checkpoint, write the epoch's files."""
     config, epoch = run.config, run.step // run.steps_per_epoch
     run.monitor = watch(run)
-    run.healthy = run.monitor["std"] >= COLLAPSE_STD
+    # Early on the running statistics of batch norm lag behind: training batches speak for the run too.
+    std = max(run.monitor["std"], run.batch_std)
+    run.healthy = std >= COLLAPSE_STD
     row = {"step": run.step, "epoch": epoch}
     row |= {f"monitor_{name}": value for name, value in run.monitor.items()}
     metrics.write(row)
     tracker.log(row)
     if not run.healthy:
         tqdm.write(
-            f"warning: collapse, feature std {run.monitor['std']:.3f} < {COLLAPSE_STD} after epoch "
+            f"warning: collapse, feature std {std:.3f} < {COLLAPSE_STD} after epoch "
             f"{epoch}: all tiles look alike to the network. Lower --lr, raise --batch_size or "
             "--momentum_base.",
             file=sys.stderr,
@@ -2160,8 +2176,10 @@ def train(config: Config) -> Path:
     """The whole job: weights, cache, pictures, training, export. Returns the run's folder."""
     if not config.resume and config.run_dir.exists():
         move_aside(config.run_dir)
+    # What can fail in seconds comes before hours of extraction.
+    choose_precision(config, choose_device(config))
     torch.manual_seed(config.seed)
-    backbone = build_backbone(config.backbone, config.weights)  # first: it fails in seconds
+    backbone = build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
     cache = build_cache(config)
     run = prepare_run(config, backbone, cache)

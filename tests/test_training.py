@@ -137,7 +137,7 @@ def test_without_the_predictor_the_collapse_warning_fires(archive, capfd):
     loss, std = fit(run.model, noise, steps=160, momentum=0.9, lr=2e-3)
     assert loss < -0.9
     assert std < mammo.COLLAPSE_STD
-    run.step += run.steps_per_epoch
+    run.step, run.batch_std = run.step + run.steps_per_epoch, std
     mammo.end_epoch(run, metrics, tracker)
     assert not run.healthy
     assert "warning: collapse" in capfd.readouterr().err

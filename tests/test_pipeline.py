@@ -1,0 +1,201 @@
+"""The whole path as a user runs it: subprocesses on tiny data, the README's recipe, bad input."""
+
+import re
+import shlex
+import sys
+import textwrap
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, breast_image, run_script, train_script, write_images
+from safetensors.torch import load_file
+
+import train_byol_mammo as mammo
+
+RUN_FILES = {
+    "config.json", "metrics.csv", "mammogram_byol_best.pth", "mammogram_byol_final.pth", "last.pth",
+    "backbone.safetensors", "segmentation.png", "tiles.png", "views.png", "curves.png",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run of two epochs, a broken image among its good ones."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_images(folder / "images", bits=16)
+    (folder / "images" / "broken.png").write_bytes(b"\x89PNG broken")
+    done = train_script(folder, "--epochs", "2", "--checkpoint_every", "1")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_all_its_files_and_names_them(finished):
+    folder, done = finished
+    run = folder / "runs" / "byol_resnet18"
+    numbered = {"mammogram_byol_epoch1.pth", "mammogram_byol_epoch2.pth"}
+    assert {path.name for path in run.iterdir()} == RUN_FILES | numbered
+    for name in RUN_FILES:
+        assert name in done.stdout or name == "last.pth"
+    assert "skipped broken.png: can't be decoded" in done.stdout
+    for picture in run.glob("*.png"):
+        assert min(cv2.imread(str(picture)).shape[:2]) > 200
+
+
+def test_metrics_tell_the_run(finished):
+    table = pd.read_csv(finished[0] / "runs" / "byol_resnet18" / "metrics.csv")
+    assert list(table.columns) == mammo.METRICS
+    steps = table.dropna(subset=["loss"])
+    assert steps["step"].tolist() == [2, 4, 6, 8]
+    assert steps["loss"].between(-1, 1).all()
+    assert (steps["momentum"].diff().dropna() > 0).all()
+    assert (steps["feature_std"] > 0.3).all()
+    assert steps["breast_ratio"].between(0.15, 1).all()
+    epochs = table.dropna(subset=["monitor_rankme"])
+    assert epochs["epoch"].tolist() == [1, 2]
+
+
+def test_the_usage_snippet_runs_as_written(finished):
+    """DESIGN.md's snippet, letter by letter, in the run's folder."""
+    code = """
+        import torch, torchvision
+        from train_byol_mammo import MammogramBYOL
+        backbone = torchvision.models.resnet18()
+        INPUT_DIM, HIDDEN_DIM, PROJ_DIM = 512, 64, 32
+        x = torch.rand(2, 1, 64, 64)
+        model = MammogramBYOL(backbone, INPUT_DIM, HIDDEN_DIM, PROJ_DIM); model.load_state_dict(torch.load('mammogram_byol_best.pth')['model_state_dict']); model.get_features(x); model.classify(x)
+        assert model.get_features(x).shape == (2, 512) and model.classify(x).shape == (2, 2)
+    """  # noqa: E501
+    run = finished[0] / "runs" / "byol_resnet18"
+    done = run_script(
+        "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{textwrap.dedent(code)}", cwd=run
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_exported_backbone_is_the_trained_one(finished):
+    run = finished[0] / "runs" / "byol_resnet18"
+    plain = torchvision.models.resnet18()
+    plain.load_state_dict(load_file(run / "backbone.safetensors"), strict=True)
+    trained = torch.load(run / "mammogram_byol_final.pth")["model_state_dict"]
+    assert torch.equal(plain.layer4[1].conv2.weight, trained["backbone.layer4.1.conv2.weight"])
+    x = torch.rand(2, 3, 64, 64)
+    a = mammo.load_backbone(run / "backbone.safetensors")(x)
+    torch.testing.assert_close(a, mammo.load_backbone(run / "mammogram_byol_final.pth")(x))
+
+
+def test_a_run_starts_from_another_runs_weights(finished):
+    folder = finished[0]
+    weights = folder / "runs" / "byol_resnet18" / "backbone.safetensors"
+    done = train_script(folder, "--weights", weights, "--run_name", "second", "--max_steps", "1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_wandb_offline_keeps_every_metric_and_sends_nothing(finished):
+    folder = finished[0]
+    environment = {"WANDB_API_KEY": "", "NETRC": str(folder / "none"), "HOME": str(folder)}
+    done = train_script(
+        folder, "--run_name", "w", "--max_steps", "2", "--wandb_mode", "auto", env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "wandb stopped" not in done.stderr
+    assert list((folder / "runs" / "w" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+BAD = [
+    (["--data_dir", "{tmp}/empty"], "no image with .png"),
+    (["--data_dir", "{tmp}/nowhere"], "no such folder"),
+    (["--weights", "{tmp}/nothing.pth"], "no such file"),
+    (["--bach_size", "8"], "did you mean --batch_size"),
+    (["--device", "cuda:7"], "no CUDA GPU"),
+    (["--precision", "fp16"], "fp16 needs a GPU"),
+    (["--tile_size", "4096"], "smaller than a tile"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_ends_in_one_clear_message(tmp_path, flags, message):
+    if "GPU" in message and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    write_images(tmp_path / "images", 1)
+    (tmp_path / "empty").mkdir()
+    done = train_script(tmp_path, *(flag.format(tmp=tmp_path) for flag in flags))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.pth"))
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+
+
+def test_without_internet_and_weights_the_remedy_is_named(tmp_path):
+    write_images(tmp_path / "images", 1)
+    offline = {"TORCH_HOME": str(tmp_path / "hub"), "https_proxy": "http://127.0.0.1:9"}
+    done = train_script(tmp_path, "--weights", "imagenet", env=offline)
+    assert done.returncode == 2
+    assert "https://download.pytorch.org/models/resnet18" in done.stderr
+    assert str(tmp_path / "hub" / "hub" / "checkpoints" / "resnet18") in done.stderr
+    assert "--weights none" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def demo_commands():
+    """The commands of `make demo`, as a user could type them."""
+    recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
+    lines = recipe.replace("\\\n", " ").splitlines()[1:]
+    return [shlex.split(line.replace("$(RUN)", "python")) for line in lines]
+
+
+def test_the_demo_recipe_runs_in_small(tmp_path):
+    """make demo's own commands, their places and sizes made small by flags added at the end."""
+    commands = demo_commands()
+    assert [command[1] for command in commands] == [
+        "synthetic_mammograms.py", "prepare_dataset.py", "train_byol_mammo.py"
+    ]  # fmt: skip
+    small = {
+        "synthetic_mammograms.py": "--studies 2 --height 704 --width 560",
+        "prepare_dataset.py": "",
+        "train_byol_mammo.py": "--tile_size 128 --tile_stride 64 --pixel_spacing_mm 0.425 "
+        "--view_size 32 "
+        "--min_freq_energy 0 --hidden_dim 64 --epochs 1 --max_steps 2 --wandb_mode disabled",
+    }
+    for command in commands:
+        words = [re.sub(r"^demo/", f"{tmp_path}/", word) for word in command[1:]]
+        done = run_script(ROOT / words[0], *words[1:], *small[words[0]].split())
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "byol_resnet18" / "backbone.safetensors").is_file()
+
+
+def test_the_readme_shows_the_commands_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme
+    assert "make test" in readme
+    scripts = {"train_byol_mammo.py", "prepare_dataset.py", "synthetic_mammograms.py"}
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", readme, flags=re.DOTALL)).replace(
+        "\\\n", " "
+    )
+    helps = {script: run_script(ROOT / script, "--help").stdout for script in scripts}
+    found = [
+        shlex.split(line) for line in blocks.splitlines() if line.startswith(("python ", "sbatch "))
+    ]
+    assert len(found) >= 4
+    for command in found:
+        script = "train_byol_mammo.py" if command[0] == "sbatch" else command[1]
+        for word in command:
+            if word.startswith("--"):
+                assert word in helps[script], f"{script} has no flag {word}"
+
+
+def test_sixteen_bit_images_reach_the_views_whole(tmp_path):
+    write_images(tmp_path / "images", 1, bits=16, height=512, width=512)
+    config = mammo.Config(
+        data_dir=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"), tile_size=256,
+        min_freq_energy=0,
+    )  # fmt: skip
+    tiles = mammo.MammogramTiles(mammo.build_cache(config))
+    view = mammo.make_view(tiles, np.arange(1), mammo.PLAIN_VIEW, 256)
+    assert len(torch.unique(view)) > 1000
+    assert breast_image(bits=16)[0].dtype == np.uint16
+    assert sys.version_info >= (3, 10)
