@@ -119,9 +119,7 @@ class Parser(argparse.ArgumentParser):
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Read the flags; an unknown one ends the program (exit code 2) and names the nearest flag."""
     parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     actions = [
         parser.add_argument(flag, type=Path, metavar=kind, default=default, help=text + DEFAULT)

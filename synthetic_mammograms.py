@@ -54,10 +54,7 @@ FAT = 0.15  # display value of adipose tissue, 0 = air, 1 = saturation
 GLAND = 0.52  # display value of fibroglandular tissue
 MUSCLE = 0.50  # display value of the pectoral muscle
 GLAND_SHARE = {"A": (0.05, 0.13), "B": (0.2, 0.35), "C": (0.42, 0.58), "D": (0.68, 0.82)}  # area
-SPECK_MM = (
-    0.1,
-    0.6,
-)  # diameter of a micro-calcification; never drawn below 2 px, or it would vanish
+SPECK_MM = (0.1, 0.6)  # diameter of a micro-calcification; never drawn below 2 px, or it would vanish
 SPECK_PEAK = (0.18, 0.4)  # display value added at a speck's centre, times lesion_contrast
 MASS_MM = (5.0, 12.0)  # radius of a mass
 CLUSTER_MM = (3.0, 7.0)  # radius of a cluster
@@ -398,9 +395,9 @@ def draw_line(canvas: np.ndarray, points: np.ndarray, width: float, value: float
 
 def add_muscle(tissue: np.ndarray, texture: np.ndarray, anatomy: Anatomy) -> np.ndarray:
     """Blend the pectoral muscle in with an edge about 1 mm wide; it hides most of the texture."""
-    muscle = anatomy.pectoral[:, : anatomy.columns].astype(np.float32)
-    inner = cv2.GaussianBlur(muscle, (0, 0), max(8 / anatomy.spacing, 1.0)) ** 2
-    muscle = cv2.GaussianBlur(muscle, (0, 0), max(0.6 / anatomy.spacing, 0.6))
+    shape = anatomy.pectoral[:, : anatomy.columns].astype(np.float32)
+    inner = cv2.GaussianBlur(shape, (0, 0), max(8 / anatomy.spacing, 1.0)) ** 2
+    muscle = cv2.GaussianBlur(shape, (0, 0), max(0.6 / anatomy.spacing, 0.6))
     value = MUSCLE * (0.85 + 0.3 * inner) + 0.02 * texture + 0.25 * (tissue - FAT)
     return tissue + muscle * (value - tissue)
 
@@ -519,11 +516,7 @@ def draw_cluster(
 
 
 def add_patch(
-    tissue: np.ndarray,
-    factor: float,
-    patch: np.ndarray,
-    centre: tuple[int, int],
-    inside: np.ndarray,
+    tissue: np.ndarray, factor: float, patch: np.ndarray, centre: tuple[int, int], inside: np.ndarray
 ) -> tuple[int, int, int, int]:
     """Add a patch around centre where inside is true; return the box of its visible part."""
     reach = patch.shape[0] // 2
@@ -586,10 +579,7 @@ def add_overlays(signal: np.ndarray, spec: PhantomSpec, anatomy: Anatomy) -> np.
     np.maximum(area, label[: area.shape[0]], out=area)
     if rng.uniform() < 0.5 and anatomy.breast.any():
         radius = max(1.2 / anatomy.spacing, 1.5)
-        x, y = (
-            anatomy.nipple[1] / anatomy.spacing + 1.3 * radius,
-            anatomy.nipple[0] / anatomy.spacing,
-        )
+        x, y = (anatomy.nipple[1] / anatomy.spacing + 1.3 * radius, anatomy.nipple[0] / anatomy.spacing)
         centre = (round(16 * x), round(16 * y))
         cv2.circle(signal, centre, round(16 * radius), (0.97,), -1, cv2.LINE_8, 4)
     return signal

@@ -54,6 +54,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,7 @@ import torchvision
 from filelock import FileLock
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
-from lightly.models.utils import (
-    deactivate_requires_grad,
-    get_weight_decay_parameters,
-    update_momentum,
-)
+from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -976,6 +973,11 @@ def _extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
+            except BrokenProcessPool as error:
+                raise MammoError(
+                    "an extraction process was killed, out of memory perhaps; lower --num_workers and "
+                    "start again: finished images are kept"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -1093,10 +1095,7 @@ def _write_pixels(
             (
                 int(index),
                 part.dtype,
-                (
-                    slice(box[0].start - y0, box[0].stop - y0),
-                    slice(box[1].start - x0, box[1].stop - x0),
-                ),
+                (slice(box[0].start - y0, box[0].stop - y0), slice(box[1].start - x0, box[1].stop - x0)),
             )
         )
         offset += height * width
@@ -1622,10 +1621,8 @@ def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
     """
     state = {key: value.detach().cpu() for key, value in model.backbone.state_dict().items()}
     classes = 1000
-    state["fc.weight"], state["fc.bias"] = (
-        torch.zeros(classes, config.input_dim),
-        torch.zeros(classes),
-    )
+    state["fc.weight"] = torch.zeros(classes, config.input_dim)
+    state["fc.bias"] = torch.zeros(classes)
     state = {key: value.contiguous() for key, value in state.items()}
     metadata = {"backbone": config.backbone, "grey_mean": str(GREY_MEAN), "grey_std": str(GREY_STD)}
     with replacing(path) as temporary:
@@ -1828,7 +1825,7 @@ def draw_tiles(samples: list[Sample], config: Config, path: Path) -> None:
     """tiles.png: the grid over each image, coloured by what became of a tile, and tiles of each kind."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 10))
+    figure: Any = Figure(figsize=(13, 10))
     above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
     for axes, sample in zip(above.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
         show_grey(axes, sample.image, sample.title, *sample.window)
@@ -2111,7 +2108,7 @@ def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     # Early on the running statistics of batch norm lag behind: training batches speak for the run too.
     std = max(run.monitor["std"], run.batch_std)
     run.healthy = std >= COLLAPSE_STD
-    row = {"step": run.step, "epoch": epoch}
+    row: dict[str, float] = {"step": run.step, "epoch": epoch}
     row |= {f"monitor_{name}": value for name, value in run.monitor.items()}
     metrics.write(row)
     tracker.log(row)
@@ -2129,7 +2126,14 @@ def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     if config.checkpoint_every and epoch % config.checkpoint_every == 0:
         save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
     save_checkpoint(run.folder / "last.pth", run, resumable=True)
+    draw_run(run, metrics)
+
+
+def draw_run(run: Run, metrics: MetricsFile) -> None:
+    """Bring the run's own pictures up to date."""
     draw_curves(metrics.path, run.folder / "curves.png")
+    if not (run.folder / "views.png").is_file():
+        draw_views(run, run.folder / "views.png")
 
 
 class StopSignal:
@@ -2168,7 +2172,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
         )
     torch.manual_seed(config.seed)  # the heads' initial weights
     model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(device).to(memory_format=torch.channels_last).train()
     run = Run(
         config=config,
         folder=config.run_dir,
@@ -2219,16 +2223,11 @@ def compiled(function: Callable[..., Any], config: Config, device: torch.device)
 
 def environment() -> dict[str, str]:
     """Versions, device and git commit, recorded beside each run's result."""
-    commit = (
-        subprocess.run(
-            ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -2258,10 +2257,7 @@ def train(config: Config) -> Path:
     start_folder(run)
     metrics = MetricsFile(run.folder / "metrics.csv", run.step)
     tracker = Tracker(run.wandb_id, config)
-    with (
-        StopSignal() as stop,
-        progress(total=limit, initial=run.step, desc="train", unit="step") as bar,
-    ):
+    with StopSignal() as stop, progress(total=limit, initial=run.step, desc="train", unit="step") as bar:
         while run.step < limit and not stop.requested:
             train_one_epoch(run, bar, metrics, tracker, stop)
             if run.step % run.steps_per_epoch == 0:
@@ -2308,8 +2304,7 @@ def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     if not best.is_file():  # no epoch was complete, or none was healthy
         save_checkpoint(best, run)
     export_backbone(run.model, folder / "backbone.safetensors", run.config)
-    draw_curves(metrics.path, folder / "curves.png")
-    draw_views(run, folder / "views.png")
+    draw_run(run, metrics)
     tracker.log({name: folder / f"{name}.png" for name in ("segmentation", "tiles", "views")})
     tracker.finish()
     if not run.healthy:
@@ -2351,6 +2346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         print("error: the GPU's memory is full; lower --batch_size or --view_size", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -125,12 +125,7 @@ def test_layout_and_manifest(archive: Archive, capsys: pytest.CaptureFixture[str
     assert list(manifest["file"]) == ["training/s1_a.png", "training/s2_b.png", "test/s3_c.png"]
     first = manifest.iloc[0]
     assert (first.laterality, first["view"], first.breast_birads) == ("L", "CC", "BI-RADS 1")
-    assert (first.height, first.width, first.bit_depth, first.source) == (
-        "12",
-        "9",
-        "16",
-        "s1/a.png",
-    )
+    assert (first.height, first.width, first.bit_depth, first.source) == ("12", "9", "16", "s1/a.png")
     assert os.path.samefile(archive.out / "training/s1_a.png", archive.images / "s1/a.png")
     assert sorted(tree(archive.out)) == sorted([*manifest["file"], "training", "test", "manifest.csv"])
     output = capsys.readouterr().out
