@@ -348,7 +348,9 @@ def bit_depth(image: np.ndarray) -> int:
 
 SEGMENT_SIDE = 640  # px, longest side of the reduced copy
 FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
-SKIN_LEVELS = (0.02, 0.11)  # skin line, share of the way from air to the breast's median: digital, film
+# Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
+SKIN_LEVELS = (0.02, 0.11, 0.08)
+FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the breast's median
 OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
 MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
 
@@ -501,10 +503,12 @@ def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
     if levels is None:
         return nothing
     air, noise, tissue = levels
-    # Digital skin ends in a step: a level just above air gains hardly any area, and keeps thin skin.
-    # Film fades into the glow of scattered light: there the skin line is seen some way up.
-    low, high = (breast_above(area, air + share * (tissue - air) + 2 * noise) for share in SKIN_LEVELS)
-    breast = low if extent(low) < 1.03 * extent(high) else high
+    digital, probe, film = (air + share * (tissue - air) for share in SKIN_LEVELS)
+    breast = breast_above(area, digital + 2 * noise)
+    # Digital skin ends in a step: going down to just above air gains hardly any area and keeps thin
+    # skin. Film fades into the glow of scattered light, out of which the skin comes some way up.
+    if extent(breast) > 1.02 * extent(breast_above(area, probe + 2 * noise)):
+        breast = breast_above(area, max(film + noise, FILM_SKIN * tissue))
     if breast.mean() < MIN_BREAST_AREA:
         return nothing
     mask = nothing
@@ -534,7 +538,7 @@ MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the m
 MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
 MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
 # What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
-MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.75, 0.85, 1.1, 0.04
+MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.85, 1.1, 0.04
 
 
 def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
