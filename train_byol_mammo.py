@@ -538,7 +538,7 @@ MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the m
 MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
 MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
 # What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
-MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.85, 1.1, 0.04
+MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.78, 1.1, 0.04
 
 
 def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -579,7 +579,7 @@ def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | None:
     """Where the muscle's border meets the top row and the left column (px), chest side left, or None."""
     height, width = area.shape
-    if not breast[: height // 20 + 1, : width // 20 + 1].all():
+    if breast[: height // 20 + 1, : width // 20 + 1].mean() < 0.8:
         return None  # the corner is air: a CC view
     grey = np.log(area + 0.1 * np.median(area[breast]))
     grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), MUSCLE_SMOOTHING)
