@@ -86,12 +86,14 @@ TILE_SIZE = 512  # px, side of a tile
 TILE_STRIDE = 256  # px between tiles; half a tile shows every lesion whole at least once
 MIN_BREAST_RATIO = 0.15  # share of a tile that must be breast; 0 = off
 MIN_FREQ_ENERGY = 0.03  # speck energy a tile must reach (see frequency_energy); 0 = off
+HIGH_FREQ_ENERGY = 0.042  # tiles from here on need no intensity and no non-empty share; 0 = off
 MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bit depth; 0 = off
 MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
 EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscle
 PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
+QC_PAGES = False  # one picture for each image into the run's qc folder: mask, muscle, tiles by outcome
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 VIEW_SIZE = 0  # px, side of a view; 0 = the tile size
 BACKBONE = "resnet50"  # resnet18, resnet34 or resnet50 (torchvision)
@@ -126,7 +128,7 @@ CHOICES = {
 LR_BATCH = 32  # batch size at which LR is meant
 # Settings that may differ between a run and its resumption: they don't change the weights.
 FREE_ON_RESUME = (
-    "output_dir run_name cache_dir data_dir num_workers max_steps save_every log_every device "
+    "output_dir run_name cache_dir data_dir qc_pages num_workers max_steps save_every log_every device "
     "compile resume wandb_mode wandb_project checkpoint_every"
 ).split()  # fmt: skip
 
@@ -147,12 +149,14 @@ class Config:
     tile_stride: int = TILE_STRIDE
     min_breast_ratio: float = MIN_BREAST_RATIO
     min_freq_energy: float = MIN_FREQ_ENERGY
+    high_freq_energy: float = HIGH_FREQ_ENERGY
     min_tile_intensity: float = MIN_TILE_INTENSITY
     min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
     exclude_pectoral: bool = EXCLUDE_PECTORAL
     pixel_spacing_mm: float = PIXEL_SPACING_MM
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
+    qc_pages: bool = QC_PAGES
     num_workers: int = NUM_WORKERS
     view_size: int = VIEW_SIZE
     backbone: str = BACKBONE
@@ -206,6 +210,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "tile_stride": (8, 8192),
     "min_breast_ratio": (0, 1),
     "min_freq_energy": (0, math.inf),
+    "high_freq_energy": (0, math.inf),
     "min_tile_intensity": (0, 255),
     "min_non_zero_pixels": (0, 1),
     "pixel_spacing_mm": (0.005, 2),
@@ -796,7 +801,10 @@ def _tile_energies(
 
 
 def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
-    """The first criterion that each tile fails, '' where it fails none."""
+    """The first criterion that each tile fails, '' where it fails none.
+
+    Specks may lie in dark fat or at the skin's edge: a tile of high energy is kept there (`is_rescued`).
+    """
     bars = (
         config.min_breast_ratio,
         config.min_tile_intensity,
@@ -806,7 +814,17 @@ def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
     failed = [table[name] < bar for name, bar in zip(CRITERIA, bars, strict=True)]
     # A tile without breast is of no use even where every threshold is 0.
     failed[0] |= table["breast_ratio"] == 0
+    if config.high_freq_energy:
+        high = table["freq_energy"] >= config.high_freq_energy
+        failed[1], failed[2] = failed[1] & ~high, failed[2] & ~high
     return np.select(failed, CRITERIA, default="")
+
+
+def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
+    """Which tiles of score_tiles are kept for their high energy alone."""
+    dark = table["mean_intensity"] < config.min_tile_intensity
+    empty = table["non_zero_ratio"] < config.min_non_zero_pixels
+    return (table["rejected_by"] == "") & (dark | empty)
 
 
 # ---- 5 Pixel cache ---------------------------------------------------------------------------------
@@ -871,7 +889,7 @@ def code_version() -> str:
 def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
     settings = (
-        "tile_size tile_stride min_breast_ratio min_freq_energy min_tile_intensity "
+        "tile_size tile_stride min_breast_ratio min_freq_energy high_freq_energy min_tile_intensity "
         "min_non_zero_pixels exclude_pectoral pixel_spacing_mm max_tiles"
     )
     rows = sources.drop(columns="path").to_csv(index=False)
@@ -929,6 +947,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
         "spacing_mm": spacing_mm,
         "positions": len(table),
         "rejected": {name: int(counts.get(name, 0)) for name in CRITERIA},
+        "rescued": int(is_rescued(table, config).sum()),
         "tiles": kept.to_dict("list"),
     }
     return record, pixels
@@ -1058,7 +1077,7 @@ def _choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame
 
 
 def _funnel(records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
-    """One row for each image: positions, kept, rejected per criterion, capped, error."""
+    """One row for each image: positions, kept, rescued, rejected per criterion, capped, error."""
     kept = tiles["image"].value_counts()
     rows = []
     for index, record in enumerate(records):
@@ -1070,6 +1089,7 @@ def _funnel(records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.Data
                 "image": sources["image"][index],
                 "positions": record.get("positions", 0),
                 "kept": chosen,
+                "rescued": record.get("rescued", 0),
                 **rejected,
                 "capped": passed - chosen,
                 "error": record.get("error", ""),
@@ -1085,7 +1105,8 @@ def describe_funnel(rejections: pd.DataFrame) -> str:
     lost = ", ".join(f"{name} {total[name]:,.0f}" for name in (*CRITERIA, "capped") if total[name])
     lines = [
         f"images    {len(rejections):,}, skipped {len(skipped):,}",
-        f"positions {total['positions']:,.0f}, kept {total['kept']:,.0f}; rejected: {lost or 'none'}",
+        f"positions {total['positions']:,.0f}, kept {total['kept']:,.0f} "
+        f"({total['rescued']:,.0f} for high energy alone); rejected: {lost or 'none'}",
     ]
     lines += [f"  skipped {row.image}: {row.error}" for row in skipped.head(10).itertuples()]
     if len(skipped) > 10:
@@ -1703,9 +1724,9 @@ def watch(run: Run) -> dict[str, float]:
     }
 
 
-def progress(**options: Any) -> tqdm:
+def progress(items: Any = None, **options: Any) -> tqdm:
     """A tqdm bar; where stderr is a log file, it prints a line every 30 s instead of redrawing."""
-    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
+    return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
 
 
 class MetricsFile:
@@ -1807,33 +1828,68 @@ class Sample:
     window: tuple[float, float]  # grey levels
 
 
-def sample_images(config: Config, count: int = 4) -> list[Sample]:
-    """Up to `count` images of the archive, evenly spaced, without those that extraction skips."""
+def load_sample(index: int, source: pd.Series, config: Config) -> Sample:
+    """Repeat the extraction of one row of list_sources. Raises ImageReadError."""
+    spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else config.pixel_spacing_mm
+    image = read_mammogram(source["path"])
+    mask = segment_breast_tissue(image)
+    muscle = segment_pectoral_muscle(image, mask)
+    table = score_tiles(image, mask, config, spacing)
+    title = f"image {index} {source['laterality']} {source['view']}"
+    return Sample(title, image, mask, muscle, table, intensity_window(image, mask))
+
+
+def draw_extraction(config: Config, folder: Path, count: int = 4) -> None:
+    """Write EXTRACTION_PICTURES of a few images that gave tiles, evenly spaced, into the cache."""
     sources = list_sources(config.data_dir)
-    samples = []
-    for index in np.unique(np.linspace(0, len(sources) - 1, 3 * count).astype(int)):
-        source = sources.loc[index]
-        spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else config.pixel_spacing_mm
-        try:
-            image = read_mammogram(source["path"])
-        except ImageReadError:
-            continue  # named in rejections.csv
-        mask = segment_breast_tissue(image)
-        if not mask.any() or min(image.shape) < config.tile_size:
-            continue
-        muscle = segment_pectoral_muscle(image, mask)
-        table = score_tiles(image, mask, config, spacing)
-        title = f"image {index} {source['laterality']} {source['view']}"
-        samples.append(Sample(title, image, mask, muscle, table, intensity_window(image, mask)))
-    keep = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))
-    return [samples[i] for i in keep]
-
-
-def draw_extraction(config: Config, folder: Path) -> None:
-    """Write EXTRACTION_PICTURES into `folder`."""
-    samples = sample_images(config)
+    kept = pd.read_csv(folder / "rejections.csv")["kept"]
+    usable = np.flatnonzero(kept)
+    chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int))]
+    samples = [load_sample(index, sources.loc[index], config) for index in chosen]
     draw_segmentation(samples, folder / "segmentation.png")
     draw_tiles(samples, config, folder / "tiles.png")
+
+
+def draw_qc_pages(config: Config, folder: Path) -> None:
+    """qc/<number>.png for each image: outlines and tile centres by outcome, to flip through."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, source in progress(list(list_sources(config.data_dir).iterrows()), desc="qc pages"):
+        path = folder / f"{index:06d}.png"
+        if path.is_file():
+            continue
+        figure = Figure(figsize=(7, 8))
+        axes = figure.add_subplot()
+        try:
+            sample = load_sample(index, source, config)
+        except ImageReadError as error:
+            axes.set_title(f"image {index}: {error.reason}", fontsize=9)
+            axes.set_axis_off()
+        else:
+            outline(axes, sample)
+            mark_tiles(axes, sample, config)
+            figure.legend(loc="lower center", ncols=3, fontsize=7)
+        save_figure(figure, path)
+
+
+def outline(axes: Any, sample: Sample) -> None:
+    """Show an image with the outlines of breast and muscle."""
+    show_grey(axes, sample.image, sample.title, *sample.window)
+    for area, colour in ((sample.mask, BREAST_COLOUR), (sample.muscle, MUSCLE_COLOUR)):
+        contours, _ = cv2.findContours(area.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        for points in contours:
+            axes.plot(*points[:, 0].T, color=colour, linewidth=1.2)
+
+
+def mark_tiles(axes: Any, sample: Sample, config: Config) -> None:
+    """Mark the centres of an image's tiles by outcome."""
+    centre = sample.table[["x", "y"]] + config.tile_size / 2
+    for reason, colour in OUTCOME_COLOURS.items():
+        points = centre[sample.table["rejected_by"] == reason]
+        marker = "x" if reason else "s"
+        name = f"rejected: {reason}" if reason else "kept"
+        axes.scatter(points["x"], points["y"], s=18, c=colour, marker=marker, label=name)
 
 
 def draw_segmentation(samples: list[Sample], path: Path) -> None:
@@ -1842,14 +1898,7 @@ def draw_segmentation(samples: list[Sample], path: Path) -> None:
 
     figure = Figure(figsize=(3.2 * len(samples), 4.4))
     for column, sample in enumerate(samples, 1):
-        axes = figure.add_subplot(1, len(samples), column)
-        show_grey(axes, sample.image, sample.title, *sample.window)
-        for area, colour in ((sample.mask, BREAST_COLOUR), (sample.muscle, MUSCLE_COLOUR)):
-            outline, _ = cv2.findContours(
-                area.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
-            )
-            for points in outline:
-                axes.plot(*points[:, 0].T, color=colour, linewidth=1.2)
+        outline(figure.add_subplot(1, len(samples), column), sample)
     figure.suptitle("Breast (blue) and pectoral muscle (orange)", fontsize=11)
     save_figure(figure, path)
 
@@ -1862,12 +1911,7 @@ def draw_tiles(samples: list[Sample], config: Config, path: Path) -> None:
     above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
     for axes, sample in zip(above.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
         show_grey(axes, sample.image, sample.title, *sample.window)
-        centre = sample.table[["x", "y"]] + config.tile_size / 2
-        for reason, colour in OUTCOME_COLOURS.items():
-            points = centre[sample.table["rejected_by"] == reason]
-            marker = "x" if reason else "s"
-            name = f"rejected: {reason}" if reason else "kept"
-            axes.scatter(points["x"], points["y"], s=18, c=colour, marker=marker, label=name)
+        mark_tiles(axes, sample, config)
     above.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
     above.suptitle("Tile centres by outcome", fontsize=10)
     tiles = [(sample, tile) for sample in samples for tile in sample.table.itertuples()]
@@ -2288,6 +2332,8 @@ def train(config: Config) -> Path:
         print(f"{run.folder} is finished at step {run.step}; raise --max_steps, or give --run_name")
         return run.folder
     start_folder(run)
+    if config.qc_pages:
+        draw_qc_pages(config, run.folder / "qc")
     metrics = MetricsFile(run.folder / "metrics.csv", run.step)
     tracker = Tracker(run.wandb_id, config)
     with StopSignal() as stop, progress(total=limit, initial=run.step, desc="train", unit="step") as bar:

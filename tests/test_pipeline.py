@@ -90,8 +90,11 @@ def test_the_exported_backbone_is_the_trained_one(finished):
 def test_a_run_starts_from_another_runs_weights(finished):
     folder = finished[0]
     weights = folder / "runs" / "byol_resnet18" / "backbone.safetensors"
-    done = train_script(folder, "--weights", weights, "--run_name", "second", "--max_steps", "1")
+    done = train_script(
+        folder, "--weights", weights, "--run_name", "second", "--max_steps", "1", "--qc_pages"
+    )
     assert done.returncode == 0, done.stderr
+    assert len(list((folder / "runs" / "second" / "qc").glob("*.png"))) == 5  # the broken one is named
 
 
 def test_wandb_offline_keeps_every_metric_and_sends_nothing(finished):

@@ -72,7 +72,7 @@ def test_stricter_thresholds_never_add_tiles(first, second):
     kept = []
     for bars in (np.minimum(first, second), np.maximum(first, second)):
         names = ("min_breast_ratio", "min_tile_intensity", "min_non_zero_pixels", "min_freq_energy")
-        config = mammo.Config(**dict(zip(names, bars.tolist(), strict=True)))
+        config = mammo.Config(**dict(zip(names, bars.tolist(), strict=True)), high_freq_energy=0)
         failure = mammo._first_failure(table, config)
         kept.append(failure == "")
         for name, bar in zip(mammo.CRITERIA, bars, strict=True):
@@ -100,3 +100,21 @@ def test_thresholds_of_zero_keep_everything_with_breast():
     )  # fmt: skip
     table = mammo.score_tiles(image, mask, config)
     assert ((table["rejected_by"] == "") == (table["breast_ratio"] > 0)).all()
+
+
+def test_high_energy_keeps_dark_and_empty_tiles_and_is_counted():
+    row = {"breast_ratio": 0.5, "mean_intensity": 90, "non_zero_ratio": 1.0, "freq_energy": 0.035}
+    cases = [
+        ({}, "", False),
+        ({"mean_intensity": 10}, "mean_intensity", False),
+        ({"mean_intensity": 10, "freq_energy": 0.05}, "", True),
+        ({"non_zero_ratio": 0.1, "freq_energy": 0.05}, "", True),
+        ({"breast_ratio": 0.1, "freq_energy": 0.05}, "breast_ratio", False),
+    ]
+    table = pd.DataFrame([{**row, **change} for change, _, _ in cases])
+    config = mammo.Config()
+    table["rejected_by"] = mammo._first_failure(table, config)
+    assert table["rejected_by"].tolist() == [reason for _, reason, _ in cases]
+    assert mammo.is_rescued(table, config).tolist() == [rescued for _, _, rescued in cases]
+    off = mammo._first_failure(table, mammo.Config(high_freq_energy=0))
+    assert off[2] == "mean_intensity"
