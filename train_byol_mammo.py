@@ -994,14 +994,15 @@ def build_cache(config: Config) -> Path:
     with FileLock(building.with_suffix(".lock")):
         if not (final / "cache.json").is_file():
             (building / "parts").mkdir(parents=True, exist_ok=True)
-            _extract_all(sources, config, building / "parts")
+            extract_all(sources, config, building / "parts")
             merge_parts(building, sources, inputs, config)
             draw_extraction(config, building)
             os.replace(building, final)
     return final
 
 
-def _extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
+def extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
+    """Write the parts of all images that have none yet, in parallel processes."""
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
     jobs = [
         (index, path, float(mm), config, str(parts))
