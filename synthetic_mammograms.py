@@ -151,6 +151,7 @@ class Phantom:
     image: np.ndarray  # (H, W) uint8 or uint16
     breast: np.ndarray  # (H, W) bool
     pectoral: np.ndarray  # (H, W) bool, inside breast
+    foreign: np.ndarray  # (H, W) bool, what label, marker, tape, scanner edge, padding or frame cover
     lesions: list[Lesion]
 
 
@@ -164,14 +165,16 @@ def make_phantom(spec: PhantomSpec) -> Phantom:
         tissue = make_tissue(spec, anatomy)
         lesions = add_lesions(tissue, spec, anatomy)
         signal = detect(tissue, spec, anatomy)
-    signal = add_overlays(signal, spec, anatomy)
+    signal, foreign = add_overlays(signal, spec, anatomy)
     image = to_grey_values(signal, spec.bit_depth)
+    foreign |= covered_by_trap(spec, anatomy)
     image = set_trap_values(image, spec, anatomy)
-    masks = [anatomy.breast, anatomy.pectoral]
+    masks = [anatomy.breast, anatomy.pectoral, foreign]
     if spec.laterality == "R":
         image, *masks = (np.ascontiguousarray(array[:, ::-1]) for array in (image, *masks))
         lesions = [mirror(lesion, spec.width) for lesion in lesions]
-    return Phantom(spec, image, masks[0], masks[1], lesions)
+    breast, pectoral, foreign = masks
+    return Phantom(spec, image, breast, pectoral, foreign, lesions)
 
 
 # ---- 2 Contour -----------------------------------------------------------------------------------
@@ -561,13 +564,21 @@ def to_grey_values(signal: np.ndarray, bit_depth: int) -> np.ndarray:
     return np.rint(signal.clip(0, 1) * top).astype(np.uint8 if bit_depth == 8 else np.uint16)
 
 
-def add_overlays(signal: np.ndarray, spec: PhantomSpec, anatomy: Anatomy) -> np.ndarray:
-    """Burn in the view label, in half the images a nipple marker, and the trap's additions."""
+def add_overlays(
+    signal: np.ndarray, spec: PhantomSpec, anatomy: Anatomy
+) -> tuple[np.ndarray, np.ndarray]:
+    """Burn in the view label, in half the images a nipple marker, and the trap's additions.
+
+    Returns the signal and where label, marker, tape and scanner edges cover it, each (H, W).
+    """
     rng = spec.rng("overlay")
-    signal = add_film(signal, anatomy, rng) if spec.trap == "film" else signal
+    foreign = np.zeros(signal.shape, bool)
+    if spec.trap == "film":
+        signal, foreign = add_film(signal, anatomy, rng)
     if spec.trap == "noisy_background":
         air = rng.normal(0.03, 0.012, signal.shape).astype(np.float32).clip(0)
         signal = np.maximum(signal, air)
+    without = signal.copy()
     label = draw_label(f"{spec.laterality} {spec.view}", max(5 / anatomy.spacing, 8))
     label = label[:, ::-1] if spec.laterality == "R" else label  # the image is mirrored later
     top, left = int(0.05 * spec.height), anatomy.used_columns - int(1.2 * label.shape[1])
@@ -582,7 +593,7 @@ def add_overlays(signal: np.ndarray, spec: PhantomSpec, anatomy: Anatomy) -> np.
         x, y = (anatomy.nipple[1] / anatomy.spacing + 1.3 * radius, anatomy.nipple[0] / anatomy.spacing)
         centre = (round(16 * x), round(16 * y))
         cv2.circle(signal, centre, round(16 * radius), (0.97,), -1, cv2.LINE_8, 4)
-    return signal
+    return signal, foreign | (signal != without)
 
 
 def draw_label(text: str, height: float) -> np.ndarray:
@@ -599,8 +610,13 @@ def draw_label(text: str, height: float) -> np.ndarray:
 # ---- 6 Traps -------------------------------------------------------------------------------------
 
 
-def add_film(signal: np.ndarray, anatomy: Anatomy, rng: np.random.Generator) -> np.ndarray:
-    """Return the image as a digitised film: fog, grain, bright scanner edges, a strip of tape."""
+def add_film(
+    signal: np.ndarray, anatomy: Anatomy, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image as a digitised film: fog, grain, bright scanner edges, a strip of tape.
+
+    And where edges and tape are, (H, W) bool.
+    """
     height, width = signal.shape
     fog = np.float32(rng.uniform(0.05, 0.12)) + np.linspace(0, 0.03, width, dtype=np.float32)
     film = fog + (1 - fog) * signal
@@ -612,7 +628,15 @@ def add_film(signal: np.ndarray, anatomy: Anatomy, rng: np.random.Generator) -> 
     size = (0.3 * width, 0.04 * height)
     corners = cv2.boxPoints((centre, size, rng.uniform(-50, -20)))
     tape = cv2.fillConvexPoly(np.zeros_like(film), np.rint(corners).astype(np.int32), (1.0,))
-    return np.maximum(film, tape * np.float32(rng.uniform(0.35, 0.7)))
+    foreign = tape > 0
+    foreign[:, -strip:], foreign[-strip // 2 :] = True, True
+    return np.maximum(film, tape * np.float32(rng.uniform(0.35, 0.7))), foreign
+
+
+def covered_by_trap(spec: PhantomSpec, anatomy: Anatomy) -> np.ndarray:
+    """Where padding or a frame replaces the image, (H, W) bool."""
+    empty = np.zeros((spec.height, spec.width), np.uint16)
+    return (spec.trap != "inverted") & (set_trap_values(empty, spec, anatomy) > 0)
 
 
 def set_trap_values(image: np.ndarray, spec: PhantomSpec, anatomy: Anatomy) -> np.ndarray:

@@ -33,8 +33,10 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -312,6 +314,21 @@ def read_mammogram(path: str | Path) -> np.ndarray:
     Grey stored as RGB loses its copies, an alpha channel is dropped, MONOCHROME1-like images are
     inverted within their bit depth. Raises ImageReadError naming file and reason.
     """
+    return read_with_overview(path)[0]
+
+
+def read_with_overview(path: str | Path) -> tuple[np.ndarray, Overview]:
+    """read_mammogram, and the reduced copy that polarity was judged by."""
+    image = decode(path)
+    view = overview(image)
+    if air_is_bright(view):
+        image = (2 ** bit_depth(image) - 1) - image
+        view = overview(image)
+    return image, view
+
+
+def decode(path: str | Path) -> np.ndarray:
+    """The grey levels of an image file as they are: (H, W) uint8 or uint16. Raises ImageReadError."""
     if not Path(path).is_file():
         raise ImageReadError(path, "no such file" if not Path(path).exists() else "not a file")
     try:
@@ -326,8 +343,6 @@ def read_mammogram(path: str | Path) -> np.ndarray:
         image = _grey(image)
     if min(image.shape) < 2:
         raise ImageReadError(path, f"only {image.shape[1]} x {image.shape[0]} px")
-    if air_is_bright(image):
-        image = (2 ** bit_depth(image) - 1) - image
     return image
 
 
@@ -351,41 +366,72 @@ def bit_depth(image: np.ndarray) -> int:
 # Levels of rejection: constant padding and frames, then the air's grey level, then components, then the
 # skin line. All but the last work on a reduced copy: a skin line is smooth at a scale of millimetres.
 
-SEGMENT_SIDE = 640  # px, longest side of the reduced copy
+SEGMENT_SIDE = 480  # px, longest side of the reduced copy
 FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
 # Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
 SKIN_LEVELS = (0.02, 0.11, 0.08)
 FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the breast's median
 OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
+LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
+LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
+LABEL_PERCENTILE = 99.5  # a label is brighter than this percentile of the breast
 MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
 
 
-def reduction_factor(shape: tuple[int, ...], side: int = SEGMENT_SIDE) -> int:
-    """Side of the blocks that are averaged so that the long side is at most `side` px; even or 1."""
-    longest = max(shape)
-    return 1 if longest <= side else 2 * math.ceil(longest / 2 / side)
+@dataclass(frozen=True)
+class Overview:
+    """A mammogram without its padding, averaged to few pixels: what polarity and masks are found on."""
+
+    area: np.ndarray  # (h, w) float32 block means
+    box: tuple[slice, slice]  # rows and columns of the image that hold the content
+    factor: int  # side of a block in px of the image
+    shape: tuple[int, int]  # of the image
+
+    def enlarged(self, mask: np.ndarray) -> np.ndarray:
+        """A bool mask of `area` at the image's shape (H, W), its border interpolated."""
+        full = np.zeros(self.shape, bool)
+        left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+        if not width:
+            return full
+        # One block more on each side, where the border is interpolated.
+        rows = slice(max(0, top - 1), min(mask.shape[0], top + height + 1))
+        cols = slice(max(0, left - 1), min(mask.shape[1], left + width + 1))
+        part = mask[rows, cols].view(np.uint8) * np.uint8(255)
+        size = (part.shape[1] * self.factor, part.shape[0] * self.factor)
+        grown = cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
+        # Rows and columns that made no whole block follow their neighbours.
+        inner = full[self.box]
+        y1 = inner.shape[0] if rows.stop == mask.shape[0] else rows.stop * self.factor
+        x1 = inner.shape[1] if cols.stop == mask.shape[1] else cols.stop * self.factor
+        target = inner[rows.start * self.factor : y1, cols.start * self.factor : x1]
+        rest = (0, target.shape[0] - size[1], 0, target.shape[1] - size[0])
+        np.greater(cv2.copyMakeBorder(grown, *rest, cv2.BORDER_REPLICATE), 127, out=target)
+        return full
 
 
-def reduced(image: np.ndarray, side: int = SEGMENT_SIDE) -> np.ndarray:
-    """Float32 block means of an image whose long side becomes at most `side` px.
+def overview(image: np.ndarray) -> Overview:
+    """Reduce an image (H, W) uint8 or uint16 so that its long side is at most SEGMENT_SIDE px."""
+    box = content_box(image)
+    longest = max(1, *image[box].shape)
+    factor = 2 ** max(0, math.ceil(math.log2(longest / SEGMENT_SIDE)))
+    return Overview(block_means(image[box], factor), box, factor, image.shape)
 
-    Halving first is several times faster than one step; rows and columns left over at the end go.
+
+def block_means(image: np.ndarray, factor: int) -> np.ndarray:
+    """Float32 means of blocks of factor x factor px, a power of two; rows and columns left over go.
+
+    Halving is the fast path of cv2.resize. Whole grey levels get 8 fractional bits after the first
+    halving, so that 8-bit images keep their averages.
     """
-    factor = reduction_factor(image.shape, side)
-    height, width = (length // factor for length in image.shape)
-    image = image[: height * factor, : width * factor]
-    if factor > 1:
+    height, width = (length // factor * factor for length in image.shape)
+    image = image[:height, :width]
+    scale = 1
+    while factor > 1 and image.size:
         image = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
-
-
-def enlarged(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A mask of reduced(image) at the image's own shape, its border interpolated."""
-    factor = reduction_factor(shape)
-    height, width = (length * factor for length in mask.shape)
-    grown = cv2.resize(mask.astype(np.uint8) * 255, (width, height), interpolation=cv2.INTER_LINEAR)
-    rest = (0, shape[0] - height, 0, shape[1] - width)
-    return cv2.copyMakeBorder(grown, *rest, cv2.BORDER_REPLICATE) > 127
+        if image.dtype == np.uint8:
+            image, scale = image.astype(np.uint16) << 8, 256
+        factor //= 2
+    return image.astype(np.float32) / np.float32(scale)
 
 
 def content_box(image: np.ndarray) -> tuple[slice, slice]:
@@ -407,16 +453,15 @@ def content_box(image: np.ndarray) -> tuple[slice, slice]:
     return slice(top, max(top, bottom)), slice(left, max(left, right))
 
 
-def air_is_bright(image: np.ndarray) -> bool:
+def air_is_bright(view: Overview) -> bool:
     """Whether the image is MONOCHROME1-like: its brightest fifth is smoother than its darkest.
 
     Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
     the border decides where both ends are equally smooth.
     """
-    content = image[content_box(image)]
-    if min(content.shape) < 16:
+    area = view.area
+    if min(area.shape) < 16:
         return False
-    area = reduced(content, SEGMENT_SIDE // 2)
     spans = [np.ptp(area, axis=axis) > FLAT_SPAN * np.ptp(area) for axis in (1, 0)]
     area = area[np.ix_(*spans)]  # without rows and columns of air alone
     if min(area.shape) < 16:
@@ -451,8 +496,13 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
     """
     from skimage.filters import threshold_multiotsu  # here: a run that finds its cache starts sooner
 
+    lowest, highest = float(area.min()), float(area.max())
+    if lowest == highest:
+        return None
+    counts = cv2.calcHist([area], [0], None, [256], [lowest, np.nextafter(highest, np.inf)]).ravel()
+    levels = lowest + (np.arange(256) + 0.5) * (highest - lowest) / 256
     try:
-        lower = float(threshold_multiotsu(area, classes=3)[0])
+        lower = float(threshold_multiotsu(classes=3, hist=(counts, levels))[0])
     except ValueError:  # fewer than three grey levels
         return None
     dark = (area <= lower).astype(np.uint8)
@@ -469,14 +519,13 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
     return level, 1.4826 * float(np.median(np.abs(air - level))), float(np.median(area[core]))
 
 
-def breast_above(area: np.ndarray, level: float) -> np.ndarray:
-    """The breast in a reduced image without padding: the largest component above a grey level.
+def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarray:
+    """The breast in a reduced image and its smoothed copy: the largest component above a grey level.
 
     Opening cuts labels and tape that touch the breast by a thin bridge. Where the image side cuts the
     breast off, dark fat may be open to that side: it is closed there before holes are filled. Noise
     is smoothed away first; the rim that smoothing has pushed outwards is trimmed at the end.
     """
-    smooth = cv2.GaussianBlur(area, (0, 0), 1)
     binary = (smooth > level).astype(np.uint8)
     pad = OPENING + 1
     padded = cv2.copyMakeBorder(binary, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
@@ -499,26 +548,61 @@ def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
     Includes skin line, fat and pectoral muscle; excludes air, labels, markers, tape, frame, padding.
     All False where there is no breast (empty, constant or noise).
     """
-    nothing = np.zeros(image.shape, bool)
-    box = content_box(image)
-    if min(image[box].shape) < 16:
-        return nothing
-    area = reduced(image[box])
-    levels = grey_levels(cv2.GaussianBlur(area, (0, 0), 1))
+    view = overview(image)
+    return view.enlarged(find_breast(view))
+
+
+def find_breast(view: Overview) -> np.ndarray:
+    """segment_breast_tissue on the reduced copy: (h, w) bool."""
+    area = view.area
+    if min(area.shape) < 16:
+        return np.zeros(area.shape, bool)
+    smooth = cv2.GaussianBlur(area, (0, 0), 1)
+    levels = grey_levels(smooth)
     if levels is None:
-        return nothing
+        return np.zeros(area.shape, bool)
     air, noise, tissue = levels
     digital, probe, film = (air + share * (tissue - air) for share in SKIN_LEVELS)
-    breast = breast_above(area, digital + 2 * noise)
+    breast = breast_above(area, smooth, digital + 2 * noise)
     # Digital skin ends in a step: going down to just above air gains hardly any area and keeps thin
     # skin. Film fades into the glow of scattered light, out of which the skin comes some way up.
-    if extent(breast) > 1.02 * extent(breast_above(area, probe + 2 * noise)):
-        breast = breast_above(area, max(film + noise, FILM_SKIN * tissue))
+    if extent(breast) > 1.02 * extent(breast_above(area, smooth, probe + 2 * noise)):
+        breast = breast_above(area, smooth, max(film + noise, FILM_SKIN * tissue))
     if breast.mean() < MIN_BREAST_AREA:
-        return nothing
-    mask = nothing
-    mask[box] = enlarged(breast, image[box].shape)
-    return mask
+        return np.zeros(area.shape, bool)
+    return without_labels(breast, area)
+
+
+def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """A breast mask without the labels and markers that touch the skin, where they cover it too.
+
+    What a large disc can't reach sticks out of the breast: nipple, folds, labels. The last are the
+    brightest thing in the image, skin is among the darkest.
+    """
+    pad = LABEL_SIZE
+    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+    body = opened_by_disc(padded, LABEL_SIZE / 2)[pad:-pad, pad:-pad]
+    outside = breast & ~body
+    bright = area > np.percentile(area[body], LABEL_PERCENTILE) if body.any() else outside
+    seeds = cv2.connectedComponentsWithStats(outside.view(np.uint8), connectivity=8)[1]
+    labels = np.unique(seeds[outside & bright])
+    if not labels.size:
+        return breast
+    sticking = np.isin(seeds, labels)
+    # Letters lie apart: closing joins them, and with them those that lie over the breast.
+    gap = np.ones((LABEL_GAP, LABEL_GAP), np.uint8)
+    joined = cv2.morphologyEx((bright | sticking).view(np.uint8), cv2.MORPH_CLOSE, gap)
+    near = cv2.dilate(sticking.view(np.uint8), np.ones((2 * LABEL_SIZE + 1,) * 2, np.uint8))
+    parts = cv2.connectedComponents(cv2.bitwise_and(joined, near))[1]
+    found = np.isin(parts, np.unique(parts[sticking])) & (bright | sticking)
+    label = cv2.dilate(found.view(np.uint8), np.ones((7, 7), np.uint8)) > 0
+    return largest_component(breast & ~label)
+
+
+def opened_by_disc(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Opening of a (H, W) uint8 mask by a disc of any size (px), by two distance transforms."""
+    inner = cv2.distanceTransform(mask, cv2.DIST_L2, 5) > radius
+    return cv2.distanceTransform((~inner).view(np.uint8), cv2.DIST_L2, 5) <= radius
 
 
 def chest_side(breast: np.ndarray) -> int:
@@ -553,12 +637,16 @@ def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     the line with the strongest bright-to-dark edge along it (Karssemeijer 1998 fits a line likewise).
     All False where no line is long, bright and contrasted enough, as on CC views.
     """
-    nothing = np.zeros(mask.shape, bool)
-    box = content_box(image)
-    if not mask[box].any():
+    view = overview(image)
+    breast = block_means(mask[view.box].view(np.uint8) * np.uint8(255), view.factor) > 127
+    return view.enlarged(find_muscle(view, breast)) & mask
+
+
+def find_muscle(view: Overview, breast: np.ndarray) -> np.ndarray:
+    """segment_pectoral_muscle on the reduced copy: (h, w) bool."""
+    area, nothing = view.area, np.zeros(breast.shape, bool)
+    if not breast.any():
         return nothing
-    area = reduced(image[box])
-    breast = reduced(mask[box].view(np.uint8) * np.uint8(255)) > 127
     mirrored = chest_side(breast) == -1
     if mirrored:
         area, breast = area[:, ::-1], breast[:, ::-1]
@@ -576,9 +664,7 @@ def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         or grey < MUSCLE_MIN_CONTRAST * np.median(area[beside])
     ):
         return nothing
-    found = nothing
-    found[box] = enlarged(muscle[:, ::-1] if mirrored else muscle, image[box].shape)
-    return found & mask
+    return np.ascontiguousarray(muscle[:, ::-1] if mirrored else muscle)
 
 
 def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | None:
@@ -591,14 +677,20 @@ def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | N
     slope_x, slope_y = (cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1)))
     share = np.arange(0.15, 1.0, 0.025)
     top, left = (axis.ravel() for axis in np.meshgrid(share * width, share * height))
-    along = np.linspace(0.03, 0.97, 80)
-    x = (top[:, None] * (1 - along)).astype(int)  # (lines, points)
-    y = (left[:, None] * along).astype(int)
-    length = np.hypot(top, left)[:, None]
-    edge = -(slope_x[y, x] * left[:, None] + slope_y[y, x] * top[:, None]) / length
-    edge = np.where(breast[y, x], edge, 0)
     large = top * left / 2 >= MUSCLE_MIN_AREA * breast.sum()
-    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (breast[y, x].mean(1) > 0.5) * large
+    if not large.any():
+        return None
+    top, left = top[large], left[large]
+    along = np.linspace(0.03, 0.97, 40)
+    x = (top[:, None] * (1 - along)).astype(np.int32)  # (lines, points)
+    y = (left[:, None] * along).astype(np.int32)
+    points = y * width + x
+    length = np.hypot(top, left)
+    normal_x, normal_y = (left / length).astype(np.float32), (top / length).astype(np.float32)
+    edge = -(slope_x.take(points) * normal_x[:, None] + slope_y.take(points) * normal_y[:, None])
+    inside = breast.ravel().take(points)
+    edge *= inside
+    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (inside.mean(1) > 0.5)
     best = int(score.argmax())
     if (edge[best] > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
         return None
@@ -611,6 +703,7 @@ def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | N
 SPECK_GRID = 0.17  # mm, pixel of the reduced grid on which specks are sought
 SPECK_SIGMA = 0.13  # mm, scale of the second derivatives: passes specks of 0.1-1 mm, best 0.35 mm
 SPECK_WINDOW = 9.0  # mm, side of the square that sets a peak's scale; wider than a tight group
+SPECK_BLOCK = 4  # grid px, side of the blocks on which that scale and the mask's rim are worked out
 SPECK_MARGIN = 1.0  # mm, rim of the mask where a peak may be the mask's own edge
 SPECK_MIN_STRENGTH = 2.0  # local standard deviations; weaker peaks are noise and left out
 GROUP_SIZE = 5  # specks that make a group (ACR BI-RADS 2013: five within 1 cm, spread up to 2 cm)
@@ -640,16 +733,23 @@ def curvatures(image: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]
 
 def grey_step(image: np.ndarray) -> float:
     """Usual gap between the grey levels in use: 1, or 16 where 12 bits were stretched to 16."""
-    levels = np.flatnonzero(np.bincount(image[::4, ::4].ravel()))
+    rows = image[:: sampling_step(image) ** 2]  # whole rows are read faster than single pixels
+    levels = np.flatnonzero(np.bincount(rows.ravel()))
     return float(np.median(np.diff(levels))) if len(levels) > 1 else 1.0
 
 
-def reduced_grid(
+def sampling_step(image: np.ndarray) -> int:
+    """Every how many rows and columns are read where some 100,000 px tell as much as all."""
+    return max(1, math.isqrt(image.size // 100_000))
+
+
+def speck_grid(
     image: np.ndarray, mask: np.ndarray, factor: int
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Area-averaged float32 image and uint8 mask of the mask's bounding box, and its corner (y, x).
+    """Float32 means over factor x factor px of the mask's bounding box, its mask, and its corner (y, x).
 
-    The box starts at a multiple of the factor, so that a tile and its image share one grid.
+    The box starts at a multiple of the factor, so that a tile and its image share one grid. Averages
+    are taken in 16 bits, all of them in use: what they lose is below the noise of any detector.
     """
     x0, y0, width, height = cv2.boundingRect(mask.view(np.uint8))
     top, left = y0 // factor * factor, x0 // factor * factor
@@ -657,9 +757,19 @@ def reduced_grid(
     if min(size) == 0:
         return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.uint8), 0, 0
     box = np.s_[top : top + size[1] * factor, left : left + size[0] * factor]
-    small = cv2.resize(image[box].astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    unused = 16 - bit_depth(image)
+    content = np.left_shift(image[box], unused, dtype=np.uint16) if unused else image[box]
+    small = cv2.resize(content, size, interpolation=cv2.INTER_AREA).astype(np.float32)
     inside = cv2.resize(mask[box].view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-    return small, inside, top, left
+    return small * np.float32(2.0**-unused), inside, top, left
+
+
+@functools.cache
+def rounding_gain(sigma: float) -> float:
+    """Variance of the mean curvature at scale sigma (px) where each grid pixel has an error of 1."""
+    impulse = np.zeros((31, 31), np.float32)
+    impulse[15, 15] = 1
+    return float((curvatures(impulse, sigma)[1] ** 2).sum())
 
 
 def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
@@ -671,24 +781,43 @@ def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_S
     """
     factor = max(1, round(SPECK_GRID / spacing_mm))
     pixel = spacing_mm * factor
-    small, inside, top, left = reduced_grid(image, mask, factor)
+    small, inside, top, left = speck_grid(image, mask, factor)
     if not inside.any():
         return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-    rim = np.ones((2 * round(SPECK_MARGIN / pixel) + 1,) * 2, np.uint8)
-    inside = cv2.erode(inside, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     weaker, mean = curvatures(small, SPECK_SIGMA / pixel)
     highest = cv2.dilate(weaker, np.ones((5, 5), np.uint8))
-    peaks = (weaker == highest) & (weaker > 0) & (inside > 0)
-    ys, xs = np.divmod(np.flatnonzero(peaks), small.shape[1])
-    window = (max(1, round(SPECK_WINDOW / pixel)),) * 2
-    area = cv2.boxFilter(inside, cv2.CV_32F, window)[ys, xs]
-    variance = cv2.sqrBoxFilter(mean * inside, cv2.CV_32F, window)[ys, xs] / area
-    # Rounding to grey levels has this variance; as a floor it keeps 8-bit plateaus from firing.
+    ys, xs = np.nonzero((weaker == highest) & (weaker > 0))
+    cut, variance = local_variance(mean, inside, pixel)
+    by, bx = ys // SPECK_BLOCK, xs // SPECK_BLOCK
+    kept = cut[by, bx] > 0
+    ys, xs, by, bx = ys[kept], xs[kept], by[kept], bx[kept]
+    # Rounding to grey levels adds to the variance, more so in 8 bits: that share is taken off again,
+    # and the rounding error itself is the floor that keeps 8-bit plateaus from firing.
     rounding = (grey_step(image) / factor) ** 2 / 12
-    strengths = weaker[ys, xs] / np.sqrt(variance + rounding)
+    excess = rounding * rounding_gain(SPECK_SIGMA / pixel)
+    strengths = weaker[ys, xs] / np.sqrt(np.maximum(variance[by, bx] - excess, rounding))
     strong = strengths >= SPECK_MIN_STRENGTH
     ys, xs = ys[strong] * factor + top + factor // 2, xs[strong] * factor + left + factor // 2
     return ys, xs, strengths[strong]
+
+
+def local_variance(mean: np.ndarray, inside: np.ndarray, pixel: float) -> tuple[np.ndarray, np.ndarray]:
+    """Per block of SPECK_BLOCK grid px: the mask without its rim, and the mean square of the curvature.
+
+    The square is averaged over SPECK_WINDOW inside the mask; `pixel` is the grid's in mm.
+    """
+    height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
+    rest = (0, height * SPECK_BLOCK - mean.shape[0], 0, width * SPECK_BLOCK - mean.shape[1])
+    squares = cv2.copyMakeBorder(cv2.multiply(mean, mean) * inside, *rest, cv2.BORDER_CONSTANT)
+    covered = cv2.copyMakeBorder(inside, *rest, cv2.BORDER_CONSTANT) * np.uint8(255)
+    squares = cv2.resize(squares, (width, height), interpolation=cv2.INTER_AREA)
+    covered = cv2.resize(covered, (width, height), interpolation=cv2.INTER_AREA)
+    block = pixel * SPECK_BLOCK
+    window = (max(1, round(SPECK_WINDOW / block)),) * 2
+    area = cv2.boxFilter(covered, cv2.CV_32F, window) / 255
+    rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
+    cut = cv2.erode((covered == 255).view(np.uint8), rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return cut, cv2.boxFilter(squares, cv2.CV_32F, window) / np.maximum(area, 1e-3)
 
 
 def energy_of_peaks(peaks: Peaks, spacing_mm: float = PIXEL_SPACING_MM) -> float:
@@ -699,8 +828,10 @@ def energy_of_peaks(peaks: Peaks, spacing_mm: float = PIXEL_SPACING_MM) -> float
     if len(strengths) > GROUP_CANDIDATES:
         strongest = np.argpartition(-strengths, GROUP_CANDIDATES)[:GROUP_CANDIDATES]
         ys, xs, strengths = ys[strongest], xs[strongest], strengths[strongest]
-    near = np.hypot(ys[:, None] - ys, xs[:, None] - xs) * spacing_mm <= GROUP_RADIUS
-    weakness = np.sort(np.where(near, 1 / strengths, np.inf), axis=1)[:, :GROUP_SIZE]
+    apart = (ys[:, None] - ys) ** 2 + (xs[:, None] - xs) ** 2
+    near = apart <= (GROUP_RADIUS / spacing_mm) ** 2
+    weakness = np.where(near, 1 / strengths, np.inf)
+    weakness = np.partition(weakness, GROUP_SIZE - 1, axis=1)[:, :GROUP_SIZE]
     return ENERGY_PER_STRENGTH * float((GROUP_SIZE / weakness.sum(axis=1)).max())
 
 
@@ -735,7 +866,11 @@ def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
 
 
 def score_tiles(
-    image: np.ndarray, mask: np.ndarray, config: Config, spacing_mm: float | None = None
+    image: np.ndarray,
+    mask: np.ndarray,
+    config: Config,
+    spacing_mm: float | None = None,
+    muscle: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Score every grid position of an image (H, W) with its breast mask (H, W) bool.
 
@@ -746,7 +881,8 @@ def score_tiles(
     freq_energy       see frequency_energy
     rejected_by       the first criterion that the tile fails; '' = kept
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
-    and how much of a tile may be air is MIN_BREAST_RATIO's business alone.
+    and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
+    search where it is known already.
     """
     size = config.tile_size
     ys = tile_positions(image.shape[0], size, config.tile_stride)
@@ -755,15 +891,12 @@ def score_tiles(
     low, high = intensity_window(image, mask)
     tissue = mask
     if config.exclude_pectoral:
-        tissue = mask & ~segment_pectoral_muscle(image, mask)
+        if muscle is None:
+            muscle = segment_pectoral_muscle(image, mask)
+        tissue = mask & ~muscle if muscle.any() else mask
     spacing_mm = spacing_mm or config.pixel_spacing_mm
     peaks = speck_peaks(image, mask, spacing_mm)
-    masked = image * mask
-    sums = [
-        _tile_sums(masked[area], mask[area], tissue[area])
-        for area in (np.s_[top : top + size, left : left + size] for top, left in zip(y, x, strict=True))
-    ]
-    grey, filled, breast, counted = np.array(sums, float).reshape(-1, 4).T
+    grey, filled, breast, counted = tile_sums(image, mask, tissue, ys, xs, size)
     breast_or_1 = np.maximum(breast, 1)
     table = pd.DataFrame(
         {
@@ -778,13 +911,30 @@ def score_tiles(
     return table.assign(rejected_by=_first_failure(table, config))
 
 
-def _tile_sums(masked: np.ndarray, mask: np.ndarray, tissue: np.ndarray) -> tuple[float, int, int, int]:
-    """Sum of a tile's grey levels inside the mask, and how many px are not 0, breast, and tissue."""
-    breast = cv2.countNonZero(mask.view(np.uint8))
-    if not breast:
-        return 0, 0, 0, 0
-    counted = cv2.countNonZero(tissue.view(np.uint8))
-    return cv2.sumElems(masked)[0], cv2.countNonZero(masked), breast, counted
+def tile_sums(
+    image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, ys: np.ndarray, xs: np.ndarray, size: int
+) -> np.ndarray:
+    """(4, tiles): sum of grey levels in the mask, px there that are not 0, px of the mask, px of tissue.
+
+    Tiles overlap: sums are taken once for each cell between the tiles' borders, then added up.
+    """
+    rows = np.unique(np.concatenate([ys, np.minimum(ys + size, image.shape[0])]))
+    cols = np.unique(np.concatenate([xs, np.minimum(xs + size, image.shape[1])]))
+    sums = np.zeros((4, len(rows), len(cols)))  # of all pixels above and left of a border
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+    for i in np.flatnonzero((rows[1:] > top) & (rows[:-1] < top + height)):
+        for j in np.flatnonzero((cols[1:] > left) & (cols[:-1] < left + width)):
+            cell = np.s_[rows[i] : rows[i + 1], cols[j] : cols[j + 1]]
+            inside = mask[cell].view(np.uint8)
+            grey = cv2.copyTo(image[cell], inside)
+            counted = cv2.countNonZero(tissue[cell].view(np.uint8))
+            found = (cv2.sumElems(grey)[0], cv2.countNonZero(grey), cv2.countNonZero(inside), counted)
+            sums[:, i + 1, j + 1] = found
+    sums = sums.cumsum(1).cumsum(2)
+    y0, x0 = np.searchsorted(rows, ys)[:, None], np.searchsorted(cols, xs)
+    y1, x1 = np.searchsorted(rows, ys + size)[:, None], np.searchsorted(cols, xs + size)
+    y1, x1 = np.minimum(y1, len(rows) - 1), np.minimum(x1, len(cols) - 1)
+    return (sums[:, y1, x1] - sums[:, y0, x1] - sums[:, y1, x0] + sums[:, y0, x0]).reshape(4, -1)
 
 
 def _tile_energies(
@@ -908,10 +1058,10 @@ def cache_key(inputs: dict[str, Any]) -> str:
 def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     """Grey levels (low, high) shown as 0 and 1: the 0.1 and 99.9 percentiles of the breast.
 
-    Values above `high` are kept, not clipped, so that calcifications stay brighter than tissue. Large
-    images are read at every fourth row and column.
+    Values above `high` are kept, not clipped, so that calcifications stay brighter than tissue. Some
+    100,000 px are read (`sampling_step`).
     """
-    step = 4 if mask.size > 1_000_000 else 1
+    step = sampling_step(image)
     grey = image[::step, ::step][mask[::step, ::step]]
     if not grey.size:
         return 0.0, 1.0
@@ -926,15 +1076,17 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
     of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
     Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
     """
-    image = read_mammogram(path)
+    image, view = read_with_overview(path)
     size = config.tile_size
     if min(image.shape) < size:
         shape = f"{image.shape[1]} x {image.shape[0]}"
         raise ImageReadError(path, f"{shape} px is smaller than a tile; lower --tile_size ({size})")
-    mask = segment_breast_tissue(image)
-    if not mask.any():
+    breast = find_breast(view)
+    if not breast.any():
         raise ImageReadError(path, "no breast found (empty, all-white or noise)")
-    table = score_tiles(image, mask, config, spacing_mm)
+    mask = view.enlarged(breast)
+    muscle = view.enlarged(find_muscle(view, breast)) & mask
+    table = score_tiles(image, mask, config, spacing_mm, muscle)
     kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
     low, high = intensity_window(image, mask)
     rows, cols = tile_box(kept, config, image.shape)
@@ -942,6 +1094,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
     counts = table["rejected_by"].value_counts()
     record = {
         "origin": (rows.start, cols.start),
+        "shape": pixels.shape,
         "window": (low, high),
         "bit_depth": bit_depth(image),
         "spacing_mm": spacing_mm,
@@ -964,9 +1117,19 @@ def tile_box(tiles: pd.DataFrame, config: Config, shape: tuple[int, ...]) -> tup
     return slice(int(y0), int(min(y1, shape[0]))), slice(int(x0), int(min(x1, shape[1])))
 
 
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse freed blocks: handing tens of MB back per image costs a fifth of the time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
 def _extract_to_part(index: int, path: str, spacing_mm: float, config: Config, parts: str) -> str:
     """Write one image's pixels and record; returns the reason where the image was skipped."""
     cv2.setNumThreads(1)  # one process per core is already running
+    keep_freed_memory()
     stem = Path(parts) / f"{index:07d}"
     try:
         record, pixels = extract_image(path, spacing_mm, config)
@@ -1127,10 +1290,9 @@ def _write_pixels(
     rows, boxes, offset = [], [], 0
     for index, group in tiles.groupby("image"):
         record = records[int(index)]
-        part = np.load(parts[int(index)].with_suffix(".npy"), mmap_mode="r")
-        y0, x0 = record["origin"]
-        bounds = (y0 + part.shape[0], x0 + part.shape[1])
-        box = tile_box(group, config, bounds)  # smaller than the part where MAX_TILES cut tiles
+        (y0, x0), (part_height, part_width) = record["origin"], record["shape"]
+        # Smaller than the part where MAX_TILES cut tiles.
+        box = tile_box(group, config, (y0 + part_height, x0 + part_width))
         height, width = box[0].stop - box[0].start, box[1].stop - box[1].start
         rows.append(
             {
@@ -1146,21 +1308,19 @@ def _write_pixels(
                 "spacing_mm": record["spacing_mm"],
             }
         )
-        boxes.append(
-            (
-                int(index),
-                part.dtype,
-                (slice(box[0].start - y0, box[0].stop - y0), slice(box[1].start - x0, box[1].stop - x0)),
-            )
-        )
+        inside = np.s_[box[0].start - y0 : box[0].stop - y0, box[1].start - x0 : box[1].stop - x0]
+        boxes.append((int(index), inside))
         offset += height * width
-    dtype = np.result_type(*(dtype for _, dtype, _ in boxes))
-    out = np.lib.format.open_memmap(building / "pixels.npy", "w+", dtype, (offset,))
-    for row, (index, _, box) in zip(rows, boxes, strict=True):
-        part = np.load(parts[index].with_suffix(".npy"), mmap_mode="r")
-        out[row["offset"] : row["offset"] + row["height"] * row["width"]] = part[box].ravel()
-    out.flush()
-    position = {index: row for row, (index, _, _) in enumerate(boxes)}
+    dtype = np.dtype(np.uint16 if any(row["bit_depth"] > 8 for row in rows) else np.uint8)
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (offset,)}
+    with (building / "pixels.npy").open("wb") as out:
+        np.lib.format.write_array_header_2_0(out, header)
+        for index, inside in boxes:
+            part = np.load(parts[index].with_suffix(".npy"))
+            out.write(np.ascontiguousarray(part[inside], dtype).data)
+        out.flush()
+        os.fsync(out.fileno())
+    position = {index: row for row, (index, _) in enumerate(boxes)}
     return pd.DataFrame(rows), tiles.assign(image=tiles["image"].map(position))
 
 
