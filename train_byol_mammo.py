@@ -366,7 +366,7 @@ def bit_depth(image: np.ndarray) -> int:
 # Levels of rejection: constant padding and frames, then the air's grey level, then components, then the
 # skin line. All but the last work on a reduced copy: a skin line is smooth at a scale of millimetres.
 
-SEGMENT_SIDE = 480  # px, longest side of the reduced copy
+SEGMENT_SIDE = 560  # px, longest side of the reduced copy
 FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
 # Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
 SKIN_LEVELS = (0.02, 0.11, 0.08)
@@ -526,20 +526,25 @@ def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarr
     breast off, dark fat may be open to that side: it is closed there before holes are filled. Noise
     is smoothed away first; the rim that smoothing has pushed outwards is trimmed at the end.
     """
-    binary = (smooth > level).astype(np.uint8)
+    breast = closed_at_chest(largest_component(smooth > level))
     pad = OPENING + 1
-    padded = cv2.copyMakeBorder(binary, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
     opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, disc)[pad:-pad, pad:-pad]
-    breast = largest_component(opened > 0)
+    breast = closed_at_chest(largest_component(opened > 0))
+    inner = cv2.erode(breast.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1) > 0
+    trimmed = (inner | (breast & (area > level))).astype(np.uint8)
+    return largest_component(cv2.morphologyEx(trimmed, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0)
+
+
+def closed_at_chest(breast: np.ndarray) -> np.ndarray:
+    """The mask without holes, those included that are open to the side that cuts the breast off."""
+    breast = breast.copy()
     side = chest_side(breast)
     rows = np.flatnonzero(breast[:, side])
     if len(rows):
         breast[rows[0] : rows[-1] + 1, side] = True
-    breast = fill_holes(breast)
-    inner = cv2.erode(breast.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1) > 0
-    trimmed = (inner | (breast & (area > level))).astype(np.uint8)
-    return largest_component(cv2.morphologyEx(trimmed, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0)
+    return fill_holes(breast)
 
 
 def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
