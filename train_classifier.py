@@ -438,6 +438,24 @@ class Engine:
             raise MammoError("the network gives values that are no numbers: its weights are damaged")
         return out
 
+    @torch.no_grad()
+    def calibrate(self, tiles: mammo.MammogramTiles, ids: np.ndarray) -> None:
+        """Set the running statistics of batch norm on tiles `ids`, for weights that saw no mammogram.
+
+        Without them random weights would be judged for their scale, not for their features.
+        """
+        norms = [m for m in self.model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # type: ignore[assignment]  # torch: the plain mean over batches
+        self.model.train()
+        for part in np.array_split(ids, max(1, len(ids) // 64)):
+            self.model.get_features(
+                mammo.make_view(tiles, part, mammo.PLAIN_VIEW, self.config.view_side, device=self.device)
+            )
+        for norm in norms:
+            norm.momentum = 0.1
+
     def features(self, tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
         """Frozen features (len(ids), input_dim)."""
         return self.over_tiles(tiles, ids, self.model.get_features, "features")
@@ -467,6 +485,13 @@ def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
             "and give its classifier_best.pth"
         )
     return engine, dataclasses.replace(settings, findings=",".join(state["classes"]))
+
+
+def calibrate_untrained(engine: Engine, data: LabelledTiles, ids: np.ndarray, weights: str) -> None:
+    """Calibrate batch norm on up to 1,024 of tiles `ids` where the weights saw no mammogram."""
+    if weights in ("none", "imagenet"):
+        rng = np.random.default_rng([engine.config.seed, 10])
+        engine.calibrate(data.tiles, rng.permutation(ids)[:1024])
 
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse weight decay of the probe, chosen on validation studies
@@ -579,6 +604,7 @@ def start_from_probe(job: Job) -> None:
     arXiv:2202.10054).
     """
     ids = draw_tiles(job.data, job.train_ids, job.settings)
+    calibrate_untrained(job.engine, job.data, ids, job.settings.weights)
     features = job.engine.features(job.data.tiles, ids)
     set_logistic_head(
         job.engine.model,
@@ -608,6 +634,11 @@ def epoch_tiles(job: Job, epoch: int) -> np.ndarray:
     order = mammo.spread_over_images(job.data.table["row"].to_numpy()[negative], rng)
     count = round(job.settings.negatives_per_positive * positive.sum())
     return rng.permutation(np.concatenate([job.train_ids[positive], negative[order[:count]]]))
+
+
+def steps_per_epoch(job: Job) -> int:
+    """Optimiser steps of an epoch."""
+    return max(1, len(epoch_tiles(job, 0)) // job.settings.batch_size)
 
 
 def class_weights(job: Job) -> Tensor:
@@ -642,7 +673,7 @@ def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
     assert job.optimizer is not None and job.scaler is not None  # noqa: PT018
     settings, engine = job.settings, job.engine
     ids, weight = epoch_tiles(job, job.epoch), class_weights(job).to(engine.device)
-    steps = max(1, len(ids) // settings.batch_size)
+    steps = steps_per_epoch(job)
     total, losses = steps * settings.epochs, []
     engine.model.train()
     for index, part in enumerate(np.array_split(ids, steps)):
@@ -666,7 +697,7 @@ def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
         job.scaler.step(job.optimizer)
         job.scaler.update()
         losses.append(loss.detach())
-        bar.update(1 / steps)
+        bar.update()
         if stop.requested:
             raise mammo.StoppedError(stop.requested, job.folder)
     return float(torch.stack(losses).mean())
@@ -745,10 +776,9 @@ def finetune(job: Job, tracker: mammo.Tracker) -> None:
     else:
         start_from_probe(job)
         record_epoch(job, 0.0, tracker)
-    with (
-        mammo.StopSignal() as stop,
-        mammo.progress(total=settings.epochs, initial=job.epoch, desc="finetune", unit="epoch") as bar,
-    ):
+    steps = steps_per_epoch(job)
+    bar_size = {"total": settings.epochs * steps, "initial": job.epoch * steps, "unit": "step"}
+    with mammo.StopSignal() as stop, mammo.progress(desc="finetune", **bar_size) as bar:
         while job.epoch < settings.epochs and job.epoch - job.best_epoch < settings.patience:
             loss = finetune_epoch(job, bar, stop)
             job.epoch += 1
@@ -1005,11 +1035,11 @@ def heat_map(
 
 
 def top_tiles(tiles: mammo.MammogramTiles, scores: np.ndarray, count: int) -> list[int]:
-    """Up to `count` tiles of the highest scores (N,) that overlap by less than half a tile."""
+    """Up to `count` tiles of the highest scores (N,) that don't overlap."""
     places = tiles.tiles[["x", "y"]].to_numpy()
     chosen: list[int] = []
     for index in np.argsort(-scores, kind="stable"):
-        far = [np.abs(places[index] - places[other]).max() >= tiles.tile_size / 2 for other in chosen]
+        far = [np.abs(places[index] - places[other]).max() >= tiles.tile_size for other in chosen]
         if all(far):
             chosen.append(int(index))
         if len(chosen) == count:
@@ -1111,6 +1141,7 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     scores = {}
     for start, engine in engines.items():
         engine.config = config
+        calibrate_untrained(engine, data, parts[0][0], start)
         features = engine.features(data.tiles, used)
         scores[start] = probe_scores(features, targets, studies, used, parts, settings)
     judged = np.unique(np.concatenate([held_out for _, held_out in parts]))
