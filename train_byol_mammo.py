@@ -2319,7 +2319,7 @@ class Run:
     probe: Probe | None = None
     energy_head: nn.Linear | None = None  # of the frequency target
     energies: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 2))  # (tiles, 2)
-    freq_loss: Tensor | float = 0.0  # of the last step
+    freq_loss: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))  # of the last step
     healthy: bool = True
     batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -2406,23 +2406,24 @@ def train_step(run: Run, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         group["lr"] = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config)
     view_1, view_2 = two_views(run, ids, (config.seed, run.step, rank))
     with run.autocast():
-        loss, projection, run.freq_loss = training_losses(run, view_1, view_2, ids)
+        loss, projection, extra = training_losses(run, view_1, view_2, ids)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss + config.freq_loss_weight * run.freq_loss).backward()
+    run.scaler.scale(loss + config.freq_loss_weight * extra).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.update_target(target_momentum(run.step, run.total_steps, config))
     run.step += 1
+    run.freq_loss = extra.detach()
     return loss.detach(), feature_std(projection)
 
 
 def training_losses(
     run: Run, view_1: Tensor, view_2: Tensor, ids: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor | float]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """BYOL's loss and projection, and the frequency loss, 0 where it is off."""
     if run.energy_head is None:
         loss, projection = run.loss_function(run.model, view_1, view_2)
-        return loss, projection, 0.0
+        return loss, projection, loss.new_zeros(())
     loss, projection, extra = run.loss_function(
         run.model, view_1, view_2, run.energy_head, run.energies[ids]
     )
