@@ -111,6 +111,9 @@ LR = 2e-3  # peak learning rate at batch 32; scales with the square root of the 
 WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
 WEIGHT_DECAY = 1e-4  # AdamW weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
+FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see byol_energy_loss); 0 = plain BYOL
+LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
+PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
 SAVE_EVERY = 10.0  # minutes between writes of last.pth inside an epoch
 LOG_EVERY = 10  # steps between rows of metrics.csv
@@ -131,7 +134,7 @@ LR_BATCH = 32  # batch size at which LR is meant
 # Settings that may differ between a run and its resumption: they don't change the weights.
 FREE_ON_RESUME = (
     "output_dir run_name cache_dir data_dir qc_pages num_workers max_steps save_every log_every device "
-    "compile resume wandb_mode wandb_project checkpoint_every"
+    "compile resume wandb_mode wandb_project checkpoint_every labels probe_every"
 ).split()  # fmt: skip
 
 
@@ -174,6 +177,9 @@ class Config:
     warmup_epochs: int = WARMUP_EPOCHS
     weight_decay: float = WEIGHT_DECAY
     monitor_tiles: int = MONITOR_TILES
+    freq_loss_weight: float = FREQ_LOSS_WEIGHT
+    labels: str = LABELS
+    probe_every: int = PROBE_EVERY
     checkpoint_every: int = CHECKPOINT_EVERY
     save_every: float = SAVE_EVERY
     log_every: int = LOG_EVERY
@@ -231,6 +237,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_epochs": (0, math.inf),
     "weight_decay": (0, 10),
     "monitor_tiles": (0, 65536),
+    "freq_loss_weight": (0, 1000),
+    "probe_every": (1, math.inf),
     "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf),
     "log_every": (1, math.inf),
@@ -777,6 +785,48 @@ def rounding_gain(sigma: float) -> float:
     return float((curvatures(impulse, sigma)[1] ** 2).sum())
 
 
+@dataclass(frozen=True)
+class SpeckBand:
+    """An image in the band of specks, on a reduced grid whose corner lies at (top, left) px.
+
+    What varies slowly is kept per block of SPECK_BLOCK x SPECK_BLOCK grid px.
+    """
+
+    weaker: np.ndarray  # (h, w) float32, weaker curvature
+    squares: np.ndarray  # (bh, bw) float32, mean square of the mean curvature in the mask
+    inner: np.ndarray  # (bh, bw) uint8, 1 in the mask without its rim
+    variance: np.ndarray  # (bh, bw) float32, the squares' mean over SPECK_WINDOW
+    factor: int  # px of the image in one of the grid
+    sigma: float  # px of the grid, scale of the curvatures
+    top: int
+    left: int
+
+
+def speck_band(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> SpeckBand:
+    """Curvatures of uint8 or uint16 (H, W) at the scale of specks inside the mask (H, W) bool."""
+    factor = max(1, round(SPECK_GRID / spacing_mm))
+    sigma = SPECK_SIGMA / (spacing_mm * factor)
+    small, inside, top, left = speck_grid(image, mask, factor)
+    if not inside.any():
+        empty = np.zeros((0, 0), np.float32)
+        return SpeckBand(empty, empty, empty.astype(np.uint8), empty, factor, sigma, top, left)
+    weaker, mean = curvatures(small, sigma)
+    height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
+    rest = (0, height * SPECK_BLOCK - mean.shape[0], 0, width * SPECK_BLOCK - mean.shape[1])
+    squares = cv2.copyMakeBorder(cv2.multiply(mean, mean) * inside, *rest, cv2.BORDER_CONSTANT)
+    covered = cv2.copyMakeBorder(inside, *rest, cv2.BORDER_CONSTANT) * np.uint8(255)
+    squares = cv2.resize(squares, (width, height), interpolation=cv2.INTER_AREA)
+    covered = cv2.resize(covered, (width, height), interpolation=cv2.INTER_AREA)
+    block = spacing_mm * factor * SPECK_BLOCK  # mm
+    window = (max(1, round(SPECK_WINDOW / block)),) * 2
+    area = cv2.boxFilter(covered, cv2.CV_32F, window) / 255
+    variance = cv2.boxFilter(squares, cv2.CV_32F, window) / np.maximum(area, 1e-3)
+    rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
+    whole = (covered == 255).view(np.uint8)
+    inner = cv2.erode(whole, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return SpeckBand(weaker, squares, inner, variance, factor, sigma, top, left)
+
+
 def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
     """Rows (px), columns (px) and strengths of the speck-like peaks of uint8 or uint16 (H, W).
 
@@ -784,45 +834,27 @@ def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_S
     that curvature over the standard deviation of the mean curvature around it, which cancels gain,
     offset and noise level, and so bit depth, window and vendor.
     """
-    factor = max(1, round(SPECK_GRID / spacing_mm))
-    pixel = spacing_mm * factor
-    small, inside, top, left = speck_grid(image, mask, factor)
-    if not inside.any():
+    return find_peaks(speck_band(image, mask, spacing_mm), grey_step(image))
+
+
+def find_peaks(band: SpeckBand, step: float) -> Peaks:
+    """The peaks of speck_peaks; `step` is the image's grey_step."""
+    weaker, factor = band.weaker, band.factor
+    if not weaker.size:
         return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-    weaker, mean = curvatures(small, SPECK_SIGMA / pixel)
     highest = cv2.dilate(weaker, np.ones((5, 5), np.uint8))
     ys, xs = np.nonzero((weaker == highest) & (weaker > 0))
-    cut, variance = local_variance(mean, inside, pixel)
-    by, bx = ys // SPECK_BLOCK, xs // SPECK_BLOCK
-    kept = cut[by, bx] > 0
-    ys, xs, by, bx = ys[kept], xs[kept], by[kept], bx[kept]
+    kept = band.inner[ys // SPECK_BLOCK, xs // SPECK_BLOCK] > 0
+    ys, xs = ys[kept], xs[kept]
     # Rounding to grey levels adds to the variance, more so in 8 bits: that share is taken off again,
     # and the rounding error itself is the floor that keeps 8-bit plateaus from firing.
-    rounding = (grey_step(image) / factor) ** 2 / 12
-    excess = rounding * rounding_gain(SPECK_SIGMA / pixel)
-    strengths = weaker[ys, xs] / np.sqrt(np.maximum(variance[by, bx] - excess, rounding))
+    rounding = (step / factor) ** 2 / 12
+    variance = band.variance[ys // SPECK_BLOCK, xs // SPECK_BLOCK] - rounding * rounding_gain(band.sigma)
+    strengths = weaker[ys, xs] / np.sqrt(np.maximum(variance, rounding))
     strong = strengths >= SPECK_MIN_STRENGTH
-    ys, xs = ys[strong] * factor + top + factor // 2, xs[strong] * factor + left + factor // 2
+    ys = ys[strong] * factor + band.top + factor // 2
+    xs = xs[strong] * factor + band.left + factor // 2
     return ys, xs, strengths[strong]
-
-
-def local_variance(mean: np.ndarray, inside: np.ndarray, pixel: float) -> tuple[np.ndarray, np.ndarray]:
-    """Per block of SPECK_BLOCK grid px: the mask without its rim, and the mean square of the curvature.
-
-    The square is averaged over SPECK_WINDOW inside the mask; `pixel` is the grid's in mm.
-    """
-    height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
-    rest = (0, height * SPECK_BLOCK - mean.shape[0], 0, width * SPECK_BLOCK - mean.shape[1])
-    squares = cv2.copyMakeBorder(cv2.multiply(mean, mean) * inside, *rest, cv2.BORDER_CONSTANT)
-    covered = cv2.copyMakeBorder(inside, *rest, cv2.BORDER_CONSTANT) * np.uint8(255)
-    squares = cv2.resize(squares, (width, height), interpolation=cv2.INTER_AREA)
-    covered = cv2.resize(covered, (width, height), interpolation=cv2.INTER_AREA)
-    block = pixel * SPECK_BLOCK
-    window = (max(1, round(SPECK_WINDOW / block)),) * 2
-    area = cv2.boxFilter(covered, cv2.CV_32F, window) / 255
-    rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
-    cut = cv2.erode((covered == 255).view(np.uint8), rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    return cut, cv2.boxFilter(squares, cv2.CV_32F, window) / np.maximum(area, 1e-3)
 
 
 def energy_of_peaks(peaks: Peaks, spacing_mm: float = PIXEL_SPACING_MM) -> float:
@@ -859,6 +891,7 @@ def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PI
 
 
 CRITERIA = ("breast_ratio", "mean_intensity", "non_zero_ratio", "freq_energy")
+SCORES = (*CRITERIA, "band_energy")  # columns of tiles.csv after image, x, y
 
 
 def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
@@ -885,6 +918,8 @@ def score_tiles(
     non_zero_ratio    share of the tile's breast pixels that are not 0
     freq_energy       see frequency_energy
     rejected_by       the first criterion that the tile fails; '' = kept
+    band_energy       RMS of the mean curvature at the specks' scale in units of the image's window; no
+                      criterion, a target of byol_energy_loss
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
     and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
     search where it is known already.
@@ -900,7 +935,8 @@ def score_tiles(
             muscle = segment_pectoral_muscle(image, mask)
         tissue = mask & ~muscle if muscle.any() else mask
     spacing_mm = spacing_mm or config.pixel_spacing_mm
-    peaks = speck_peaks(image, mask, spacing_mm)
+    band = speck_band(image, mask, spacing_mm)
+    peaks = find_peaks(band, grey_step(image))
     grey, filled, breast, counted = tile_sums(image, mask, tissue, ys, xs, size)
     breast_or_1 = np.maximum(breast, 1)
     table = pd.DataFrame(
@@ -913,7 +949,8 @@ def score_tiles(
             "freq_energy": _tile_energies(peaks, y, x, size, spacing_mm),
         }
     )
-    return table.assign(rejected_by=_first_failure(table, config))
+    band_energy = _tile_band_energies(band, y, x, size) / (high - low)
+    return table.assign(rejected_by=_first_failure(table, config), band_energy=band_energy)
 
 
 def tile_sums(
@@ -953,6 +990,22 @@ def _tile_energies(
         tile_peaks = rows[inside], columns[inside], strengths[inside]
         energies[index] = energy_of_peaks(tile_peaks, spacing_mm)
     return energies
+
+
+def _tile_band_energies(band: SpeckBand, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
+    """RMS of the mean curvature in each tile, inside the mask; 0 where the tile holds none of it."""
+    height, width = band.inner.shape
+    block = band.factor * SPECK_BLOCK
+    rows = [np.clip((edge - band.top) // block, 0, height) for edge in (y, y + size)]
+    columns = [np.clip((edge - band.left) // block, 0, width) for edge in (x, x + size)]
+    sums = []
+    for values in (band.squares * band.inner, band.inner):
+        total = np.zeros((height + 1, width + 1))
+        if values.size:
+            total = cv2.integral(values, sdepth=cv2.CV_64F)
+        parts = [[total[row, column] for column in columns] for row in rows]
+        sums.append(parts[1][1] - parts[1][0] - parts[0][1] + parts[0][0])
+    return np.sqrt(np.maximum(sums[0], 0) / np.maximum(sums[1], 1))
 
 
 def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
@@ -1236,8 +1289,8 @@ def _choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame
         if record.get("tiles", {}).get("x")
     ]
     if not frames:
-        return pd.DataFrame(columns=["image", "x", "y", *CRITERIA])
-    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *CRITERIA]]
+        return pd.DataFrame(columns=["image", "x", "y", *SCORES])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *SCORES]]
     if config.max_tiles and len(tiles) > config.max_tiles:
         rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
         order = np.lexsort((-tiles["freq_energy"], rank))
@@ -1705,13 +1758,54 @@ def byol_loss(model: MammogramBYOL, view_1: Tensor, view_2: Tensor) -> tuple[Ten
     Eq. 2 of the paper is 2 + 2 times this. Each view passes alone, so that batch statistics belong to
     one view (section 3.2); the loss is computed in fp32 under autocast.
     """
+    loss, projection, _ = _byol_terms(model, view_1, view_2)
+    return loss, projection
+
+
+def _byol_terms(
+    model: MammogramBYOL, view_1: Tensor, view_2: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Loss and projection of byol_loss, and the online features of both views (B, input_dim)."""
     criterion = NegativeCosineSimilarity()
-    projection, prediction_1 = model.project(model.get_features(view_1))
-    prediction_2 = model(view_2)
+    features = model.get_features(view_1), model.get_features(view_2)
+    projection, prediction_1 = model.project(features[0])
+    _, prediction_2 = model.project(features[1])
     target_1, target_2 = model.forward_target(view_1), model.forward_target(view_2)
     loss = criterion(prediction_1.float(), target_2.float())
     loss = 0.5 * (loss + criterion(prediction_2.float(), target_1.float()))
-    return loss, projection.detach()
+    return loss, projection.detach(), features
+
+
+# What BYOL may ignore is kept in the features by a target of its own: plain BYOL at a small budget
+# learns that specks, which a few pixels of blur or noise hide, are not worth describing.
+ENERGY_LIMIT = 10.0  # standard deviations at which a target is cut: one odd tile must not rule a batch
+ENERGY_FLOOR = 0.75  # quantile up to which all freq_energy counts alike: plain tissue has none to learn
+
+
+def energy_targets(tiles: pd.DataFrame) -> np.ndarray:
+    """(N, 2) float32: freq_energy and log band_energy of each tile, standardised over all tiles.
+
+    Below ENERGY_FLOOR freq_energy tells chance groups from none; left in, these would take the variance
+    and the network would learn them instead of specks.
+    """
+    tail = tiles["freq_energy"].to_numpy()
+    tail = np.maximum(tail, np.quantile(tail, ENERGY_FLOOR))
+    energies = np.column_stack([tail, np.log(tiles["band_energy"].to_numpy().clip(1e-6))])
+    spread = np.maximum(energies.std(0), 1e-6)
+    return ((energies - energies.mean(0)) / spread).clip(-ENERGY_LIMIT, ENERGY_LIMIT).astype(np.float32)
+
+
+def byol_energy_loss(
+    model: MammogramBYOL, view_1: Tensor, view_2: Tensor, head: nn.Module, energies: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BYOL's loss and projection (see byol_loss), and the frequency loss.
+
+    That is the mean squared error with which the linear head predicts each tile's `energies` (B, 2) from
+    the features of each view; it starts near 1, the variance of the standardised targets.
+    """
+    loss, projection, features = _byol_terms(model, view_1, view_2)
+    errors = [F.mse_loss(head(feature).float(), energies) for feature in features]
+    return loss, projection, (errors[0] + errors[1]) / 2
 
 
 # ---- 8 Schedule ------------------------------------------------------------------------------------
@@ -1790,6 +1884,9 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["scaler"] = run.scaler.state_dict()
         content["cache_key"] = run.tiles.cache.name
         content["best_rankme"] = run.best_rankme
+        content["best_auroc"] = run.best_auroc
+        if run.energy_head is not None:  # not in model_state_dict: it is no part of the model
+            content["energy_head"] = run.energy_head.state_dict()
         content["healthy"] = run.healthy
         content["wandb_id"] = run.wandb_id
     with replacing(path) as temporary:
@@ -1823,7 +1920,9 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     run.scaler.load_state_dict(state["scaler"])
     run.step, run.monitor = state["step"], state["monitor"]
     run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
-    run.wandb_id = state["wandb_id"]
+    run.wandb_id, run.best_auroc = state["wandb_id"], state["best_auroc"]
+    if run.energy_head is not None:
+        run.energy_head.load_state_dict(state["energy_head"])
 
 
 def move_aside(folder: Path) -> None:
@@ -1854,7 +1953,7 @@ def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (
     "step epoch loss lr momentum feature_std tiles_per_s breast_ratio gpu_memory_gb "
-    "monitor_std monitor_rankme"
+    "monitor_std monitor_rankme freq_loss monitor_auroc monitor_auroc_mass monitor_auroc_calcification"
 ).split()
 
 
@@ -1888,6 +1987,200 @@ def watch(run: Run) -> dict[str, float]:
         "std": float(feature_std(torch.cat(projections))),
         "rankme": float(rankme(torch.cat(features))),
     }
+
+
+LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without the box's centre
+PROBE_TILES = 2000  # labelled tiles of the online probe, half of them positive where there are enough
+PROBE_FOLDS = 3  # by study
+PROBE_STRENGTH = 0.01  # inverse weight decay of its logistic regression on standardised features
+# VinDr-Mammo's names of findings that are not the column's name in lower case.
+FINDING_ALIASES = {"suspicious_calcification": "calcification"}
+
+
+def read_labels(path: str | Path, findings: Sequence[str] = CLASSES) -> pd.DataFrame:
+    """labels.csv as written by prepare_dataset.py, one row for each image.
+
+    Columns: `image` (path relative to the file's folder, or a bare name), each of `findings` as float
+    (1, 0, NaN = unknown), `boxes` as lists of dicts with `finding` (set of column names), xmin, ymin,
+    xmax, ymax in px; the others as text, '' where absent (study_id, split, laterality, view,
+    breast_density). Raises MammoError with file, row and remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MammoError(f"labels {path}: no such file; prepare_dataset.py --findings_csv writes it")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    missing = [name for name in ("image", *findings) if name not in table]
+    if missing:
+        raise MammoError(f"labels {path}: no column {', '.join(missing)} (there is {', '.join(table)})")
+    twice = table["image"][table["image"].duplicated()]
+    if len(twice):
+        raise MammoError(f"labels {path}: {twice.iloc[0]} has more than one row")
+    for name in findings:
+        number = pd.to_numeric(table[name].replace("", "nan"), errors="coerce")
+        wrong = ~(number.isin([0, 1]) | table[name].str.lower().isin(["", "nan"]))
+        if wrong.any():
+            row = table[wrong].iloc[0]
+            raise MammoError(
+                f"labels {path}: {name} of {row['image']} is {row[name]!r}, not 0, 1 or empty"
+            )
+        table[name] = number
+    for name in ("study_id", "split", "laterality", "view", "breast_density", "boxes"):
+        if name not in table:
+            table[name] = ""
+    table["boxes"] = [
+        _read_boxes(path, *row) for row in zip(table["image"], table["boxes"], strict=True)
+    ]
+    return table
+
+
+def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
+    """The boxes of one row; their findings by column name. Raises MammoError."""
+    try:
+        boxes = json.loads(text or "[]")
+        for box in boxes:
+            names = [name.strip().lower().replace(" ", "_") for name in box["finding"]]
+            box["finding"] = {FINDING_ALIASES.get(name, name) for name in names}
+            edges = [float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
+            if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:
+                raise ValueError(f"box {edges} has no area")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise MammoError(f"labels {path}: boxes of {image} can't be read ({error!r})") from error
+    return boxes
+
+
+def match_labels(
+    labels: pd.DataFrame, folder: Path, images: Sequence[str], data_dir: Path
+) -> np.ndarray:
+    """Row of `labels` for each of `images` (paths relative to data_dir), -1 where there is none.
+
+    `folder` is that of labels.csv; full paths are compared first, then bare file names, where one alone
+    has that name.
+    """
+    folder, data_dir = folder.resolve(), data_dir.resolve()
+    by_path = {str(folder / name): row for row, name in enumerate(labels["image"])}
+    names = labels["image"].map(lambda name: Path(name).name)
+    single = names[~names.duplicated(keep=False)]
+    by_name = dict(zip(single, single.index, strict=True))
+    rows = [by_path.get(str(data_dir / name), by_name.get(Path(name).name, -1)) for name in images]
+    return np.array(rows, dtype=int)
+
+
+def tile_labels(
+    tiles: pd.DataFrame, rows: np.ndarray, labels: pd.DataFrame, size: int, findings: Sequence[str]
+) -> np.ndarray:
+    """(N, findings) float32: 1, 0, or NaN = left out, for `tiles` (x, y, image) of `size` px.
+
+    `rows` gives the row of `labels` for each image, -1 = unlabelled. A tile is positive where it holds
+    a box's centre or LABEL_COVER of it, and left out where it merely touches one. Away from boxes it
+    is negative if the image is known to be without the finding, or if boxes say where it lies.
+    """
+    out = np.full((len(tiles), len(findings)), np.nan, np.float32)
+    for image, group in tiles.groupby("image"):
+        row = rows[int(image)]
+        if row < 0:
+            continue
+        index = tiles.index.get_indexer(group.index)
+        for column, finding in enumerate(findings):
+            boxes = [box for box in labels["boxes"][row] if finding in box["finding"]]
+            known = labels[finding][row]
+            if boxes or known == 0:
+                out[index, column] = 0
+            for state in (np.nan, 1):  # positive wins where a tile touches one box and holds another
+                for box in boxes:
+                    holds, touches = _tile_holds(group, box, size)
+                    out[index[touches if np.isnan(state) else holds], column] = state
+    return out
+
+
+def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which tiles hold a box's centre or LABEL_COVER of it, and which touch it; both (N,) bool."""
+    x, y = tiles["x"].to_numpy(), tiles["y"].to_numpy()
+    x0, y0, x1, y1 = (float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
+    across = (np.minimum(x + size, x1) - np.maximum(x, x0)).clip(0)
+    down = (np.minimum(y + size, y1) - np.maximum(y, y0)).clip(0)
+    cover = across * down / ((x1 - x0) * (y1 - y0))
+    centre_x, centre_y = (x0 + x1) / 2, (y0 + y1) / 2
+    centred = (x <= centre_x) & (centre_x < x + size) & (y <= centre_y) & (centre_y < y + size)
+    return centred | (cover >= LABEL_COVER), cover > 0
+
+
+def fit_logistic(features: np.ndarray, target: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+    """Weights (D,) and bias of a logistic regression of `target` (N,) 0 or 1 on features (N, D).
+
+    Both classes count alike; `strength` is the inverse weight decay on standardised features.
+    """
+    from sklearn.linear_model import LogisticRegression  # takes a second to import
+
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=5000, tol=1e-3)
+    model.fit((features - mean) / std, target)
+    weights = model.coef_[0] / std
+    return weights, float(model.intercept_[0] - weights @ mean)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Labelled tiles of a run: ids (N,), targets (N, CLASSES) with NaN = unknown, studies (N,)."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    studies: np.ndarray
+
+
+def prepare_probe(tiles: MammogramTiles, config: Config) -> Probe | None:
+    """The online probe's tiles, None without LABELS. Raises MammoError where there are too few."""
+    if not config.labels:
+        return None
+    path = Path(config.labels)
+    labels = read_labels(path)
+    rows = match_labels(labels, path.parent, tiles.images["image"], Path(config.data_dir))
+    targets = tile_labels(tiles.tiles, rows, labels, tiles.tile_size, CLASSES)
+    rng = np.random.default_rng([config.seed, 3])
+    image = tiles.tiles["image"].to_numpy()
+    order = spread_over_images(image, rng)
+    positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
+    negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]
+    ids = np.sort(np.concatenate([positive, negative[: PROBE_TILES - len(positive)]]))
+    studies = tiles.images["study_id"].to_numpy(str)[image[ids]]
+    probe = Probe(ids, targets[ids], studies)
+    for column, name in enumerate(CLASSES):
+        for value, word in ((1, "with"), (0, "without")):
+            count = len(set(studies[probe.targets[:, column] == value]))
+            if count < PROBE_FOLDS:
+                raise MammoError(
+                    f"labels {path}: {count} studies have tiles {word} {name}, the online probe needs "
+                    f"{PROBE_FOLDS}; add labels, loosen the tile settings, or leave --labels out"
+                )
+    return probe
+
+
+@torch.no_grad()
+def run_probe(run: Run, probe: Probe) -> dict[str, float]:
+    """Out-of-fold AUROC of a logistic probe on frozen features, folds by study; mean and per class."""
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    run.model.eval()
+    parts = np.array_split(probe.ids, -(-len(probe.ids) // 128))
+    views = (
+        make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side, device=run.device) for ids in parts
+    )
+    features = []
+    for view in views:
+        with run.autocast():
+            features.append(run.model.get_features(view).float().cpu().numpy())
+    run.model.train()
+    table, out = np.concatenate(features), {}
+    for name, target in zip(CLASSES, probe.targets.T, strict=True):
+        known = np.flatnonzero(np.isfinite(target))
+        x, y, studies = table[known], target[known].astype(int), probe.studies[known]
+        scores = np.zeros(len(y))
+        folds = StratifiedGroupKFold(PROBE_FOLDS, shuffle=True, random_state=run.config.seed % 2**32)
+        for fit, held_out in folds.split(x, y, studies):
+            weights, bias = fit_logistic(x[fit], y[fit], PROBE_STRENGTH)
+            scores[held_out] = x[held_out] @ weights + bias
+        out[f"auroc_{name}"] = float(roc_auc_score(y, scores))
+    return {"auroc": float(np.mean(list(out.values()))), **out}
 
 
 def progress(items: Any = None, **options: Any) -> tqdm:
@@ -2180,11 +2473,16 @@ class Run:
     scaler: torch.amp.GradScaler
     device: torch.device
     autocast: Callable[[], Any]
-    loss_function: Callable[..., tuple[Tensor, Tensor]]
+    loss_function: Callable[..., tuple[Tensor, ...]]
     steps_per_epoch: int
     wandb_id: str
     step: int = 0
     best_rankme: float = 0.0
+    best_auroc: float = 0.0
+    probe: Probe | None = None
+    energy_head: nn.Linear | None = None  # of the frequency target
+    energies: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 2))  # (tiles, 2)
+    freq_loss: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))  # of the last step
     healthy: bool = True
     batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -2271,14 +2569,28 @@ def train_step(run: Run, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         group["lr"] = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config)
     view_1, view_2 = two_views(run, ids, (config.seed, run.step, rank))
     with run.autocast():
-        loss, projection = run.loss_function(run.model, view_1, view_2)
+        loss, projection, extra = training_losses(run, view_1, view_2, ids)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    run.scaler.scale(loss + config.freq_loss_weight * extra).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.update_target(target_momentum(run.step, run.total_steps, config))
     run.step += 1
+    run.freq_loss = extra.detach()
     return loss.detach(), feature_std(projection)
+
+
+def training_losses(
+    run: Run, view_1: Tensor, view_2: Tensor, ids: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BYOL's loss and projection, and the frequency loss, 0 where it is off."""
+    if run.energy_head is None:
+        loss, projection = run.loss_function(run.model, view_1, view_2)
+        return loss, projection, loss.new_zeros(())
+    loss, projection, extra = run.loss_function(
+        run.model, view_1, view_2, run.energy_head, run.energies[ids]
+    )
+    return loss, projection, extra
 
 
 def train_one_epoch(
@@ -2330,6 +2642,8 @@ def describe_step(run: Run, loss: float, std: float, speed: float, ids: np.ndarr
         "tiles_per_s": speed,
         "breast_ratio": float(run.tiles.tiles["breast_ratio"].to_numpy()[ids].mean()),
     }
+    if run.energy_head is not None:
+        row["freq_loss"] = float(run.freq_loss)
     if run.device.type == "cuda":
         row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
     return row
@@ -2348,6 +2662,10 @@ def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     """Watch for collapse, choose the best checkpoint, write the epoch's files."""
     config, epoch = run.config, run.step // run.steps_per_epoch
     run.monitor = watch(run)
+    if run.probe is not None and (epoch % config.probe_every == 0 or epoch == config.epochs):
+        run.monitor |= run_probe(run, run.probe)
+        found = [f"{name} {run.monitor[f'auroc_{name}']:.3f}" for name in CLASSES]
+        tqdm.write(f"epoch {epoch}: probe AUROC {', '.join(found)}", file=sys.stderr)
     # Early on the running statistics of batch norm lag behind: training batches speak for the run too.
     std = max(run.monitor["std"], run.batch_std)
     run.healthy = std >= COLLAPSE_STD
@@ -2362,14 +2680,26 @@ def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
             "--momentum_base.",
             file=sys.stderr,
         )
-    # By RankMe, never by the loss: a collapsed network has the lowest loss of all (Garrido 2023).
-    if run.healthy and run.monitor["rankme"] > run.best_rankme:
-        run.best_rankme = run.monitor["rankme"]
+    if run.healthy and improves(run):
         save_checkpoint(run.folder / "mammogram_byol_best.pth", run)
     if config.checkpoint_every and epoch % config.checkpoint_every == 0:
         save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
     save_checkpoint(run.folder / "last.pth", run, resumable=True)
     draw_run(run, metrics)
+
+
+def improves(run: Run) -> bool:
+    """Whether this epoch is the best so far: by the online probe where there is one, else by RankMe.
+
+    Never by the loss: a collapsed network has the lowest loss of all (Garrido 2023).
+    """
+    if run.probe is not None:
+        better = run.monitor.get("auroc", 0.0) > run.best_auroc
+        run.best_auroc = max(run.best_auroc, run.monitor.get("auroc", 0.0))
+        return better
+    better = run.monitor["rankme"] > run.best_rankme
+    run.best_rankme = max(run.best_rankme, run.monitor["rankme"])
+    return better
 
 
 def draw_run(run: Run, metrics: MetricsFile) -> None:
@@ -2427,13 +2757,28 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         device=device,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        loss_function=compiled(byol_loss, config, device),
+        loss_function=compiled(
+            byol_energy_loss if config.freq_loss_weight else byol_loss, config, device
+        ),
         steps_per_epoch=drawn // config.batch_size,
         wandb_id=hashlib.sha256(f"{config.run_dir.resolve()}{time.time()}".encode()).hexdigest()[:8],
     )
+    run.probe = prepare_probe(tiles, config)
+    if config.freq_loss_weight:
+        add_energy_head(run)
     if config.resume and (run.folder / "last.pth").is_file():
         resume_run(run, load_checkpoint(run.folder / "last.pth"))
     return run
+
+
+def add_energy_head(run: Run) -> None:
+    """Give the run the frequency target's linear head, which starts at zero, and its targets."""
+    head = nn.Linear(run.config.input_dim, 2).to(run.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    run.energy_head = head
+    run.energies = torch.from_numpy(energy_targets(run.tiles.tiles)).to(run.device)
+    run.optimizer.add_param_group({"params": list(head.parameters()), "weight_decay": 0.0})
 
 
 def hold_on_device(tiles: MammogramTiles, device: torch.device) -> None:
@@ -2488,6 +2833,8 @@ def train(config: Config) -> Path:
         move_aside(config.run_dir)
     # What can fail in seconds comes before hours of extraction.
     choose_precision(config, choose_device(config))
+    if config.labels:
+        read_labels(config.labels)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)

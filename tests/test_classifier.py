@@ -1,0 +1,534 @@
+"""The classifier: labels to tiles, probe, fine-tuning, comparison, evaluation, prediction, refusals."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+import synthetic_mammograms as phantoms
+import train_byol_mammo as mammo
+import train_classifier as classifier
+
+SOURCE = (ROOT / "train_classifier.py").read_text()
+FIELDS = {field.name: field for field in dataclasses.fields(classifier.Settings)}
+TILES = (
+    "--backbone resnet18 --tile_size 96 --tile_stride 48 --view_size 32 --pixel_spacing_mm 0.68".split()
+)
+QUICK = "--device cpu --wandb_mode disabled --num_workers 1 --bootstrap 100 --batch_size 16".split()
+
+
+def write_labels(folder, rows):
+    pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """split/ with 28 phantoms of seven studies, four for training, and labels.csv from their truth."""
+    folder = tmp_path_factory.mktemp("labelled") / "split"
+    rows = []
+    for study in range(7):
+        split = "test" if study >= 4 else "training"
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for spec in phantoms.plan_study(phantoms.PhantomSpec(height=440, width=350), study, 1.0):
+            phantom = phantoms.make_phantom(spec)
+            name = f"{split}/s{study}_{spec.laterality}{spec.view}.png"
+            phantoms.write_png(folder / name, phantom.image)
+            found = [phantoms.CATEGORY[lesion.kind] for lesion in phantom.lesions]
+            boxes = [
+                {"finding": [kind], **dict(zip(phantoms.BOX, lesion.box, strict=True))}
+                for kind, lesion in zip(found, phantom.lesions, strict=True)
+            ]
+            rows.append(
+                {
+                    "image": name, "study_id": f"s{study}", "split": split,
+                    "laterality": spec.laterality, "view": spec.view, "breast_density": spec.density,
+                    "mass": int("Mass" in found),
+                    "calcification": int("Suspicious Calcification" in found),
+                    "boxes": json.dumps(boxes),
+                }
+            )  # fmt: skip
+    write_labels(folder, rows)
+    return folder
+
+
+def settings_of(labelled, *flags, out=None):
+    """Settings for the labelled archive; results in `out`."""
+    places = ["--data_dir", str(labelled), "--labels", str(labelled / "labels.csv")]
+    places += [
+        "--cache_dir",
+        str(labelled.parent / "cache"),
+        "--output_dir",
+        str(out or labelled.parent),
+    ]
+    return [*places, *QUICK, *map(str, flags)]
+
+
+def run_main(command, labelled, *flags, out=None):
+    return classifier.main([command, *settings_of(labelled, *flags, out=out)])
+
+
+def weights_hash(path):
+    state = torch.load(path)["model_state_dict"]
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for _, v in sorted(state.items()))).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def trained(labelled):
+    """Folder of a classifier fine-tuned for two epochs from random weights."""
+    flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
+    assert run_main("train", labelled, *flags) == 0
+    return labelled.parent / "tuned"
+
+
+# ---- settings and shape
+
+
+def test_constants_fields_flags_and_help_agree():
+    section = SOURCE.split("# ---- 1 Configuration")[1].split("COMMANDS = ")[0]
+    constants = re.findall(r"^([A-Z_]+) = ", section, flags=re.MULTILINE)
+    assert sorted(name.lower() for name in constants) == sorted(FIELDS)
+    for name, field in FIELDS.items():
+        assert field.default == getattr(classifier, name.upper())
+    assert set(classifier.setting_help()) >= set(FIELDS)
+    shown = run_script(ROOT / "train_classifier.py", "--help").stdout
+    flags = set(re.findall(r"^  --([a-z_]+)", shown, flags=re.MULTILINE))
+    assert set(FIELDS) == flags
+
+
+def test_every_setting_is_read():
+    code = SOURCE.split("COMMANDS = ")[1].split("def setting_help")[1]
+    for name in FIELDS:
+        assert re.search(rf"\b{name}\b", code) or name in ("output_dir", "run_name", "findings"), name
+
+
+def test_banners_equal_the_table_of_contents():
+    banners = re.findall(r"^# ---- (\d [A-Z][a-z ]+?) -+$", SOURCE, flags=re.MULTILINE)
+    contents = re.findall(r"^    (\d [A-Z][a-z ]+?)  ", classifier.__doc__, flags=re.MULTILINE)
+    assert banners == contents
+    assert len(banners) == 8
+
+
+def test_import_is_silent_and_the_main_script_imports_no_sibling():
+    code = "import train_classifier, sys; sys.exit(bool({'wandb', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    main = ast.parse((ROOT / "train_byol_mammo.py").read_text())
+    names = {
+        alias.name for node in ast.walk(main) if isinstance(node, ast.Import) for alias in node.names
+    }
+    names |= {node.module for node in ast.walk(main) if isinstance(node, ast.ImportFrom)}
+    assert not names & {path.stem for path in ROOT.glob("*.py")}
+
+
+# ---- tile labels
+
+
+@given(
+    box=st.tuples(st.integers(0, 300), st.integers(0, 300), st.integers(1, 200), st.integers(1, 200)),
+    place=st.tuples(st.integers(0, 300), st.integers(0, 300)),
+)
+def test_tile_labels_follow_centre_and_quarter_rule(box, place):
+    x0, y0, width, height = box
+    tiles = pd.DataFrame({"image": [0], "x": [place[0]], "y": [place[1]]})
+    edges = {"xmin": x0, "ymin": y0, "xmax": x0 + width, "ymax": y0 + height}
+    labels = pd.DataFrame({"mass": [1.0], "boxes": [[{"finding": {"mass"}, **edges}]]})
+    label = mammo.tile_labels(tiles, np.array([0]), labels, 96, ["mass"])[0, 0]
+    canvas = np.zeros((700, 700), bool)
+    canvas[y0 : y0 + height, x0 : x0 + width] = True
+    inside = canvas[place[1] : place[1] + 96, place[0] : place[0] + 96].sum() / (width * height)
+    centre = (2 * x0 + width, 2 * y0 + height)
+    centred = all(2 * p <= c < 2 * (p + 96) for p, c in zip(place, centre, strict=True))
+    expected = 1 if centred or inside >= 0.25 else (np.nan if inside > 0 else 0)
+    np.testing.assert_equal(float(label), float(expected))
+
+
+def test_unknown_absent_and_boxless_findings():
+    tiles = pd.DataFrame({"image": [0, 1, 2, 3], "x": 0, "y": 0})
+    labels = pd.DataFrame({"mass": [0.0, np.nan, 1.0], "boxes": [[], [], []]})
+    found = mammo.tile_labels(tiles, np.array([0, 1, 2, -1]), labels, 96, ["mass"])[:, 0]
+    np.testing.assert_equal(found, np.array([0, np.nan, np.nan, np.nan], np.float32))
+
+
+def test_boxes_use_the_column_names(tmp_path):
+    boxes = [
+        {"finding": ["Suspicious Calcification", "Mass"], "xmin": 1, "ymin": 2, "xmax": 5, "ymax": 9}
+    ]
+    write_labels(
+        tmp_path, [{"image": "a.png", "mass": 1, "calcification": "", "boxes": json.dumps(boxes)}]
+    )
+    table = mammo.read_labels(tmp_path / "labels.csv")
+    assert table["boxes"][0][0]["finding"] == {"calcification", "mass"}
+    assert np.isnan(table["calcification"][0])
+    assert table["mass"][0] == 1
+
+
+def test_labels_match_by_path_then_by_bare_name(tmp_path):
+    labels = pd.DataFrame({"image": ["training/a.png", "b.png", "x/c.png", "y/c.png"]})
+    images = ["a.png", "sub/b.png", "c.png", "d.png"]
+    found = mammo.match_labels(labels, tmp_path, images, tmp_path / "training")
+    assert found.tolist() == [0, 1, -1, -1]  # two labels are called c.png: neither is taken
+    assert mammo.match_labels(labels, tmp_path, ["y/c.png"], tmp_path).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mass": 2}, "mass of a.png is '2', not 0, 1 or empty"),
+        ({"mass": "yes"}, "not 0, 1 or empty"),
+        ({"boxes": "[{]"}, "boxes of a.png can't be read"),
+        (
+            {"boxes": '[{"finding": ["Mass"], "xmin": NaN, "ymin": 1, "xmax": 2, "ymax": 2}]'},
+            "has no area",
+        ),
+        (
+            {"boxes": '[{"finding": ["Mass"], "xmin": 3, "ymin": 1, "xmax": 2, "ymax": 2}]'},
+            "has no area",
+        ),
+    ],
+)
+def test_wrong_labels_are_refused_by_row(tmp_path, change, message):
+    write_labels(tmp_path, [{"image": "a.png", "mass": 1, "calcification": 0, "boxes": "", **change}])
+    with pytest.raises(mammo.MammoError, match=re.escape(message)):
+        mammo.read_labels(tmp_path / "labels.csv")
+
+
+def test_missing_columns_files_and_double_rows_are_named(tmp_path):
+    with pytest.raises(mammo.MammoError, match="no such file"):
+        mammo.read_labels(tmp_path / "labels.csv")
+    write_labels(tmp_path, [{"image": "a.png", "mass": 1}])
+    with pytest.raises(mammo.MammoError, match="no column calcification"):
+        mammo.read_labels(tmp_path / "labels.csv")
+    write_labels(tmp_path, [{"image": "a.png", "mass": 1, "calcification": 1}] * 2)
+    with pytest.raises(mammo.MammoError, match=r"a\.png has more than one row"):
+        mammo.read_labels(tmp_path / "labels.csv")
+
+
+# ---- statistics
+
+
+def test_weighted_auroc_equals_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores, target = rng.integers(0, 9, 80) / 8, rng.integers(0, 2, 80).astype(float)
+    weights = rng.integers(0, 4, (5, 80)).astype(np.float32)
+    expected = [roc_auc_score(target, scores, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(classifier.weighted_auroc(scores, target, weights), expected)
+
+
+def test_resampling_keeps_studies_whole():
+    studies = np.array(["a", "b", "a", "c"])
+    weights = classifier.resample_studies(studies, 200, seed=1)
+    assert weights.shape == (201, 4)
+    assert (weights[0] == 1).all()
+    assert (weights[:, 0] == weights[:, 2]).all()
+    assert (weights[:, [0, 1, 3]].sum(1) == 3).all()
+    assert weights[1:].std(0).min() > 0.5
+
+
+def test_interval_and_p_value_see_a_difference_and_no_difference():
+    rng = np.random.default_rng(2)
+    studies = np.repeat(np.arange(40).astype(str), 10)
+    target = (rng.random(400) < 0.3).astype(float)
+    good, same = target + rng.normal(0, 0.7, 400), rng.normal(size=400)
+    weights = classifier.resample_studies(studies, 500, 0)
+    draws = [classifier.weighted_auroc(score, target, weights) for score in (good, same)]
+    low, high = classifier.interval(draws[1][1:])
+    assert low < 0.5 < high
+    assert classifier.paired_p(draws[0][1:] - draws[1][1:]) < 0.01
+    assert classifier.paired_p(rng.normal(size=500)) > 0.5
+
+
+def test_calibration_error_of_known_cases():
+    target = np.array([0.0, 1.0] * 50)
+    assert classifier.calibration_error(np.full(100, 0.5), target) == pytest.approx(0)
+    assert classifier.calibration_error(np.full(100, 0.9), target) == pytest.approx(0.4)
+    assert classifier.calibration_error(target, target) == 0
+
+
+def test_study_folds_keep_studies_whole_and_spread_findings():
+    rng = np.random.default_rng(3)
+    studies = rng.integers(0, 20, 300).astype(str)
+    targets = np.zeros((300, 1), np.float32)
+    targets[np.isin(studies, [str(n) for n in range(8)])] = 1
+    fold = classifier.study_folds(studies, targets, 4, seed=0)
+    table = pd.DataFrame({"study": studies, "fold": fold, "positive": targets[:, 0] == 1})
+    assert (table.groupby("study")["fold"].nunique() == 1).all()
+    assert (table[table["positive"]].groupby("fold")["study"].nunique() == 2).all()
+
+
+# ---- model
+
+
+def test_logistic_head_is_exact_and_reaches_the_snippet(labelled, tmp_path):
+    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 32, 16).eval()
+    rng = np.random.default_rng(4)
+    weights, biases = rng.normal(size=(2, 512)), rng.normal(size=2)
+    classifier.set_logistic_head(model, weights, biases)
+    features = torch.randn(6, 512)
+    expected = features.numpy() @ weights.T + biases
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            model.classification_head(features).numpy(), expected, rtol=1e-4, atol=1e-4
+        )
+    model.classification_head(features).sum().backward()
+    spare = model.classification_head[-1].weight.grad[:, 4:]
+    assert spare.abs().max() > 0  # fine-tuning may use the other units
+
+
+def test_checkpoint_loads_as_the_contract_says_and_its_logits_mean_something(trained, labelled):
+    state = torch.load(trained / "classifier_best.pth", weights_only=True)
+    assert {"model_state_dict", "config", "classes", "step", "epoch", "monitor"} <= set(state)
+    model = mammo.MammogramBYOL(torchvision.models.resnet18(), 512, mammo.HIDDEN_DIM, mammo.PROJ_DIM)
+    model.load_state_dict(state["model_state_dict"])
+    assert model.eval().classify(torch.zeros(2, 1, 32, 32)).shape == (2, 2)
+    rows = pd.read_csv(trained / "metrics.csv")
+    assert rows["epoch"].tolist() == [0, 1, 2]
+    assert rows["loss"][1:].between(0.01, 3).all()
+    best = max(rows["auroc"])
+    assert state["monitor"]["auroc"] == pytest.approx(best)
+
+
+def test_probabilities_sum_to_the_number_of_findings(labelled):
+    """The prior shift undoes the balancing: mean probability equals frequency on the fitted tiles."""
+    _, _, settings = classifier.parse_args(
+        [
+            "train",
+            *settings_of(labelled, "--weights", "none", *TILES, "--mode", "probe", "--run_name", "p"),
+        ]
+    )
+    folder = classifier.train(settings)
+    settings = dataclasses.replace(
+        settings, weights=str(folder / "classifier_best.pth"), split="training"
+    )
+    engine, settings = classifier.open_classifier(settings)
+    data = classifier.load_labelled(settings, engine.config)
+    ids = data.in_split("training")
+    given_ = engine.probabilities(data.tiles, ids).mean(0)
+    share = np.nanmean(data.targets[ids], 0)
+    assert (given_ < 2.5 * share).all()
+    assert (given_ > share / 2.5).all()
+    assert np.nanmean(data.targets[ids] == 1) < 0.3  # so that balanced probabilities would fail
+
+
+def test_finetuning_stopped_and_resumed_equals_uninterrupted(trained, labelled, monkeypatch):
+    flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "again"]
+    plain, calls = classifier.finetune_epoch, []
+
+    def stop_in_second_epoch(job, bar, stop):
+        calls.append(job.epoch)
+        if len(calls) == 2:
+            stop.requested = 15
+        return plain(job, bar, stop)
+
+    monkeypatch.setattr(classifier, "finetune_epoch", stop_in_second_epoch)
+    assert run_main("train", labelled, *flags) == 128 + 15
+    assert run_main("train", labelled, *flags) == 0
+    assert calls == [0, 1, 1]
+    again = labelled.parent / "again"
+    assert weights_hash(again / "last.pth") == weights_hash(trained / "last.pth")
+    assert (again / "metrics.csv").read_text() == (trained / "metrics.csv").read_text()
+
+
+def test_resuming_with_other_settings_is_refused_by_name(trained, labelled, capsys):
+    flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
+    assert run_main("train", labelled, *flags, "--lr", "0.5") == 2
+    assert "--lr 0.001 -> 0.5" in capsys.readouterr().err
+
+
+# ---- commands
+
+
+def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, labelled, tmp_path):
+    assert (
+        run_main("evaluate", labelled, "--weights", trained / "classifier_best.pth", out=tmp_path) == 0
+    )
+    folder = tmp_path / "evaluate"
+    table = pd.read_csv(folder / "evaluation.csv")
+    assert set(table["level"]) == {"tile", *classifier.LEVELS}
+    tiles = pd.read_csv(folder / "predictions_tile.csv")
+    images = pd.read_csv(folder / "predictions_image_max.csv")
+    either = pd.read_csv(folder / "predictions_image_noisy_or.csv")
+    assert len(images) == 12
+    for name in mammo.CLASSES:
+        row = table[
+            (table["level"] == "tile") & (table["group"] == "all") & (table["finding"] == name)
+        ].iloc[0]
+        known = tiles[tiles[name].notna()]
+        assert row["auroc"] == pytest.approx(roc_auc_score(known[name], known[f"p_{name}"]), abs=1e-6)
+        assert row["auroc_low"] <= row["auroc"] <= row["auroc_high"]
+        highest = tiles.groupby("image")[f"p_{name}"].max()
+        np.testing.assert_allclose(
+            images.set_index("image")[f"p_{name}"].sort_index(), highest.sort_index()
+        )
+        assert (either[f"p_{name}"] >= images[f"p_{name}"] - 1e-6).all()
+    assert {"view CC", "view MLO", "laterality L", "laterality R"} <= set(table["group"])
+    for picture in ("roc.png", "pr.png", "reliability.png"):
+        assert min(cv2.imread(str(folder / picture)).shape[:2]) > 300
+
+
+def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path, capsys):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG broken")
+    weights = trained / "classifier_best.pth"
+    flags = ["--weights", weights, labelled / "test", broken]
+    assert run_main("predict", labelled, *flags, out=tmp_path) == 0
+    table = pd.read_csv(tmp_path / "predict" / "predictions.csv")
+    assert table["error"].notna().tolist() == [False] * 12 + [True]
+    assert "broken.png: can't be decoded" in capsys.readouterr().err
+    for name in mammo.CLASSES:
+        assert table[f"p_{name}"][:12].between(0, 1).all()
+    for picture in table["picture"].dropna():
+        assert min(cv2.imread(str(tmp_path / "predict" / picture)).shape[:2]) > 300
+    run_main("evaluate", labelled, "--weights", weights, out=tmp_path)
+    images = pd.read_csv(tmp_path / "evaluate" / "predictions_image_max.csv")
+    np.testing.assert_allclose(table["p_mass"][:12], images.sort_values("image")["p_mass"], atol=2e-3)
+
+
+def test_embed_writes_one_row_of_features_for_each_tile(trained, labelled, tmp_path):
+    assert run_main("embed", labelled, "--weights", trained / "classifier_best.pth", out=tmp_path) == 0
+    features = np.load(tmp_path / "embed" / "embeddings.npy")
+    table = pd.read_csv(tmp_path / "embed" / "embeddings.csv")
+    assert features.shape == (len(table), 512)
+    assert features.std(0).max() > 0
+    assert set(table["split"]) == {"test"}
+    assert min(cv2.imread(str(tmp_path / "embed" / "embeddings.png")).shape[:2]) > 300
+
+
+def test_compare_judges_all_on_the_same_tiles(trained, labelled, tmp_path, capsys):
+    weights = str(trained / "classifier_best.pth")
+    assert run_main("compare", labelled, "none", weights, *TILES[:2], "--folds", 2, out=tmp_path) == 0
+    table = pd.read_csv(tmp_path / "compare" / "compare.csv")
+    assert table["start"].tolist() == ["none", weights] * 2
+    gain = table["auroc"].diff()[1::2]
+    np.testing.assert_allclose(table["gain"][1::2], gain, atol=1e-6)
+    assert ((table["gain_low"] <= table["gain"]) | table["gain"].isna()).all()
+    assert "28 images" not in capsys.readouterr().err  # no note: every label has its image
+
+
+def test_shuffled_labels_give_chance(labelled, tmp_path):
+    flags = ["none", *TILES, "--shuffle_labels", "--folds", 2]
+    assert run_main("compare", labelled, *flags, out=tmp_path) == 0
+    table = pd.read_csv(tmp_path / "compare" / "compare.csv")
+    assert ((table["auroc"] - 0.5).abs() < 0.12).all()  # three standard errors of 60 positive tiles
+
+
+def test_heat_map_is_highest_where_the_highest_tiles_are():
+    tiles = object.__new__(classifier.OneImage)
+    tiles.tile_size = 100
+    tiles.tiles = pd.DataFrame({"x": [0, 50, 100], "y": [0, 0, 0]})
+    scores = np.array([[0.1], [0.9], [0.1]], np.float32)
+    heat = classifier.heat_map(tiles, scores, (120, 220), 2)[0]
+    assert heat.shape == (60, 110)
+    assert abs(np.nanargmax(heat[25]) - 50) <= 1
+    assert np.isnan(heat[55, 5])
+    assert np.nanmax(heat) <= 0.9 + 1e-6
+    assert classifier.top_tiles(tiles, scores[:, 0], 3) == [1]
+    assert classifier.top_tiles(tiles, np.array([0.5, 0.1, 0.4]), 3) == [0, 2]
+
+
+# ---- refusals
+
+
+def relabel(labelled, tmp_path, change):
+    """A copy of labels.csv with paths made whole, changed by `change(table)`."""
+    table = pd.read_csv(labelled / "labels.csv")
+    table["image"] = [str(labelled / name) for name in table["image"]]
+    changed = change(table)
+    path = tmp_path / "labels.csv"
+    (table if changed is None else changed).to_csv(path, index=False)
+    return path
+
+
+def test_a_planted_leak_is_refused_by_name(labelled, tmp_path, capsys):
+    path = relabel(
+        labelled,
+        tmp_path,
+        lambda table: table.__setitem__("study_id", table["study_id"].replace("s5", "s1")),
+    )
+    for command in ("train", "compare"):
+        operands = ["none"] if command == "compare" else ["--weights", "none"]
+        assert run_main(command, labelled, *operands, *TILES, "--labels", path, out=tmp_path) == 2
+        assert "study s1 is in the splits test and training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.assign(image="other.png").drop_duplicates("image"), "no row fits an image"),
+        (lambda t: t.assign(mass=0, boxes=""), "training split: no tile with mass"),
+        (lambda t: t.assign(mass=""), "no tile without mass"),
+        (lambda t: t[t["study_id"].isin(["s0", "s4"])], "training studies: no tile with"),
+    ],
+)
+def test_labels_that_teach_nothing_are_refused(labelled, tmp_path, capsys, change, message):
+    path = relabel(labelled, tmp_path, change)
+    assert run_main("train", labelled, "--weights", "none", *TILES, "--labels", path, out=tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_labels_without_image_and_images_without_label_are_counted(labelled, tmp_path, capsys):
+    def change(table):
+        table.loc[len(table) - 1, "image"] = "nowhere.png"
+
+    path = relabel(labelled, tmp_path, change)
+    flags = ["none", *TILES, "--labels", path]
+    assert run_main("compare", labelled, *flags, out=tmp_path) == 0
+    note = capsys.readouterr().err
+    assert "1 labels without image, first nowhere.png" in note
+    assert "1 images without label, left out, first test/s6_RMLO.png" in note
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--mode", "prob"], "choose probe or finetune"),
+        (["train", "--findings", "mass,mass"], "name each column"),
+        (["train", "extra"], "takes no operand"),
+        (["predict"], "needs IMAGE"),
+        (["compare"], "needs WEIGHTS"),
+        (["compare", "none", "--folds", "1"], "0, or 2 and more"),
+        (["train", "--epochs", "0"], "must lie between"),
+        (["judge"], "invalid choice"),
+        (["train", "--weights", "missing.pth"], "no such file"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_remedy(words, message, capsys):
+    assert classifier.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_checkpoints_are_refused(trained, labelled, tmp_path, capsys):
+    weights = trained / "classifier_best.pth"
+    assert run_main("predict", labelled, "--weights", weights, "--backbone", "resnet50", labelled) == 2
+    assert "holds a resnet18" in capsys.readouterr().err
+    state = torch.load(weights)
+    state["config"]["backbone"] = "resnet34"
+    torch.save(state, tmp_path / "other.pth")
+    assert run_main("predict", labelled, "--weights", tmp_path / "other.pth", labelled) == 2
+    assert "doesn't fit a resnet34" in capsys.readouterr().err
+    state = torch.load(weights)
+    del state["classifier"]
+    torch.save(state, tmp_path / "byol.pth")
+    assert run_main("predict", labelled, "--weights", tmp_path / "byol.pth", labelled) == 2
+    assert "classification head is not trained" in capsys.readouterr().err
+    state = torch.load(weights)
+    state["model_state_dict"]["backbone.conv1.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    flags = ["--weights", tmp_path / "nan.pth", labelled / "test", "--run_name", "nan"]
+    assert run_main("predict", labelled, *flags, out=tmp_path) == 2
+    assert "no numbers" in capsys.readouterr().err

@@ -1,0 +1,1396 @@
+#!/usr/bin/env python3
+"""From a pre-trained backbone to answers: probe, fine-tuning, comparison, evaluation, maps of images.
+
+Reads the images and labels.csv that prepare_dataset.py lays out and a checkpoint of train_byol_mammo.py.
+
+    python train_classifier.py train --weights runs/byol_resnet50/mammogram_byol_best.pth
+    python train_classifier.py evaluate --weights runs/classifier_finetune/classifier_best.pth
+    python train_classifier.py predict --weights runs/classifier_finetune/classifier_best.pth my_images
+    python train_classifier.py compare none imagenet runs/byol_resnet50/mammogram_byol_best.pth
+    python train_classifier.py embed --weights runs/byol_resnet50/mammogram_byol_best.pth
+    python train_classifier.py --help                                     # every setting, one line each
+
+Contents
+    1 Configuration    constants, Settings, flags
+    2 Labelled tiles   cache and labels joined, splits by study, which tiles are drawn
+    3 Model            starting weights, frozen features, the logistic head
+    4 Training         probe, fine-tuning, resume
+    5 Statistics       AUROC with intervals from a bootstrap over studies, calibration
+    6 Pictures         curves, reliability, maps
+    7 Commands         train, compare, evaluate, predict, embed
+    8 Entry            main
+
+A tile's probability is that of a finding in this tile. An image has the highest of its tiles' (`max`) or
+1 - prod(1 - p) (`noisy_or`, which takes tiles for independent and, as they overlap, runs high); a breast
+and a study have the highest of their images'. Research use only; not for clinical decisions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from lightly.utils.scheduler import cosine_warmup_schedule
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import train_byol_mammo as mammo
+from train_byol_mammo import MammoError
+
+# ---- 1 Configuration ------------------------------------------------------------------------------
+# Each constant is a field of Settings and a flag of the same lower-case name; its comment is the help.
+
+WEIGHTS = "./runs/byol_resnet50/mammogram_byol_best.pth"  # checkpoint, imagenet or none
+BACKBONE = ""  # resnet18, resnet34 or resnet50; empty = as in the checkpoint, resnet50 without one
+DATA_DIR = "./split_images"  # folder of images, sub-folders included
+LABELS = "./split_images/labels.csv"  # one row for each image, written by prepare_dataset.py
+FINDINGS = "mass,calcification"  # columns of labels.csv to learn, separated by commas
+WEAK_LABELS = False  # tiles of a positive image without boxes count as positive
+SHUFFLE_LABELS = False  # control for compare: labels permuted among tiles, AUROC must be 0.5
+SPLIT = "test"  # split of labels.csv that evaluate and embed read; all = every image
+OUTPUT_DIR = "./runs"  # results go to OUTPUT_DIR/RUN_NAME
+RUN_NAME = ""  # empty = classifier_<mode> for train, else the command's name
+CACHE_DIR = "./cache"  # pixel cache, shared with train_byol_mammo.py
+TILE_SIZE = 0  # px, side of a tile; 0 = as in pre-training
+TILE_STRIDE = 0  # px between tiles; 0 = as in pre-training
+VIEW_SIZE = 0  # px, side of what the network sees of a tile; 0 = as in pre-training
+PIXEL_SPACING_MM = 0.0  # mm per pixel where the manifest gives none; 0 = as in pre-training
+MIN_FREQ_ENERGY = 0.0  # speck energy a tile must reach; 0 = all tissue, as masses need no specks
+MODE = "finetune"  # probe = frozen backbone, logistic head; finetune = all weights, from the probe on
+VALIDATION_SHARE = 0.2  # of the training studies, for early stopping and the choice of regularisation
+FOLDS = 0  # folds by study for compare; 0 = fit on training, score on test, 5 folds without a test split
+NEGATIVES_PER_IMAGE = 16  # tiles without finding drawn per image for the probe; 0 = all
+NEGATIVES_PER_POSITIVE = 3.0  # tiles without finding drawn per epoch of fine-tuning, anew each epoch
+EPOCHS = 10  # at most, of fine-tuning
+PATIENCE = 3  # epochs without a better validation AUROC before fine-tuning stops
+BATCH_SIZE = 32  # tiles per step
+LR = 1e-3  # peak learning rate of the head
+BACKBONE_LR = 3e-4  # peak learning rate of the backbone
+WEIGHT_DECAY = 1e-2  # AdamW weight decay of fine-tuning
+BOOTSTRAP = 1000  # resamples of the studies for intervals and p-values
+TOP_TILES = 3  # tiles boxed per finding by predict
+NUM_WORKERS = 16  # extraction processes; never more than the cores there are
+SEED = 0  # every random choice follows from it
+DEVICE = "auto"  # auto, cpu, cuda or cuda:N
+PRECISION = "auto"  # auto, fp32, bf16 or fp16
+RESUME = True  # go on where a fine-tuning of this name stopped; otherwise it is moved aside
+WANDB_MODE = "auto"  # auto, online, offline or disabled; auto = online only when logged in
+WANDB_PROJECT = "byol-mammo"  # wandb project
+
+COMMANDS = {
+    "train": "learn to find the findings in tiles; writes classifier_best.pth",
+    "compare": "frozen-probe AUROC of several starting weights on the same folds, with intervals",
+    "evaluate": "a classifier on labelled images: AUROC and more by tile, image, breast and study",
+    "predict": "probability per finding and a map for each image",
+    "embed": "features of all tiles as .npy and .csv, and a 2-D map of them",
+}
+OPERANDS = {"compare": "WEIGHTS", "predict": "IMAGE"}
+# Settings that don't change what fine-tuning learns.
+FREE_ON_RESUME = (
+    "data_dir labels output_dir run_name cache_dir split folds bootstrap top_tiles num_workers device "
+    "resume wandb_mode wandb_project shuffle_labels"
+).split()
+# Mild: labels must stay true, and a tile's box is only known for the tile as it lies.
+MILD_VIEW = mammo.ViewSpec(rotation=15, scale=0.1, brightness=0.15, contrast=0.15, flip=True)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings; defaults are the constants above, flags have the fields' names."""
+
+    weights: str = WEIGHTS
+    backbone: str = BACKBONE
+    data_dir: str = DATA_DIR
+    labels: str = LABELS
+    findings: str = FINDINGS
+    weak_labels: bool = WEAK_LABELS
+    shuffle_labels: bool = SHUFFLE_LABELS
+    split: str = SPLIT
+    output_dir: str = OUTPUT_DIR
+    run_name: str = RUN_NAME
+    cache_dir: str = CACHE_DIR
+    tile_size: int = TILE_SIZE
+    tile_stride: int = TILE_STRIDE
+    view_size: int = VIEW_SIZE
+    pixel_spacing_mm: float = PIXEL_SPACING_MM
+    min_freq_energy: float = MIN_FREQ_ENERGY
+    mode: str = MODE
+    validation_share: float = VALIDATION_SHARE
+    folds: int = FOLDS
+    negatives_per_image: int = NEGATIVES_PER_IMAGE
+    negatives_per_positive: float = NEGATIVES_PER_POSITIVE
+    epochs: int = EPOCHS
+    patience: int = PATIENCE
+    batch_size: int = BATCH_SIZE
+    lr: float = LR
+    backbone_lr: float = BACKBONE_LR
+    weight_decay: float = WEIGHT_DECAY
+    bootstrap: int = BOOTSTRAP
+    top_tiles: int = TOP_TILES
+    num_workers: int = NUM_WORKERS
+    seed: int = SEED
+    device: str = DEVICE
+    precision: str = PRECISION
+    resume: bool = RESUME
+    wandb_mode: str = WANDB_MODE
+    wandb_project: str = WANDB_PROJECT
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("probe", "finetune"):
+            raise MammoError(f"--mode {self.mode}: choose probe or finetune")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise MammoError(f"--findings {self.findings!r}: name each column of labels.csv once")
+        bounds = {"validation_share": (0.01, 0.9), "epochs": (1, 10**6), "batch_size": (2, 65536)}
+        bounds |= {"bootstrap": (100, 10**6), "patience": (1, 10**6), "top_tiles": (1, 100)}
+        bounds |= {"negatives_per_positive": (0.1, 10**6), "lr": (0, 100), "backbone_lr": (0, 100)}
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise MammoError(f"--{name} {getattr(self, name)}: must lie between {low} and {high}")
+        if self.folds < 0 or self.folds == 1:
+            raise MammoError(f"--folds {self.folds}: 0, or 2 and more")
+
+    @property
+    def names(self) -> list[str]:
+        """Findings as a list."""
+        return [name for name in self.findings.split(",") if name]
+
+    def folder(self, default: str) -> Path:
+        """Folder of the results."""
+        return Path(self.output_dir) / (self.run_name or default)
+
+
+def setting_help() -> dict[str, str]:
+    """The one-line comment of each constant, by lower-case name."""
+    found = re.findall(r"^([A-Z_]+) = [^#\n]+  # (.+)$", Path(__file__).read_text("utf-8"), re.MULTILINE)
+    return {name.lower(): comment for name, comment in found}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise MammoError(f"{message} (see --help)")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Settings]:
+    """Command, its operands (weights or images) and Settings. Raises MammoError on a typo."""
+    parser = _Parser(
+        description=(__doc__ or "").split("Contents")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = "; ".join(f"{name}: {text}" for name, text in COMMANDS.items())
+    parser.add_argument("command", choices=COMMANDS, help=commands)
+    parser.add_argument("operands", nargs="*", help="weights for compare, images or folders for predict")
+    comments = setting_help()
+    for field in dataclasses.fields(Settings):
+        text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
+        names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        if isinstance(field.default, bool):
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(*names, dest=field.name, action=action, default=field.default, help=text)
+        else:
+            kind = type(field.default)
+            parser.add_argument(*names, dest=field.name, type=kind, default=field.default, help=text)
+    values = vars(parser.parse_intermixed_args(argv))
+    command, operands = values.pop("command"), values.pop("operands")
+    if command in OPERANDS and not operands:
+        raise MammoError(f"{command} needs {OPERANDS[command]} ... (see --help)")
+    if command not in OPERANDS and operands:
+        raise MammoError(f"{command} takes no operand, but got {operands[0]} (see --help)")
+    return command, operands, Settings(**values)
+
+
+# ---- 2 Labelled tiles ------------------------------------------------------------------------------
+
+
+@dataclass
+class LabelledTiles:
+    """Tiles with what is known of them.
+
+    `targets` (N, findings) float32: 1, 0, NaN = unknown. `table`: one row for each tile: image,
+    study_id, laterality, view, split, breast_density, labelled, row (of images.csv), x, y (px).
+    `image_targets` (images, findings) float32, by row of images.csv.
+    """
+
+    tiles: mammo.MammogramTiles
+    names: list[str]
+    targets: np.ndarray
+    table: pd.DataFrame
+    image_targets: np.ndarray
+
+    @property
+    def studies(self) -> np.ndarray:
+        """Study of each tile (N,)."""
+        return self.table["study_id"].to_numpy(str)
+
+    def in_split(self, split: str) -> np.ndarray:
+        """Ids of the tiles of a split; `training` holds those without a split, too."""
+        split_of = self.table["split"].to_numpy(str)
+        wanted = (split_of == split) | ((split_of == "") & (split == "training")) | (split == "all")
+        return np.flatnonzero(wanted & self.table["labelled"].to_numpy())
+
+
+def check_leak(labels: pd.DataFrame, path: str) -> None:
+    """Raises MammoError where a study has images in more than one split."""
+    splits = labels[labels["study_id"] != ""].groupby("study_id")["split"].unique()
+    for study, found in splits.items():
+        if len(found) > 1:
+            raise MammoError(
+                f"labels {path}: study {study} is in the splits {' and '.join(sorted(found))}: its "
+                "images would be learnt and judged at once; give each study one split"
+            )
+
+
+def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
+    """Build or find the cache of all images and join it with labels.csv; says what doesn't match.
+
+    Raises MammoError for an unreadable table, a study in two splits, or no label that fits an image.
+    """
+    labels = mammo.read_labels(settings.labels, settings.names)
+    check_leak(labels, settings.labels)
+    sources = mammo.list_sources(config.data_dir)["image"]
+    where = Path(settings.labels).parent, Path(config.data_dir)
+    found = mammo.match_labels(labels, where[0], sources, where[1])
+    if (found < 0).all():
+        raise MammoError(
+            f"labels {settings.labels}: no row fits an image of {config.data_dir}; `image` is a path "
+            f"relative to labels.csv or a file name, such as {next(iter(labels['image']), 'a.png')}"
+        )
+    report = {
+        "labels without image": labels["image"].drop(found[found >= 0]).tolist(),
+        "images without label, left out": sources[found < 0].tolist(),
+    }
+    for what, names in report.items():
+        if names:
+            print(f"note: {len(names):,} {what}, first {names[0]}", file=sys.stderr)
+    side = mammo.reduction(config.tile_size, config.view_side)
+    tiles = mammo.MammogramTiles(mammo.build_cache(config), side)
+    rows = mammo.match_labels(labels, where[0], tiles.images["image"], where[1])
+    return join_labels(tiles, labels, rows, settings)
+
+
+def join_labels(
+    tiles: mammo.MammogramTiles, labels: pd.DataFrame, rows: np.ndarray, settings: Settings
+) -> LabelledTiles:
+    """LabelledTiles of a cache; `rows` gives each image's row of `labels`, -1 = none."""
+    names = settings.names
+    targets = mammo.tile_labels(tiles.tiles, rows, labels, tiles.tile_size, names)
+    known = labels.reindex(rows).reset_index(drop=True)  # row -1 is in no index: NaN
+    image_targets = known[names].to_numpy(np.float32)
+    image = tiles.tiles["image"].to_numpy()
+    if settings.weak_labels:
+        weak = (image_targets[image] == 1) & np.isnan(targets)
+        targets = np.where(weak, 1, targets)
+    if settings.shuffle_labels:
+        targets = targets[np.random.default_rng([settings.seed, 5]).permutation(len(targets))]
+    table = tiles.images[["image", "study_id", "laterality", "view"]].copy()
+    for column in ("study_id", "laterality", "view"):  # the manifest's, else the labels'
+        given = known[column].fillna("").to_numpy(str)
+        own = table[column].to_numpy(str)
+        use = (given != "") if column == "study_id" else (own == "")
+        table[column] = np.where(use, given, own)
+    table["split"] = known["split"].fillna("").to_numpy(str)
+    table["breast_density"] = known["breast_density"].fillna("").to_numpy(str)
+    table["labelled"] = rows >= 0
+    table = table.iloc[image].reset_index(drop=True)
+    table = table.assign(row=image, x=tiles.tiles["x"].to_numpy(), y=tiles.tiles["y"].to_numpy())
+    return LabelledTiles(tiles, names, targets, table, image_targets)
+
+
+def study_folds(studies: np.ndarray, targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Fold (N,) of each tile: whole studies, those with the same findings spread evenly."""
+    positive = pd.DataFrame(targets == 1).groupby(studies).any()
+    order = np.random.default_rng([seed, 6]).permutation(len(positive))
+    kinds = positive.to_numpy()[order] @ (2 ** np.arange(targets.shape[1]))
+    order = order[np.argsort(kinds, kind="stable")]
+    fold = pd.Series(np.arange(len(order)) % folds, index=positive.index[order])
+    return fold[studies].to_numpy()
+
+
+def check_classes(targets: np.ndarray, names: Sequence[str], where: str) -> None:
+    """Raises MammoError where a finding has no positive or no negative tile."""
+    for name, target in zip(names, targets.T, strict=True):
+        for value, word in ((1, "with"), (0, "without")):
+            if not (target == value).any():
+                raise MammoError(
+                    f"{where}: no tile {word} {name}, nothing can be learnt or judged; check "
+                    "labels.csv, --split and --findings, or use fewer --folds"
+                )
+
+
+def draw_tiles(data: LabelledTiles, ids: np.ndarray, settings: Settings) -> np.ndarray:
+    """All positive tiles of `ids` and up to NEGATIVES_PER_IMAGE others of each image, sorted.
+
+    With weak labels positive tiles are a matter of chance: each image then gives equally many.
+    """
+    targets = data.targets[ids]
+    positive = (targets == 1).any(1)
+    usable = np.isfinite(targets).any(1)
+    limit = settings.negatives_per_image
+    if not limit:
+        return ids[usable]
+    free = ids[usable & (~positive | settings.weak_labels)]
+    rng = np.random.default_rng([settings.seed, 7])
+    shuffled = rng.permutation(free)
+    image = data.table["row"].to_numpy()[shuffled]
+    rank = pd.Series(image).groupby(image).cumcount().to_numpy()
+    kept = shuffled[rank < limit]
+    return np.sort(kept if settings.weak_labels else np.concatenate([kept, ids[positive]]))
+
+
+# ---- 3 Model ---------------------------------------------------------------------------------------
+
+
+def start_model(settings: Settings) -> tuple[mammo.MammogramBYOL, mammo.Config]:
+    """The network with its starting weights, and the Config that describes its tiles.
+
+    Raises MammoError where the weights are missing, damaged, or of another architecture.
+    """
+    recorded: dict[str, Any] = {}
+    classes = list(mammo.CLASSES)
+    torch.manual_seed(settings.seed)
+    if settings.weights.endswith(".pth"):
+        state = mammo.load_checkpoint(settings.weights)
+        recorded, classes = state.get("config", {}), state.get("classes", classes)
+    name = recorded.get("backbone", settings.backbone or mammo.BACKBONE)
+    if settings.backbone and settings.backbone != name:
+        raise MammoError(f"--backbone {settings.backbone}: {settings.weights} holds a {name}")
+    if settings.weights in ("none", "imagenet") or settings.backbone or recorded:
+        source = "none" if recorded else settings.weights
+        backbone = mammo.build_backbone(name, source)
+    else:  # a file that says no architecture: its layers do
+        backbone = mammo.load_backbone(settings.weights)
+    width = mammo.feature_width(backbone)
+    known = {field.name for field in dataclasses.fields(mammo.Config)}
+    base = mammo.Config(**{key: value for key, value in recorded.items() if key in known})
+    model = mammo.MammogramBYOL(backbone, width, base.hidden_dim, base.proj_dim)
+    if recorded:
+        set_outputs(model, len(classes))
+        try:
+            model.load_state_dict(state["model_state_dict"])
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MammoError(f"{settings.weights} doesn't fit a {name}: {reason}") from error
+    return model, tile_config(settings, dataclasses.replace(base, backbone=name, input_dim=width))
+
+
+def set_outputs(model: mammo.MammogramBYOL, count: int) -> None:
+    """Give the classification head `count` outputs, anew only where it has another number."""
+    if model.classification_head[-1].out_features != count:
+        model.classification_head[-1] = nn.Linear(mammo.CLASSIFIER_HIDDEN, count)
+
+
+def tile_config(settings: Settings, base: mammo.Config) -> mammo.Config:
+    """The main script's Config for cache, device and tracking: tiles as in `base` unless a flag says."""
+    names = "tile_size tile_stride view_size pixel_spacing_mm".split()
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    same = "data_dir output_dir cache_dir min_freq_energy num_workers seed device precision wandb_mode "
+    same += "wandb_project batch_size"
+    given |= {name: getattr(settings, name) for name in same.split()}
+    return dataclasses.replace(base, max_tiles=0, qc_pages=False, **given)
+
+
+@dataclass
+class Engine:
+    """A network on its device and how its inputs are made."""
+
+    model: mammo.MammogramBYOL
+    config: mammo.Config
+    device: torch.device
+    autocast: Callable[[], Any]
+
+    @torch.inference_mode()
+    def over_tiles(
+        self,
+        tiles: mammo.MammogramTiles,
+        ids: np.ndarray,
+        call: Callable[[Tensor], Tensor],
+        desc: str = "",
+    ) -> np.ndarray:
+        """`call` on plain views of tiles `ids`, in eval mode: (len(ids), outputs) float32.
+
+        Raises MammoError where an output is not a number.
+        """
+        self.model.eval()
+        outputs = []
+        parts = np.array_split(ids, max(1, -(-len(ids) // 64)))
+        for part in mammo.progress(parts, desc=desc, disable=None if desc else True, leave=False):
+            view = mammo.make_view(
+                tiles, part, mammo.PLAIN_VIEW, self.config.view_side, device=self.device
+            )
+            with self.autocast():
+                outputs.append(call(view).float().cpu())
+        out = torch.cat(outputs).numpy()
+        if not np.isfinite(out).all():
+            raise MammoError("the network gives values that are no numbers: its weights are damaged")
+        return out
+
+    @torch.no_grad()
+    def calibrate(self, tiles: mammo.MammogramTiles, ids: np.ndarray) -> None:
+        """Set the running statistics of batch norm on tiles `ids`, for weights that saw no mammogram.
+
+        Without them random weights would be judged for their scale, not for their features.
+        """
+        norms = [m for m in self.model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # type: ignore[assignment]  # torch: the plain mean over batches
+        self.model.train()
+        for part in np.array_split(ids, max(1, len(ids) // 64)):
+            self.model.get_features(
+                mammo.make_view(tiles, part, mammo.PLAIN_VIEW, self.config.view_side, device=self.device)
+            )
+        for norm in norms:
+            norm.momentum = 0.1
+
+    def features(self, tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
+        """Frozen features (len(ids), input_dim)."""
+        return self.over_tiles(tiles, ids, self.model.get_features, "features")
+
+    def probabilities(self, tiles: mammo.MammogramTiles, ids: np.ndarray, desc: str = "") -> np.ndarray:
+        """Probability of each finding (len(ids), findings)."""
+        return self.over_tiles(tiles, ids, lambda view: self.model.classify(view).sigmoid(), desc)
+
+
+def open_engine(settings: Settings) -> Engine:
+    """Put the network with its starting weights on the device."""
+    model, config = start_model(settings)
+    device = mammo.choose_device(config)
+    dtype = mammo.choose_precision(config, device)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
+    return Engine(model, config, device, autocast)
+
+
+def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
+    """A trained classifier and the settings with its findings. Raises MammoError for a mere backbone."""
+    engine = open_engine(settings)
+    state = mammo.load_checkpoint(settings.weights) if settings.weights.endswith(".pth") else {}
+    if "classifier" not in state:
+        raise MammoError(
+            f"{settings.weights}: its classification head is not trained; run train_classifier.py train "
+            "and give its classifier_best.pth"
+        )
+    return engine, dataclasses.replace(settings, findings=",".join(state["classes"]))
+
+
+def calibrate_untrained(engine: Engine, data: LabelledTiles, ids: np.ndarray, weights: str) -> None:
+    """Calibrate batch norm on up to 1,024 of tiles `ids` where the weights saw no mammogram."""
+    if weights in ("none", "imagenet"):
+        rng = np.random.default_rng([engine.config.seed, 10])
+        engine.calibrate(data.tiles, rng.permutation(ids)[:1024])
+
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse weight decay of the probe, chosen on validation studies
+
+
+def fit_probe(
+    features: np.ndarray, targets: np.ndarray, studies: np.ndarray, settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logistic regression of each finding: weights (findings, D) and biases (findings,).
+
+    The weight decay is that of highest AUROC on VALIDATION_SHARE of the studies; the fit is on all.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    fold = study_folds(studies, targets, max(2, round(1 / settings.validation_share)), settings.seed)
+    weights, biases = [], []
+    for name, target in zip(settings.names, targets.T, strict=True):
+        known = np.isfinite(target)
+        fit, held_out = known & (fold != 0), known & (fold == 0)
+        check_classes(target[fit][:, None], [name], "probe, fitting studies")
+        check_classes(target[held_out][:, None], [name], "probe, validation studies")
+
+        def validation_auroc(strength: float, fit=fit, held_out=held_out, target=target) -> float:
+            weight, bias = mammo.fit_logistic(features[fit], target[fit], strength)
+            return float(roc_auc_score(target[held_out], features[held_out] @ weight + bias))
+
+        strength = max(STRENGTHS, key=validation_auroc)
+        weight, bias = mammo.fit_logistic(features[known], target[known], strength)
+        weights.append(weight)
+        biases.append(bias)
+    return np.array(weights), np.array(biases)
+
+
+@torch.no_grad()
+def set_logistic_head(model: mammo.MammogramBYOL, weights: np.ndarray, biases: np.ndarray) -> None:
+    """Make the two-layer classification head compute features @ weights.T + biases exactly.
+
+    t = relu(t) - relu(-t): two hidden units carry each finding. The other units keep their random input
+    weights and no output, so that fine-tuning may still use them.
+    """
+    first, last = model.classification_head[0], model.classification_head[-1]
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)  # noqa: PT018
+    last.weight.zero_()
+    last.bias.zero_()
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        row = torch.as_tensor(weight, dtype=first.weight.dtype, device=first.weight.device)
+        for unit, sign in ((2 * index, 1), (2 * index + 1, -1)):
+            first.weight[unit] = sign * row
+            first.bias[unit] = sign * float(bias)
+            last.weight[index, unit] = sign
+
+
+def prior_shift(targets: np.ndarray) -> np.ndarray:
+    """Log odds of each finding among tiles (findings,).
+
+    Both classes count alike in training; added to the logits, this makes them probabilities at the
+    findings' true frequency (King & Zeng 2001, doi 10.1093/oxfordjournals.pan.a004868).
+    """
+    return np.log((targets == 1).sum(0) / (targets == 0).sum(0))
+
+
+# ---- 4 Training ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A training of the classifier; `epoch` counts finished ones."""
+
+    settings: Settings
+    engine: Engine
+    data: LabelledTiles
+    folder: Path
+    train_ids: np.ndarray  # tiles of the training studies
+    validation_ids: np.ndarray  # drawn tiles of the validation studies
+    shift: np.ndarray  # prior_shift of the training tiles
+    optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
+    epoch: int = 0
+    best_epoch: int = 0
+    best_auroc: float = 0.0
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+def prepare_job(settings: Settings) -> Job:
+    """Split the training studies and check that each part holds both classes."""
+    engine = open_engine(settings)
+    set_outputs(engine.model, len(settings.names))
+    engine.model.to(engine.device)
+    data = load_labelled(settings, engine.config)
+    ids = data.in_split("training")
+    check_classes(data.targets[ids], settings.names, "training split")
+    share = max(2, round(1 / settings.validation_share))
+    fold = study_folds(data.studies[ids], data.targets[ids], share, settings.seed)
+    train_ids, validation_ids = ids[fold != 0], ids[fold == 0]
+    check_classes(data.targets[train_ids], settings.names, "training studies")
+    check_classes(data.targets[validation_ids], settings.names, "validation studies")
+    shift = prior_shift(data.targets[train_ids])
+    folder = settings.folder(f"classifier_{settings.mode}")
+    if not settings.resume and folder.exists():
+        mammo.move_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = draw_tiles(data, validation_ids, settings)
+    return Job(settings, engine, data, folder, train_ids, drawn, shift)
+
+
+def start_from_probe(job: Job) -> None:
+    """Fit the logistic head on frozen features.
+
+    Fine-tuning starts from it: a random head would first distort the features (Kumar et al. 2022,
+    arXiv:2202.10054).
+    """
+    ids = draw_tiles(job.data, job.train_ids, job.settings)
+    calibrate_untrained(job.engine, job.data, ids, job.settings.weights)
+    features = job.engine.features(job.data.tiles, ids)
+    set_logistic_head(
+        job.engine.model,
+        *fit_probe(features, job.data.targets[ids], job.data.studies[ids], job.settings),
+    )
+
+
+def validate(job: Job) -> dict[str, float]:
+    """AUROC of each finding on the validation tiles, and their mean."""
+    from sklearn.metrics import roc_auc_score
+
+    scores = job.engine.over_tiles(job.data.tiles, job.validation_ids, job.engine.model.classify)
+    row = {}
+    for index, name in enumerate(job.settings.names):
+        target = job.data.targets[job.validation_ids, index]
+        known = np.isfinite(target)
+        row[f"auroc_{name}"] = float(roc_auc_score(target[known], scores[known, index]))
+    return {"auroc": float(np.mean(list(row.values()))), **row}
+
+
+def epoch_tiles(job: Job, epoch: int) -> np.ndarray:
+    """Tiles of an epoch in training order: all positive ones and fresh others, spread over images."""
+    rng = np.random.default_rng([job.settings.seed, 8, epoch])
+    targets = job.data.targets[job.train_ids]
+    positive = (targets == 1).any(1)
+    negative = job.train_ids[~positive & np.isfinite(targets).any(1)]
+    order = mammo.spread_over_images(job.data.table["row"].to_numpy()[negative], rng)
+    count = round(job.settings.negatives_per_positive * positive.sum())
+    return rng.permutation(np.concatenate([job.train_ids[positive], negative[order[:count]]]))
+
+
+def steps_per_epoch(job: Job) -> int:
+    """Optimiser steps of an epoch."""
+    return max(1, len(epoch_tiles(job, 0)) // job.settings.batch_size)
+
+
+def class_weights(job: Job) -> Tensor:
+    """(findings,) weight of a positive tile, by which both classes of an epoch count alike."""
+    targets = job.data.targets[epoch_tiles(job, 0)]
+    return torch.from_numpy(((targets == 0).sum(0) / (targets == 1).sum(0)).astype(np.float32))
+
+
+def masked_bce(logits: Tensor, targets: Tensor, positive_weight: Tensor) -> Tensor:
+    """Binary cross-entropy of (B, findings), mean over known targets; NaN = unknown."""
+    known = targets.isfinite()
+    loss = F.binary_cross_entropy_with_logits(
+        logits.float(), targets.nan_to_num(), pos_weight=positive_weight, reduction="none"
+    )
+    return (loss * known).sum() / known.sum().clamp_min(1)
+
+
+def build_optimizer(job: Job) -> None:
+    """AdamW: the head at LR, the backbone at BACKBONE_LR."""
+    model, settings = job.engine.model, job.settings
+    groups = [
+        {"params": list(model.classification_head.parameters()), "peak": settings.lr},
+        {"params": list(model.backbone.parameters()), "peak": settings.backbone_lr},
+    ]
+    job.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    fp16 = mammo.choose_precision(job.engine.config, job.engine.device) == torch.float16
+    job.scaler = torch.amp.GradScaler(job.engine.device.type, enabled=fp16)
+
+
+def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
+    """One pass over the epoch's tiles; returns the mean loss."""
+    assert job.optimizer is not None and job.scaler is not None  # noqa: PT018
+    settings, engine = job.settings, job.engine
+    ids, weight = epoch_tiles(job, job.epoch), class_weights(job).to(engine.device)
+    steps = steps_per_epoch(job)
+    total, losses = steps * settings.epochs, []
+    engine.model.train()
+    for index, part in enumerate(np.array_split(ids, steps)):
+        step = job.epoch * steps + index
+        factor = float(cosine_warmup_schedule(step, total, 1.0, 0.0, min(steps, total // 2), 0.0))
+        for group in job.optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        view = mammo.make_view(
+            job.data.tiles,
+            part,
+            MILD_VIEW,
+            engine.config.view_side,
+            (settings.seed, step, 4),
+            engine.device,
+        )
+        targets = torch.from_numpy(job.data.targets[part]).to(engine.device)
+        with engine.autocast():
+            loss = masked_bce(engine.model.classify(view), targets, weight)
+        job.optimizer.zero_grad(set_to_none=True)
+        job.scaler.scale(loss).backward()
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        losses.append(loss.detach())
+        bar.update()
+        if stop.requested:
+            raise mammo.StoppedError(stop.requested, job.folder)
+    return float(torch.stack(losses).mean())
+
+
+def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
+    """Write a checkpoint with the main script's keys; a resumable one holds logits before the shift."""
+    state = {key: value.detach().cpu().clone() for key, value in job.engine.model.state_dict().items()}
+    if not resumable:
+        last = f"classification_head.{len(job.engine.model.classification_head) - 1}.bias"
+        state[last] += torch.from_numpy(job.shift.astype(np.float32))
+    content: dict[str, Any] = {
+        "model_state_dict": state,
+        "config": dataclasses.asdict(job.engine.config),
+        "classes": job.settings.names,
+        "step": 0,
+        "epoch": job.epoch,
+        "monitor": job.rows[-1] if job.rows else {},
+        "classifier": dataclasses.asdict(job.settings),
+    }
+    if resumable and job.optimizer is not None and job.scaler is not None:
+        content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
+        content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
+        content["cache_key"] = job.data.tiles.cache.name
+    with mammo.replacing(job.folder / name) as temporary:
+        torch.save(content, temporary)
+
+
+def resume_job(job: Job) -> None:
+    """Put last.pth's state into the job. Raises MammoError where settings that shape it differ."""
+    assert job.optimizer is not None and job.scaler is not None  # noqa: PT018
+    state = mammo.load_checkpoint(job.folder / "last.pth")
+    now, then = dataclasses.asdict(job.settings), state["classifier"]
+    changed = [
+        f"--{name} {then.get(name)} -> {now[name]}"
+        for name in now
+        if name not in FREE_ON_RESUME and now[name] != then.get(name)
+    ]
+    if state["cache_key"] != job.data.tiles.cache.name:
+        changed.append("the images, their tile settings or the tile code")
+    if changed:
+        raise MammoError(
+            f"{job.folder} holds a training with other settings: {'; '.join(changed)}.\n"
+            "  Give --run_name NAME for a new one, or --no-resume to move the old one aside."
+        )
+    job.engine.model.load_state_dict(state["model_state_dict"])
+    job.optimizer.load_state_dict(state["optimizer"])
+    job.scaler.load_state_dict(state["scaler"])
+    job.epoch, job.best_epoch, job.best_auroc = state["epoch"], state["best_epoch"], state["best_auroc"]
+    job.rows = state["rows"]
+
+
+def record_epoch(job: Job, loss: float, tracker: mammo.Tracker) -> None:
+    """Validate, write metrics.csv, keep the best checkpoint and the state to resume."""
+    row = {"epoch": job.epoch, "loss": loss, **validate(job)}
+    if not np.isfinite(loss):
+        raise MammoError(f"the loss is {loss} in epoch {job.epoch}: lower --lr or use --precision fp32")
+    job.rows.append(row)
+    tracker.log(row)
+    mammo.write_atomic(job.folder / "metrics.csv", pd.DataFrame(job.rows).to_csv(index=False))
+    found = ", ".join(f"{name} {row[f'auroc_{name}']:.3f}" for name in job.settings.names)
+    tqdm.write(f"epoch {job.epoch}: loss {loss:.3f}, validation AUROC {found}", file=sys.stderr)
+    if row["auroc"] > job.best_auroc:
+        job.best_auroc, job.best_epoch = row["auroc"], job.epoch
+        save_classifier(job, "classifier_best.pth")
+    if job.optimizer is not None:
+        save_classifier(job, "last.pth", resumable=True)
+
+
+def finetune(job: Job, tracker: mammo.Tracker) -> None:
+    """Fine-tune from the probe (epoch 0) until EPOCHS, or until validation stops improving."""
+    build_optimizer(job)
+    settings = job.settings
+    if (job.folder / "last.pth").is_file():
+        resume_job(job)
+    else:
+        start_from_probe(job)
+        record_epoch(job, 0.0, tracker)
+    steps = steps_per_epoch(job)
+    bar_size = {"total": settings.epochs * steps, "initial": job.epoch * steps, "unit": "step"}
+    with mammo.StopSignal() as stop, mammo.progress(desc="finetune", **bar_size) as bar:
+        while job.epoch < settings.epochs and job.epoch - job.best_epoch < settings.patience:
+            loss = finetune_epoch(job, bar, stop)
+            job.epoch += 1
+            record_epoch(job, loss, tracker)
+
+
+# ---- 5 Statistics ----------------------------------------------------------------------------------
+
+
+def resample_studies(studies: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """(1 + draws, N) how often each row counts: once, then by studies drawn with replacement."""
+    names, index = np.unique(studies, return_inverse=True)
+    rng = np.random.default_rng([seed, 9])
+    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return np.vstack([np.ones(len(names), int), counts]).astype(np.float32)[:, index]
+
+
+def weighted_auroc(scores: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC (R,) of scores (N,) for target (N,) 0 or 1 under each row of weights (R, N); ties are half.
+
+    NaN where a resample lacks a class. One sort serves all resamples.
+    """
+    values, order = np.unique(scores, return_inverse=True)[0], np.argsort(scores, kind="stable")
+    starts = np.searchsorted(scores[order], values)
+    out = []
+    for part in np.array_split(weights, max(1, weights.size // 2**23)):
+        ordered = part[:, order].astype(np.float64)
+        positive = np.add.reduceat(ordered * target[order], starts, axis=1)
+        negative = np.add.reduceat(ordered * (1 - target[order]), starts, axis=1)
+        below = negative.cumsum(1) - negative / 2
+        with np.errstate(invalid="ignore"):
+            out.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
+    return np.concatenate(out)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap draws; resamples without both classes are left out."""
+    low, high = np.nanpercentile(draws, (2.5, 97.5)) if np.isfinite(draws).any() else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def paired_p(differences: np.ndarray) -> float:
+    """Two-sided p-value of the bootstrap: how rarely the resampled difference (R,) changes sign."""
+    finite = differences[np.isfinite(differences)]
+    tail = min((finite <= 0).sum(), (finite >= 0).sum())
+    return float(min(1.0, 2 * (tail + 1) / (len(finite) + 1)))
+
+
+def calibration_error(scores: np.ndarray, target: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error over `bins` equal steps of probability (Guo et al. 2017)."""
+    index = np.minimum((scores * bins).astype(int), bins - 1)
+    size = np.bincount(index, minlength=bins)
+    gap = np.bincount(index, scores, bins) - np.bincount(index, target, bins)
+    return float(np.abs(gap).sum() / size.sum())
+
+
+def describe(scores: np.ndarray, target: np.ndarray, studies: np.ndarray, settings: Settings) -> dict:
+    """Every figure of one finding at one level; NaN where a class is missing."""
+    from sklearn.metrics import average_precision_score, roc_curve
+
+    row: dict[str, Any] = {"n": len(target), "positive": int(target.sum()), "studies": len(set(studies))}
+    if len(set(target.tolist())) < 2:
+        return row
+    draws = weighted_auroc(scores, target, resample_studies(studies, settings.bootstrap, settings.seed))
+    low, high = interval(draws[1:])
+    false_alarms, sensitivity, _ = roc_curve(target, scores)
+    return row | {
+        "auroc": float(draws[0]),
+        "auroc_low": low,
+        "auroc_high": high,
+        "average_precision": float(average_precision_score(target, scores)),
+        "sensitivity_at_90_specificity": float(sensitivity[false_alarms <= 0.1].max()),
+        "ece": calibration_error(scores, target),
+    }
+
+
+LEVELS = {  # level: what makes one unit of it
+    "image_max": ["row"],
+    "image_noisy_or": ["row"],
+    "breast": ["study_id", "laterality"],
+    "study": ["study_id"],
+}
+
+
+def predictions(data: LabelledTiles, ids: np.ndarray, scores: np.ndarray) -> dict[str, pd.DataFrame]:
+    """One table for each level: what is known of a unit, `<finding>` (truth) and `p_<finding>`."""
+    tile = data.table.iloc[ids].reset_index(drop=True)
+    p = [f"p_{name}" for name in data.names]
+    tile[data.names], tile[p] = data.targets[ids], scores
+    rows = tile.groupby("row")
+    known = rows[["image", "study_id", "split", "laterality", "view", "breast_density"]].first()
+    known[data.names] = data.image_targets[known.index]
+    tables = {"tile": tile}
+    tables["image_max"] = known.join(rows[p].max()).reset_index()
+    tables["image_noisy_or"] = known.join(1 - (1 - tile[p]).groupby(tile["row"]).prod()).reset_index()
+    for level in ("breast", "study"):
+        keys = LEVELS[level]
+        groups = tables["image_max"].groupby(keys)
+        density = groups["breast_density"].first()
+        tables[level] = groups[[*data.names, *p]].max().join(density).reset_index()
+    return tables
+
+
+def evaluation_table(
+    tables: dict[str, pd.DataFrame], names: Sequence[str], settings: Settings
+) -> pd.DataFrame:
+    """Figures of every finding at every level, over all and by density, view and laterality."""
+    rows = []
+    for level, table in tables.items():
+        groups: list[tuple[str, pd.DataFrame]] = [("all", table)]
+        for column in ("breast_density", "view", "laterality"):
+            if column in table and table[column].nunique() > 1:
+                groups += [(f"{column} {value}", part) for value, part in table.groupby(column)]
+        for group, part in groups:
+            for name in names:
+                known = part[part[name].notna()]
+                figures = describe(
+                    known[f"p_{name}"].to_numpy(float),
+                    known[name].to_numpy(float),
+                    known["study_id"].to_numpy(str),
+                    settings,
+                )
+                rows.append({"level": level, "group": group, "finding": name, **figures})
+    return pd.DataFrame(rows)
+
+
+# ---- 6 Pictures ------------------------------------------------------------------------------------
+
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito
+
+
+def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: Path) -> None:
+    """roc.png, pr.png (tile and image level) and reliability.png (tile level)."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    kinds: dict[str, tuple[str, str, str]] = {
+        "roc": ("1 - specificity (false alarms)", "sensitivity (found)", "ROC"),
+        "pr": ("recall (found)", "precision (right alarms)", "Precision and recall"),
+    }
+    for kind, (x_name, y_name, title) in kinds.items():
+        figure = Figure(figsize=(9, 4.4))
+        for column, level in enumerate(("tile", "image_max"), 1):
+            axes = figure.add_subplot(1, 2, column)
+            for name, colour in zip(names, COLOURS, strict=False):
+                known = tables[level][tables[level][name].notna()]
+                target, scores = known[name].to_numpy(float), known[f"p_{name}"].to_numpy(float)
+                if len(set(target.tolist())) < 2:
+                    continue
+                if kind == "roc":
+                    x, y, _ = roc_curve(target, scores)
+                else:
+                    y, x, _ = precision_recall_curve(target, scores)
+                    axes.axhline(target.mean(), color=colour, linestyle=":", linewidth=1)
+                axes.plot(x, y, color=colour, label=f"{name} ({int(target.sum())} of {len(target)})")
+            if kind == "roc":
+                axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
+            axes.set(xlabel=x_name, ylabel=y_name, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+            axes.set_title(f"{title}, {level.split('_')[0]} level (dotted: chance)", fontsize=10)
+            axes.legend(fontsize=8)
+            axes.grid(alpha=0.3)
+        figure.tight_layout()
+        mammo.save_figure(figure, folder / f"{kind}.png")
+    draw_reliability(tables["tile"], names, folder / "reliability.png")
+
+
+def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:
+    """How often a finding was there against the probability given, tiles in ten equal steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.6))
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
+    for name, colour in zip(names, COLOURS, strict=False):
+        known = table[table[name].notna()]
+        step = np.minimum((known[f"p_{name}"] * 10).astype(int), 9)
+        points = known.groupby(step)[[f"p_{name}", name]].mean()
+        axes.plot(points[f"p_{name}"], points[name], marker="o", color=colour, label=name)
+    axes.set(xlabel="probability given", ylabel="share of tiles with the finding")
+    axes.set_title("Reliability, tile level", fontsize=10)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    mammo.save_figure(figure, path)
+
+
+def draw_training(rows: list[dict[str, float]], names: Sequence[str], path: Path) -> None:
+    """curves.png: loss and validation AUROC against the epoch; epoch 0 is the frozen probe."""
+    from matplotlib.figure import Figure
+
+    table = pd.DataFrame(rows)
+    figure = Figure(figsize=(9, 3.6))
+    left, right = figure.subplots(1, 2)
+    left.plot(table["epoch"][1:], table["loss"][1:], marker=".", color="#000000")
+    left.set_title("training loss", fontsize=10)
+    for name, colour in zip(names, COLOURS, strict=False):
+        right.plot(table["epoch"], table[f"auroc_{name}"], marker=".", color=colour, label=name)
+    right.set_title("validation AUROC (epoch 0: frozen probe)", fontsize=10)
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    mammo.save_figure(figure, path)
+
+
+def draw_embedding(
+    points: np.ndarray, data: LabelledTiles, ids: np.ndarray, title: str, path: Path
+) -> None:
+    """The 2-D map (N, 2) of tiles, coloured by density, view and label."""
+    from matplotlib.figure import Figure
+
+    table = data.table.iloc[ids]
+    targets = data.targets[ids]
+    label = np.where(np.isfinite(targets).all(1), "none", "unknown").astype(object)
+    for index, name in enumerate(data.names):
+        label[targets[:, index] == 1] = name
+    panels = {"breast density": table["breast_density"], "view": table["view"], "finding": label}
+    figure = Figure(figsize=(13, 4.4))
+    for column, (name, values) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, 3, column)
+        values = np.where(np.asarray(values, str) == "", "unknown", np.asarray(values, str))
+        common = sorted(set(values), key=lambda value: -(values == value).sum())
+        for value, colour in zip(common, ("#bbbbbb", *COLOURS), strict=False):  # rare ones on top
+            chosen = values == value
+            x, y = points[chosen].T
+            axes.scatter(x, y, s=4, color=colour, label=f"{value} ({chosen.sum():,})")
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.legend(fontsize=7, markerscale=3)
+    figure.suptitle(f"{title} of tile features: near points look alike to the network", fontsize=10)
+    mammo.save_figure(figure, path)
+
+
+def heat_map(
+    tiles: mammo.MammogramTiles, scores: np.ndarray, shape: tuple[int, int], step: int
+) -> np.ndarray:
+    """Mean probability of the tiles over each point, (findings, H / step, W / step) float32.
+
+    NaN where no tile lies. Tiles count less towards their edges, where a finding would be cut.
+    """
+    height, width = -(-shape[0] // step), -(-shape[1] // step)
+    side = -(-tiles.tile_size // step)
+    ramp = np.hanning(side + 2)[1:-1]
+    window = np.outer(ramp, ramp).astype(np.float32)
+    total = np.zeros((scores.shape[1], height + side, width + side), np.float32)
+    count = np.zeros((height + side, width + side), np.float32)
+    for tile, score in zip(tiles.tiles.itertuples(), scores, strict=True):
+        area = np.s_[tile.y // step : tile.y // step + side, tile.x // step : tile.x // step + side]
+        total[:, area[0], area[1]] += score[:, None, None] * window
+        count[area] += window
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total / count)[:, :height, :width]
+
+
+def top_tiles(tiles: mammo.MammogramTiles, scores: np.ndarray, count: int) -> list[int]:
+    """Up to `count` tiles of the highest scores (N,) that don't overlap."""
+    places = tiles.tiles[["x", "y"]].to_numpy()
+    chosen: list[int] = []
+    for index in np.argsort(-scores, kind="stable"):
+        far = [np.abs(places[index] - places[other]).max() >= tiles.tile_size for other in chosen]
+        if all(far):
+            chosen.append(int(index))
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+def draw_prediction(
+    image: np.ndarray,
+    tiles: mammo.MammogramTiles,
+    scores: np.ndarray,
+    names: Sequence[str],
+    count: int,
+    path: Path,
+) -> None:
+    """The mammogram beside a map for each finding, the top tiles boxed with their probability.
+
+    No file name is drawn: it may name a patient.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    step = max(1, image.shape[0] // 900)
+    small = cv2.resize(image, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)
+    heat = heat_map(tiles, scores, image.shape[:2], step)[:, : small.shape[0], : small.shape[1]]
+    low, high = tiles.images[["low", "high"]].iloc[0]
+    figure = Figure(figsize=(4.2 * (1 + len(names)), 5.2))
+    panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
+    mammo.show_grey(panels[0], small, "mammogram", low, high)
+    shown: Any = None
+    for axes, name, score, layer in zip(panels[1:], names, scores.T, heat, strict=True):
+        mammo.show_grey(axes, small, f"{name}: {score.max():.0%} in the most suspicious tile", low, high)
+        opacity = 0.65 * np.nan_to_num(layer).clip(0, 1) ** 0.5
+        shown = axes.imshow(layer, cmap="inferno", vmin=0, vmax=1, alpha=opacity)
+        for rank, index in enumerate(top_tiles(tiles, score, count)):
+            x, y = tiles.tiles[["x", "y"]].iloc[index] / step
+            side = tiles.tile_size / step
+            width = 1.6 if rank == 0 else 0.8
+            axes.add_patch(
+                Rectangle((x, y), side, side, fill=False, edgecolor="#56b4e9", linewidth=width)
+            )
+            axes.text(x + 4, y + 4, f"{score[index]:.0%}", color="#56b4e9", fontsize=7, va="top")
+    bar = figure.colorbar(shown, ax=list(panels), fraction=0.02, pad=0.01)
+    bar.set_label("probability of the finding in tiles over a point")
+    mammo.save_figure(figure, path)
+
+
+# ---- 7 Commands ------------------------------------------------------------------------------------
+
+
+def train(settings: Settings) -> Path:
+    """Train the classification head, and with --mode finetune the backbone; returns the folder."""
+    job = prepare_job(settings)
+    config = dataclasses.replace(
+        job.engine.config, output_dir=str(job.folder.parent), run_name=job.folder.name
+    )
+    record = {"settings": dataclasses.asdict(settings), "environment": mammo.environment()}
+    mammo.write_atomic(job.folder / "config.json", json.dumps(record, indent=2))
+    positive = (job.data.targets[job.train_ids] == 1).sum(0)
+    found = ", ".join(f"{count} {name}" for count, name in zip(positive, settings.names, strict=True))
+    studies = [len(set(job.data.studies[ids])) for ids in (job.train_ids, job.validation_ids)]
+    print(
+        f"training  {len(job.train_ids):,} tiles ({found}) of {studies[0]} studies, "
+        f"validation on {studies[1]} studies"
+    )
+    run_id = hashlib.sha256(str(job.folder.resolve()).encode()).hexdigest()[:8]
+    tracker = mammo.Tracker(run_id, config)
+    try:
+        if settings.mode == "probe":
+            start_from_probe(job)
+            record_epoch(job, 0.0, tracker)
+        else:
+            finetune(job, tracker)
+            draw_training(job.rows, settings.names, job.folder / "curves.png")
+    finally:
+        tracker.finish()
+    best = job.rows[job.best_epoch]
+    figures = ", ".join(f"{name} {best[f'auroc_{name}']:.3f}" for name in settings.names)
+    print(f"best      epoch {job.best_epoch}: validation AUROC {figures}")
+    print(f"open      {job.folder}/classifier_best.pth metrics.csv config.json")
+    return job.folder
+
+
+def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
+    """Frozen-probe AUROC of each of `starts` on the same tiles and folds; the first is the reference."""
+    engines: dict[str, Engine] = {}
+    for start in starts:
+        try:
+            engines[start] = open_engine(dataclasses.replace(settings, weights=start))
+        except MammoError as error:
+            if start != "imagenet":
+                raise
+            print(f"note: imagenet not run: {str(error).splitlines()[0]}", file=sys.stderr)
+    config = shared_config(engines, settings)
+    data = load_labelled(settings, config)
+    parts = comparison_folds(data, settings)
+    used = np.unique(np.concatenate([np.concatenate(part) for part in parts]))
+    targets, studies = data.targets[used], data.studies[used]
+    scores = {}
+    for start, engine in engines.items():
+        engine.config = config
+        calibrate_untrained(engine, data, parts[0][0], start)
+        features = engine.features(data.tiles, used)
+        scores[start] = probe_scores(features, targets, studies, used, parts, settings)
+    judged = np.unique(np.concatenate([held_out for _, held_out in parts]))
+    chosen = np.searchsorted(used, judged)
+    table = comparison_table(
+        {start: score[chosen] for start, score in scores.items()}, data, judged, settings
+    )
+    folder = settings.folder("compare")
+    folder.mkdir(parents=True, exist_ok=True)
+    mammo.write_atomic(folder / "compare.csv", table.to_csv(index=False))
+    print(
+        f"{len(judged):,} tiles of {len(set(data.studies[judged]))} studies, 95 % intervals over studies"
+    )
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"open      {folder}/compare.csv")
+    return table
+
+
+def shared_config(engines: dict[str, Engine], settings: Settings) -> mammo.Config:
+    """The tiles to compare on: those of the checkpoints. Raises MammoError where they differ."""
+    names = ("tile_size", "tile_stride", "view_side", "pixel_spacing_mm")
+    known = {start: engine for start, engine in engines.items() if start not in ("none", "imagenet")}
+    found = {start: [getattr(e.config, name) for name in names] for start, e in known.items()}
+    if len({str(values) for values in found.values()}) > 1:
+        raise MammoError(
+            f"compare: the checkpoints were trained on different tiles ({found}, being "
+            f"{', '.join(names)}); give --tile_size, --tile_stride, --view_size and --pixel_spacing_mm"
+        )
+    if not engines:
+        raise MammoError("compare: none of the weights could be had")
+    return next(iter((known or engines).values())).config
+
+
+def comparison_folds(data: LabelledTiles, settings: Settings) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tile ids (to fit on, to judge) of each fold. Raises MammoError where a part lacks a class."""
+    test = data.in_split("test")
+    if settings.folds == 0 and len(test):
+        ids = [draw_tiles(data, part, settings) for part in (data.in_split("training"), test)]
+        parts = [(ids[0], ids[1])]
+    else:
+        ids_all = draw_tiles(data, data.in_split("all"), settings)
+        folds = settings.folds or 5
+        fold = study_folds(data.studies[ids_all], data.targets[ids_all], folds, settings.seed)
+        parts = [(ids_all[fold != number], ids_all[fold == number]) for number in range(folds)]
+    for number, (fit, held_out) in enumerate(parts, 1):
+        check_classes(data.targets[fit], data.names, f"fold {number}, fitting part")
+        check_classes(data.targets[held_out], data.names, f"fold {number}, judged part")
+    return parts
+
+
+def probe_scores(
+    features: np.ndarray,
+    targets: np.ndarray,
+    studies: np.ndarray,
+    used: np.ndarray,
+    parts: list[tuple[np.ndarray, np.ndarray]],
+    settings: Settings,
+) -> np.ndarray:
+    """Out-of-fold log odds (len(used), findings); rows of `used` that no fold judges stay 0."""
+    scores = np.zeros((len(used), len(settings.names)), np.float32)
+    for fit, held_out in parts:
+        rows, judged = np.searchsorted(used, fit), np.searchsorted(used, held_out)
+        weights, biases = fit_probe(features[rows], targets[rows], studies[rows], settings)
+        scores[judged] = features[judged] @ weights.T + biases
+    return scores
+
+
+def comparison_table(
+    scores: dict[str, np.ndarray], data: LabelledTiles, ids: np.ndarray, settings: Settings
+) -> pd.DataFrame:
+    """AUROC, its interval, and the paired difference to the first of `scores`, per finding.
+
+    At tile level; with weak labels, where only images have a truth, by the mean log odds of an image.
+    """
+    targets, studies = data.targets[ids], data.studies[ids]
+    if settings.weak_labels:
+        image = data.table["row"].to_numpy()[ids]
+        rows, first = np.unique(image, return_index=True)
+        targets, studies = data.image_targets[rows], studies[first]
+        scores = {s: pd.DataFrame(v).groupby(image).mean().to_numpy() for s, v in scores.items()}
+    table = []
+    for index, name in enumerate(data.names):
+        known = np.isfinite(targets[:, index])
+        weights = resample_studies(studies[known], settings.bootstrap, settings.seed)
+        reference = None
+        for start, score in scores.items():
+            draws = weighted_auroc(score[known, index], targets[known, index], weights)
+            low, high = interval(draws[1:])
+            row = {"finding": name, "start": start, "auroc": draws[0], "low": low, "high": high}
+            if reference is not None:
+                gain = draws - reference
+                low, high = interval(gain[1:])
+                row |= {"gain": gain[0], "gain_low": low, "gain_high": high, "p": paired_p(gain[1:])}
+            reference = draws if reference is None else reference
+            table.append(row)
+    return pd.DataFrame(table)
+
+
+def evaluate(settings: Settings) -> pd.DataFrame:
+    """Judge a classifier on a split of labelled images; writes tables and pictures."""
+    engine, settings = open_classifier(settings)
+    data = load_labelled(settings, engine.config)
+    ids = data.in_split(settings.split)
+    if not len(ids):
+        splits = sorted(set(data.table["split"]))
+        raise MammoError(
+            f"--split {settings.split}: labels.csv has no such images (it has {splits}, or all)"
+        )
+    tables = predictions(data, ids, engine.probabilities(data.tiles, ids, "tiles"))
+    table = evaluation_table(tables, data.names, settings)
+    folder = settings.folder("evaluate")
+    folder.mkdir(parents=True, exist_ok=True)
+    mammo.write_atomic(folder / "evaluation.csv", table.to_csv(index=False))
+    for level, content in tables.items():
+        text = content.drop(columns=["row", "labelled"], errors="ignore").to_csv(index=False)
+        mammo.write_atomic(folder / f"predictions_{level}.csv", text)
+    draw_curves(tables, data.names, folder)
+    shown = table[table["group"] == "all"].drop(columns="group")
+    print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"open      {folder}: evaluation.csv predictions_*.csv roc.png pr.png reliability.png")
+    return table
+
+
+class OneImage(mammo.MammogramTiles):
+    """The tiles of one mammogram, held in memory. Raises ImageReadError, also where no tile is kept."""
+
+    def __init__(self, path: Path, config: mammo.Config) -> None:
+        record, pixels = mammo.extract_image(str(path), config.pixel_spacing_mm, config)
+        self.tiles = pd.DataFrame(record["tiles"])
+        if self.tiles.empty:
+            raise mammo.ImageReadError(path, "no tile holds enough tissue; loosen the tile settings")
+        self.tile_size = config.tile_size
+        self.reduce = mammo.reduction(config.tile_size, config.view_side)
+        shape = -(-np.array(pixels.shape) // self.reduce)
+        if self.reduce > 1:  # as MammogramTiles does, in float instead of fixed point
+            padded = np.zeros(shape * self.reduce, np.float32)
+            padded[: pixels.shape[0], : pixels.shape[1]] = pixels
+            pixels = cv2.resize(padded, tuple(shape[::-1].tolist()), interpolation=cv2.INTER_AREA)
+        self.pixels = torch.from_numpy(pixels.astype(np.float32).ravel())
+        low, high = record["window"]
+        self.images = pd.DataFrame({"image": [path.name], "low": [low], "high": [high]})
+        origin = np.array(record["origin"][::-1])
+        self.layout = np.tile(np.array([0, *shape]), (len(self.tiles), 1))
+        self.centre = (self.tiles[["x", "y"]].to_numpy() + self.tile_size / 2 - origin) / self.reduce
+        self.window = np.tile(np.array([low, high], np.float32), (len(self.tiles), 1))
+
+
+def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
+    """Probability per finding and a map for each image; an unusable image is named and left out."""
+    engine, settings = open_classifier(settings)
+    paths: list[Path] = []
+    for operand in map(Path, operands):
+        paths += mammo.find_images(operand) if operand.is_dir() else [operand]
+    folder = settings.folder("predict")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, path in enumerate(mammo.progress(paths, desc="predict", unit="image")):
+        try:
+            tiles = OneImage(path, engine.config)
+        except mammo.ImageReadError as error:
+            rows.append({"image": str(path), "error": error.reason})
+            tqdm.write(f"note: {error}", file=sys.stderr)
+            continue
+        scores = engine.probabilities(tiles.to(engine.device), np.arange(len(tiles)))
+        row: dict[str, Any] = {
+            "image": str(path),
+            "picture": f"map_{number:05d}.png",
+            "tiles": len(tiles),
+        }
+        for name, score in zip(settings.names, scores.T, strict=True):
+            best = int(score.argmax())
+            row |= {f"p_{name}": score[best], f"p_{name}_noisy_or": 1 - (1 - score).prod()}
+            row |= {f"x_{name}": tiles.tiles["x"][best], f"y_{name}": tiles.tiles["y"][best]}
+        rows.append(row)
+        image = mammo.read_mammogram(path)
+        draw_prediction(
+            image, tiles, scores, settings.names, settings.top_tiles, folder / row["picture"]
+        )
+    table = pd.DataFrame(rows)
+    if "picture" not in table:
+        raise MammoError("none of the images could be used; the notes above say why")
+    mammo.write_atomic(folder / "predictions.csv", table.to_csv(index=False))
+    print(f"{table['picture'].notna().sum()} of {len(table)} images")
+    print(f"open      {folder}: predictions.csv map_*.png")
+    return table
+
+
+def embed(settings: Settings) -> np.ndarray:
+    """Features of a split's tiles as embeddings.npy (N, D) float32 and embeddings.csv, and their map."""
+    engine = open_engine(settings)
+    data = load_labelled(settings, engine.config)
+    ids = data.in_split(settings.split)
+    if len(ids) < 3:
+        raise MammoError(f"--split {settings.split}: {len(ids)} tiles, a map needs 3")
+    features = engine.features(data.tiles, ids)
+    folder = settings.folder("embed")
+    folder.mkdir(parents=True, exist_ok=True)
+    with mammo.replacing(folder / "embeddings.npy") as temporary:
+        np.save(temporary, features)
+    points, title = flat_map(features, settings.seed)
+    table = data.table.iloc[ids].drop(columns=["row", "labelled"]).reset_index(drop=True)
+    table[data.names], table[["map_x", "map_y"]] = data.targets[ids], points
+    mammo.write_atomic(folder / "embeddings.csv", table.to_csv(index=False))
+    draw_embedding(points, data, ids, title, folder / "embeddings.png")
+    print(f"open      {folder}: embeddings.npy embeddings.csv embeddings.png ({title})")
+    return features
+
+
+def flat_map(features: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    """2-D map (N, 2) of features and its name: UMAP where it is installed, else the first components."""
+    from sklearn.decomposition import PCA
+
+    try:
+        import umap
+    except ImportError:
+        return PCA(2, random_state=seed % 2**32).fit_transform(features), "PCA"
+    return umap.UMAP(random_state=seed % 2**32).fit_transform(features), "UMAP"
+
+
+# ---- 8 Entry ---------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, or 2 after an error that the user can mend, or 128 + signal number."""
+    try:
+        command, operands, settings = parse_args(argv)
+        if command == "compare":
+            compare(settings, operands)
+        elif command == "predict":
+            predict(settings, operands)
+        else:
+            {"train": train, "evaluate": evaluate, "embed": embed}[command](settings)
+    except mammo.StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+    except MammoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError:
+        print("error: the GPU's memory is full; lower --batch_size or --view_size", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
