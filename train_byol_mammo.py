@@ -6,6 +6,7 @@ BYOL then learns from two medically safe views of every tile: full bit depth, on
 
     python train_byol_mammo.py --data_dir split_images/training          # one GPU, or the CPU
     python train_byol_mammo.py --backbone resnet18 --weights none --view_size 128 --epochs 3
+    torchrun --nproc_per_node 4 train_byol_mammo.py --data_dir ...       # four GPUs, or submit_byol.sh
     python train_byol_mammo.py --help                                    # every setting, one line each
 
 Contents
@@ -16,10 +17,10 @@ Contents
     5 Pixel cache      parallel extraction, one memory-mapped array, tiles as an index into it
     6 Views            random homographies and photometry, one bilinear gather
     7 Model            backbone, BYOL heads, classification head
-    8 Schedule         weight decay groups, learning rate, momentum
+    8 Schedule         optimisers, weight decay groups, learning rate, momentum
     9 Checkpoint       atomic writes, resume, backbone export
     10 Monitoring      collapse, metrics.csv, wandb, pictures
-    11 Training        the step, the epoch, the run
+    11 Training        processes, the step, the epoch, the run
     12 Entry           main
 
 Method: Grill et al. 2020, "Bootstrap your own latent" (arXiv:2006.07733), with lightly's heads and loss.
@@ -35,6 +36,7 @@ import ast
 import copy
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -55,9 +57,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,8 @@ from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ---- 1 Configuration ------------------------------------------------------------------------------
@@ -104,14 +107,15 @@ INPUT_DIM = 2048  # backbone features; follows the backbone (512 for resnet18 an
 HIDDEN_DIM = 4096  # hidden units of the projection and prediction heads
 PROJ_DIM = 256  # output of the projection and prediction heads
 MOMENTUM_BASE = 0.996  # target network momentum at the first step, rising to 1 by a cosine
-BATCH_SIZE = 32  # tiles per step
+BATCH_SIZE = 32  # tiles per step and process (GPU)
 EPOCHS = 100  # passes over TILES_PER_EPOCH tiles
 MAX_STEPS = 0  # stop after this many steps, schedules unchanged; 0 = off
-LR = 2e-3  # peak learning rate at batch 32; scales with the square root of the batch
+LR = 2e-3  # peak learning rate at a global batch of 32; grows with its square root (lars: linearly)
+OPTIMIZER = "adamw"  # adamw, or lars for global batches of thousands (with --lr 0.025)
 WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
 WEIGHT_DECAY = 1e-4  # AdamW weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
-FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see byol_energy_loss); 0 = plain BYOL
+FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see Objective); 0 = plain BYOL
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
 PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
@@ -121,6 +125,9 @@ SEED = 0  # every random choice follows from it
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto = bf16 where supported, else fp16, fp32 on CPU
 COMPILE = True  # torch.compile on CUDA
+GRAD_CHECKPOINT = False  # compute activations twice: half the memory, a third more time, no compile
+DETERMINISTIC = False  # bit-equal runs on CUDA too, slower; the CPU is bit-equal anyway
+ON_COLLAPSE = "warn"  # warn or stop, when an epoch ends with all tiles looking alike
 RESUME = True  # go on where a run of this name stopped; otherwise it is moved aside
 WANDB_MODE = "auto"  # auto, online, offline or disabled; auto = online only when logged in
 WANDB_PROJECT = "byol-mammo"  # wandb project
@@ -128,13 +135,16 @@ WANDB_PROJECT = "byol-mammo"  # wandb project
 CHOICES = {
     "backbone": ("resnet18", "resnet34", "resnet50"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "optimizer": ("adamw", "lars"),
+    "on_collapse": ("warn", "stop"),
     "wandb_mode": ("auto", "online", "offline", "disabled"),
 }
 LR_BATCH = 32  # batch size at which LR is meant
 # Settings that may differ between a run and its resumption: they don't change the weights.
 FREE_ON_RESUME = (
     "output_dir run_name cache_dir data_dir qc_pages num_workers max_steps save_every log_every device "
-    "compile resume wandb_mode wandb_project checkpoint_every labels probe_every"
+    "compile grad_checkpoint deterministic on_collapse resume wandb_mode wandb_project checkpoint_every "
+    "labels probe_every"
 ).split()  # fmt: skip
 
 
@@ -174,6 +184,7 @@ class Config:
     epochs: int = EPOCHS
     max_steps: int = MAX_STEPS
     lr: float = LR
+    optimizer: str = OPTIMIZER
     warmup_epochs: int = WARMUP_EPOCHS
     weight_decay: float = WEIGHT_DECAY
     monitor_tiles: int = MONITOR_TILES
@@ -187,6 +198,9 @@ class Config:
     device: str = DEVICE
     precision: str = PRECISION
     compile: bool = COMPILE
+    grad_checkpoint: bool = GRAD_CHECKPOINT
+    deterministic: bool = DETERMINISTIC
+    on_collapse: str = ON_COLLAPSE
     resume: bool = RESUME
     wandb_mode: str = WANDB_MODE
     wandb_project: str = WANDB_PROJECT
@@ -919,7 +933,7 @@ def score_tiles(
     freq_energy       see frequency_energy
     rejected_by       the first criterion that the tile fails; '' = kept
     band_energy       RMS of the mean curvature at the specks' scale in units of the image's window; no
-                      criterion, a target of byol_energy_loss
+                      criterion, a target of Objective
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
     and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
     search where it is known already.
@@ -1421,6 +1435,30 @@ class MammogramTiles:
         self.pixels = self.pixels.to(device)
         return self
 
+    def subset(self, ids: np.ndarray) -> MammogramTiles:
+        """Tiles `ids` (B,) alone, in that order, with a copy of the pixels that their views can reach.
+
+        A view of tile `ids[i]` equals, bit for bit, the view of tile i of the subset.
+        """
+        reach = int(self.tile_size / self.reduce * (0.5 + VIEW_MARGIN)) + 2
+        corner = np.floor(self.centre[ids]).astype(int)
+        offset, height, width = self.layout[ids].T
+        x0, y0 = (corner[:, axis].clip(reach) - reach for axis in (0, 1))
+        x1 = np.minimum(corner[:, 0] + reach, width)
+        y1 = np.minimum(corner[:, 1] + reach, height)
+        shape = np.column_stack([y1 - y0, x1 - x0])
+        out = copy.copy(self)
+        out.layout = np.column_stack([np.cumsum(shape.prod(1)) - shape.prod(1), shape])
+        out.centre = self.centre[ids] - np.column_stack([x0, y0])
+        out.window = self.window[ids]
+        out.pixels = torch.empty(int(shape.prod(1).sum()), dtype=self.pixels.dtype)
+        for start, (h, w), top, left, base, stride in zip(
+            out.layout[:, 0], shape, y0, x0, offset, width, strict=True
+        ):
+            crop = self.pixels.as_strided((h, w), (stride, 1), int(base + top * stride + left))
+            out.pixels[start : start + h * w].view(h, w).copy_(crop)
+        return out
+
     def _reduced(
         self, source: np.ndarray, shape: np.ndarray, offset: np.ndarray, grey_scale: int
     ) -> np.ndarray:
@@ -1502,11 +1540,14 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     # From the view's [-1, 1] to pixels: times the tile's half side, plus the tile's centre.
     to_pixels = np.zeros((count, 3, 3))
     to_pixels[:, 0, 0] = to_pixels[:, 1, 1] = tiles.tile_size / 2 / tiles.reduce
-    to_pixels[:, :2, 2] = tiles.centre[ids]
+    # float32 holds positions within the tile; whole pixels of its place in the image come as integers.
+    corner = np.floor(tiles.centre[ids])
+    to_pixels[:, :2, 2] = tiles.centre[ids] - corner
     to_pixels[:, 2, 2] = 1
-    matrix = torch.from_numpy((to_pixels @ homographies).astype(np.float32)).to(device)
-    offset, height, width = torch.from_numpy(tiles.layout[ids]).to(device).T.unsqueeze(2)  # (B, 1)
-    low, high = torch.from_numpy(tiles.window[ids]).to(device).T.unsqueeze(2)
+    matrix = to_device((to_pixels @ homographies).astype(np.float32), device)
+    place = np.column_stack([tiles.layout[ids], corner.astype(np.int64)])
+    offset, height, width, corner_x, corner_y = to_device(place, device).T.unsqueeze(2)  # each (B, 1)
+    low, high = to_device(tiles.window[ids], device).T.unsqueeze(2)
 
     # Where the reduced copy is still finer than the view, average 2 x 2 samples for each view pixel.
     fine = 2 if tiles.tile_size / tiles.reduce / size > 1.25 else 1
@@ -1514,19 +1555,34 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     points = torch.stack([u.flatten(), v.flatten(), torch.ones_like(u).flatten()])  # (3, N)
     x, y, w = (matrix @ points).unbind(1)  # each (B, N)
-    value = _bilinear(tiles.pixels, x / w - 0.5, y / w - 0.5, offset, height, width)
+    value = _bilinear(tiles.pixels, x / w - 0.5, y / w - 0.5, corner_x, corner_y, offset, height, width)
     value = ((value - low) / (high - low)).clamp_min(0)
     view = value.view(count, 1, size * fine, size * fine)
     return F.avg_pool2d(view, fine) if fine > 1 else view
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device; the copy waits for nothing that the GPU is still doing."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _bilinear(
-    pixels: Tensor, x: Tensor, y: Tensor, offset: Tensor, height: Tensor, width: Tensor
+    pixels: Tensor,
+    x: Tensor,
+    y: Tensor,
+    corner_x: Tensor,
+    corner_y: Tensor,
+    offset: Tensor,
+    height: Tensor,
+    width: Tensor,
 ) -> Tensor:
-    """Interpolate at (x, y) (B, N), in px from the first pixel's centre; 0 beyond the crop."""
+    """Interpolate at (x, y) (B, N), px from the centre of the pixel at the corner; 0 beyond the crop."""
     left, top = x.floor(), y.floor()
     across, down = x - left, y - top
-    left, top = left.long(), top.long()
+    left, top = left.long() + corner_x, top.long() + corner_y
     total = torch.zeros_like(x)
     for dy, weight_y in ((0, 1 - down), (1, down)):
         for dx, weight_x in ((0, 1 - across), (1, across)):
@@ -1546,7 +1602,7 @@ def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) ->
     draw = rng.uniform(-1, 1, (count, 2)) * (spec.brightness, spec.contrast) + 1
     # A sigma near 0 leaves the view as it is: half of the views are not blurred.
     sigma = np.where(rng.random(count) < 0.5, rng.uniform(0, spec.blur, count), 0).clip(1e-3)
-    factors = torch.from_numpy(np.column_stack([draw, sigma]).astype(np.float32)).to(view.device)
+    factors = to_device(np.column_stack([draw, sigma]).astype(np.float32), view.device)
     brightness, contrast, sigma_ = factors.T.reshape(3, count, 1, 1, 1)
     if spec.blur:
         view = _gaussian_blur(view, sigma_)
@@ -1705,6 +1761,7 @@ class MammogramBYOL(nn.Module):
         super().__init__()
         if hasattr(backbone, "fc"):
             backbone.fc = nn.Identity()
+        self.grad_checkpoint = False
         self.backbone = backbone
         self.projection_head = BYOLProjectionHead(input_dim, hidden_dim, proj_dim)
         self.prediction_head = BYOLPredictionHead(proj_dim, hidden_dim, proj_dim)
@@ -1720,7 +1777,12 @@ class MammogramBYOL(nn.Module):
 
     def get_features(self, x: Tensor) -> Tensor:
         """Online features: (B, 1 or 3, H, W) -> (B, input_dim)."""
-        return self.backbone(_three_channels(x)).flatten(1)
+        x = _three_channels(x)
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            # Chen et al. 2016 (arXiv:1604.06174): activations are computed again in the backward pass.
+            contexts = lambda: (nullcontext(), statistics_frozen(self.backbone))  # noqa: E731
+            return checkpoint(self.backbone, x, use_reentrant=False, context_fn=contexts).flatten(1)
+        return self.backbone(x).flatten(1)
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Online projection and prediction of features, each (B, proj_dim)."""
@@ -1746,6 +1808,19 @@ class MammogramBYOL(nn.Module):
         """target = momentum * target + (1 - momentum) * online, after the optimiser step."""
         update_momentum(self.backbone, self.backbone_momentum, momentum)
         update_momentum(self.projection_head, self.projection_head_momentum, momentum)
+
+
+@contextmanager
+def statistics_frozen(module: nn.Module) -> Iterator[None]:
+    """Batch norm with the batch's statistics that leaves the running ones as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _three_channels(x: Tensor) -> Tensor:
@@ -1795,39 +1870,99 @@ def energy_targets(tiles: pd.DataFrame) -> np.ndarray:
     return ((energies - energies.mean(0)) / spread).clip(-ENERGY_LIMIT, ENERGY_LIMIT).astype(np.float32)
 
 
-def byol_energy_loss(
-    model: MammogramBYOL, view_1: Tensor, view_2: Tensor, head: nn.Module, energies: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """BYOL's loss and projection (see byol_loss), and the frequency loss.
+class Objective(nn.Module):
+    """What a step minimises, as one module: DistributedDataParallel wants a single forward per step."""
 
-    That is the mean squared error with which the linear head predicts each tile's `energies` (B, 2) from
-    the features of each view; it starts near 1, the variance of the standardised targets.
-    """
-    loss, projection, features = _byol_terms(model, view_1, view_2)
-    errors = [F.mse_loss(head(feature).float(), energies) for feature in features]
-    return loss, projection, (errors[0] + errors[1]) / 2
+    def __init__(self, model: MammogramBYOL, energy_head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model, self.energy_head = model, energy_head
+
+    def forward(
+        self, view_1: Tensor, view_2: Tensor, energies: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """BYOL's loss and projection (see byol_loss), and the frequency loss, 0 without a head.
+
+        That is the mean squared error with which the linear head predicts each tile's `energies`
+        (B, 2) from the features of each view; it starts near 1, the targets' variance.
+        """
+        loss, projection, features = _byol_terms(self.model, view_1, view_2)
+        if self.energy_head is None or energies is None:
+            return loss, projection, loss.new_zeros(())
+        errors = [F.mse_loss(self.energy_head(feature).float(), energies) for feature in features]
+        return loss, projection, (errors[0] + errors[1]) / 2
 
 
 # ---- 8 Schedule ------------------------------------------------------------------------------------
 
 
 def build_optimizer(model: MammogramBYOL, config: Config) -> torch.optim.Optimizer:
-    """AdamW over the online network; biases and normalisation parameters without weight decay."""
+    """AdamW or LARS over the online network; biases and norm parameters without weight decay."""
     online = [model.backbone, model.projection_head, model.prediction_head]
     decayed, plain = get_weight_decay_parameters(online)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    if config.optimizer == "lars":
+        return LARS(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, fused=next(model.parameters()).is_cuda)
 
 
-def learning_rate(step: int, total_steps: int, steps_per_epoch: int, config: Config) -> float:
-    """Linear warm-up, then cosine to 0. The peak grows with the square root of the batch.
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum, each tensor's step in proportion to its norm (You et al. 2017, 1708.03888).
 
-    The square root is the rule for adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287).
+    Groups without weight decay (biases, norms) are not adapted, as in BYOL. The formula is that of
+    lightly's LARS, which asks the device for two norms per tensor; here nothing waits for the device.
     """
-    peak = config.lr * math.sqrt(config.batch_size / LR_BATCH)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step; `closure` is not supported."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            steps: Any = [p.grad for p in params]
+            decay = group["weight_decay"]
+            if decay and params:
+                norms = zip(torch._foreach_norm(params), torch._foreach_norm(steps), strict=True)
+                scales, decays = [], []
+                for of_weight, of_grad in norms:
+                    usable = (of_weight > 0) & (of_grad > 0)
+                    scale = group["trust"] * of_weight / (of_grad + decay * of_weight + 1e-8)
+                    scales.append(torch.where(usable, scale, 1.0))
+                    decays.append(torch.where(usable, scale * decay, 0.0))
+                steps = torch._foreach_mul(steps, scales)
+                torch._foreach_add_(steps, torch._foreach_mul(params, decays))
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, steps)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+def learning_rate(
+    step: int, total_steps: int, steps_per_epoch: int, config: Config, processes: int = 1
+) -> float:
+    """Linear warm-up, then cosine to 0. The peak grows with the global batch.
+
+    With its square root, the rule for adaptive optimisers (Malladi et al. 2022, arXiv:2205.10287), or
+    in proportion for LARS (BYOL, section 3.3).
+    """
+    growth = config.batch_size * processes / LR_BATCH
+    peak = config.lr * (growth if config.optimizer == "lars" else math.sqrt(growth))
     warmup = min(config.warmup_epochs * steps_per_epoch, total_steps // 2)
     return float(cosine_warmup_schedule(step, total_steps, peak, 0.0, warmup, 0.0))
 
@@ -1883,6 +2018,8 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["optimizer"] = run.optimizer.state_dict()
         content["scaler"] = run.scaler.state_dict()
         content["cache_key"] = run.tiles.cache.name
+        content["processes"] = run.world.size
+        content["steps_per_epoch"] = run.steps_per_epoch
         content["best_rankme"] = run.best_rankme
         content["best_auroc"] = run.best_auroc
         if run.energy_head is not None:  # not in model_state_dict: it is no part of the model
@@ -1919,6 +2056,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.step, run.monitor = state["step"], state["monitor"]
+    if state["processes"] != run.world.size:  # the same place in the schedule, with other batches
+        run.step = round(state["step"] / state["steps_per_epoch"] * run.steps_per_epoch)
     run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
     run.wandb_id, run.best_auroc = state["wandb_id"], state["best_auroc"]
     if run.energy_head is not None:
@@ -2191,8 +2330,10 @@ def progress(items: Any = None, **options: Any) -> tqdm:
 class MetricsFile:
     """metrics.csv, one row every LOG_EVERY steps. A resumed run drops rows of steps it repeats."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, step: int, enabled: bool = True) -> None:
+        self.path, self.enabled = path, enabled
+        if not enabled:
+            return
         kept = pd.DataFrame(columns=METRICS)
         if path.is_file() and step:
             kept = pd.read_csv(path)
@@ -2201,6 +2342,8 @@ class MetricsFile:
 
     def write(self, row: dict[str, float]) -> None:
         """Append one row; absent metrics stay empty."""
+        if not self.enabled:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
 
@@ -2212,10 +2355,10 @@ class Tracker:
     asked. wandb is imported at the first row, so that it delays no first step, and never if disabled.
     """
 
-    def __init__(self, run_id: str, config: Config) -> None:
+    def __init__(self, run_id: str, config: Config, enabled: bool = True) -> None:
         self.items: queue.Queue[dict[str, Any] | None] = queue.Queue()
         mode = wandb_mode(config)
-        self.enabled = mode != "disabled"
+        self.enabled = enabled and mode != "disabled"
         self.thread = threading.Thread(target=self._work, args=(run_id, mode, config), daemon=True)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -2403,7 +2546,8 @@ def draw_views(run: Run, path: Path, count: int = 4) -> None:
     size, seed = run.config.view_side, run.config.seed
     columns = [("tile", make_view(run.tiles, ids, PLAIN_VIEW, size))]
     for step in (0, 1):
-        for name, view in zip(("view 1", "view 2"), two_views(run, ids, (seed, step, 0)), strict=True):
+        views = two_views(run, run.tiles, ids, (seed, step, 0))
+        for name, view in zip(("view 1", "view 2"), views, strict=True):
             columns.append((f"{name}, step {step}", view.cpu()))
     figure = Figure(figsize=(2.4 * len(columns), 2.5 * count))
     for column, (name, view) in enumerate(columns):
@@ -2459,6 +2603,55 @@ def save_figure(figure: Any, path: Path) -> None:
 # ---- 11 Training -----------------------------------------------------------------------------------
 
 
+PEER_TIMEOUT = 60  # minutes that a process waits for the others, as at the end of an epoch
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of a run: the only one without torchrun or srun."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and shows."""
+        return self.rank == 0
+
+
+def find_world() -> World:
+    """Read the place that torchrun, or srun with several tasks, has given this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in os.environ:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    try:
+        rank, size, local_rank = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        return World()
+    # In an interactive allocation of several tasks, a plain `python` is no task of a step.
+    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return World()
+    return World(rank, size, local_rank)
+
+
+def join_world(world: World, device: torch.device) -> None:
+    """Connect with the other processes. Raises MammoError where they can't be found."""
+    if world.size == 1:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise MammoError(
+            f"{world.size} processes but no {' and '.join(missing)}: start by torchrun or submit_byol.sh"
+        )
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=datetime.timedelta(minutes=PEER_TIMEOUT),
+    )
+
+
 @dataclass
 class Run:
     """What a training run holds; `step` counts optimiser steps since the start of the run."""
@@ -2473,16 +2666,16 @@ class Run:
     scaler: torch.amp.GradScaler
     device: torch.device
     autocast: Callable[[], Any]
-    loss_function: Callable[..., tuple[Tensor, ...]]
+    loss_function: Callable[..., tuple[Tensor, Tensor, Tensor]]
     steps_per_epoch: int
     wandb_id: str
+    world: World
     step: int = 0
     best_rankme: float = 0.0
     best_auroc: float = 0.0
     probe: Probe | None = None
     energy_head: nn.Linear | None = None  # of the frequency target
-    energies: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 2))  # (tiles, 2)
-    freq_loss: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))  # of the last step
+    energies: Tensor | None = None  # (tiles, 2), its targets
     healthy: bool = True
     batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -2504,7 +2697,7 @@ def choose_device(config: Config) -> torch.device:
     """Resolve --device. Raises MammoError where CUDA is asked for and absent."""
     name = config.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{find_world().local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -2555,95 +2748,130 @@ def epoch_order(run: Run, epoch: int) -> np.ndarray:
     return run.train_ids[rng.permutation(drawn)]
 
 
-def two_views(run: Run, ids: np.ndarray, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def two_views(
+    run: Run, tiles: MammogramTiles, ids: np.ndarray, key: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """The two views of tiles `ids`, each (B, 1, S, S) on the training device."""
     size = run.config.view_side
-    first = make_view(run.tiles, ids, VIEW_1, size, (*key, 1), run.device)
-    return first, make_view(run.tiles, ids, VIEW_2, size, (*key, 2), run.device)
+    first = make_view(tiles, ids, VIEW_1, size, (*key, 1), run.device)
+    return first, make_view(tiles, ids, VIEW_2, size, (*key, 2), run.device)
 
 
-def train_step(run: Run, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """One optimiser step on tiles `ids`; returns loss and feature std, both still on the device."""
-    config, rank = run.config, 0
+def train_step(run: Run, ids: np.ndarray, tiles: MammogramTiles | None = None) -> Tensor:
+    """One optimiser step on tiles `ids`: BYOL loss, feature std and frequency loss, still on the device.
+
+    `tiles` are those ids alone, where the pixels of all don't fit the device (MammogramTiles.subset).
+    """
+    config, processes = run.config, run.world.size
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config)
-    view_1, view_2 = two_views(run, ids, (config.seed, run.step, rank))
+        group["lr"] = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config, processes)
+    source, places = (run.tiles, ids) if tiles is None else (tiles, np.arange(len(ids)))
+    view_1, view_2 = two_views(run, source, places, (config.seed, run.step, run.world.rank))
+    energies = None if run.energies is None else run.energies[to_device(ids, run.device)]
     with run.autocast():
-        loss, projection, extra = training_losses(run, view_1, view_2, ids)
+        loss, projection, freq_loss = run.loss_function(view_1, view_2, energies)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss + config.freq_loss_weight * extra).backward()
+    run.scaler.scale(loss + config.freq_loss_weight * freq_loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.update_target(target_momentum(run.step, run.total_steps, config))
     run.step += 1
-    run.freq_loss = extra.detach()
-    return loss.detach(), feature_std(projection)
+    return torch.stack([loss.detach(), feature_std(projection), freq_loss.detach()])
 
 
-def training_losses(
-    run: Run, view_1: Tensor, view_2: Tensor, ids: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor]:
-    """BYOL's loss and projection, and the frequency loss, 0 where it is off."""
-    if run.energy_head is None:
-        loss, projection = run.loss_function(run.model, view_1, view_2)
-        return loss, projection, loss.new_zeros(())
-    loss, projection, extra = run.loss_function(
-        run.model, view_1, view_2, run.energy_head, run.energies[ids]
-    )
-    return loss, projection, extra
+def batches(run: Run) -> Iterator[tuple[np.ndarray, MammogramTiles | None]]:
+    """This process's tiles for the steps left in the epoch; every tile goes to one process alone.
+
+    Where the pixels stay in the host's memory map, a thread cuts out the next batch's tiles meanwhile.
+    """
+    epoch, first = divmod(run.step, run.steps_per_epoch)
+    order, batch, size = epoch_order(run, epoch), run.config.batch_size, run.world.size
+    steps = range(first * size + run.world.rank, run.steps_per_epoch * size, size)
+    ids = [order[step * batch : (step + 1) * batch] for step in steps]
+    if run.tiles.pixels.device == run.device:
+        yield from ((batch_ids, None) for batch_ids in ids)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(run.tiles.subset, ids[0])
+        for index, batch_ids in enumerate(ids):
+            tiles = following.result()
+            if index + 1 < len(ids):
+                following = thread.submit(run.tiles.subset, ids[index + 1])
+            tiles.pixels = to_device(tiles.pixels.numpy(), run.device)
+            yield batch_ids, tiles
 
 
 def train_one_epoch(
     run: Run, bar: tqdm, metrics: MetricsFile, tracker: Tracker, stop: StopSignal
 ) -> None:
     """Train to the end of the current epoch, or to MAX_STEPS, or until a signal asks to stop."""
-    config, batch = run.config, run.config.batch_size
-    epoch, first = divmod(run.step, run.steps_per_epoch)
-    order = epoch_order(run, epoch)
+    config = run.config
     saved = logged = time.monotonic()
-    pending: list[tuple[Tensor, Tensor]] = []
-    for index in range(first, run.steps_per_epoch):
-        ids = order[index * batch : (index + 1) * batch]
-        pending.append(train_step(run, ids))
+    pending: list[Tensor] = []
+    for ids, tiles in batches(run):
+        pending.append(train_step(run, ids, tiles))
         bar.update()
-        last = index + 1 == run.steps_per_epoch or run.step == config.max_steps
-        if run.step % config.log_every == 0 or last:
+        last = run.step % run.steps_per_epoch == 0 or run.step == config.max_steps
+        due = time.monotonic() - saved > 60 * config.save_every
+        # Several processes can only agree to stop where all of them read their metrics.
+        alone = run.world.size == 1
+        if run.step % config.log_every == 0 or last or (alone and (stop.requested or due)):
             # The only place that waits for the device: LOG_EVERY steps are read at once.
-            loss, std = torch.stack([torch.stack(pair) for pair in pending]).mean(0).tolist()
-            speed = len(pending) * batch / (time.monotonic() - logged)
-            run.batch_std = std
-            row = describe_step(run, loss, std, speed, ids)
-            check_finite(loss, run, ids)
+            means = read_metrics(run, pending, stop)
+            check_finite(means[0], run, ids)
+            run.batch_std = means[1]
+            speed = len(pending) * config.batch_size * run.world.size / (time.monotonic() - logged)
+            row = describe_step(run, means, speed, ids)
             bar.set_postfix_str(
-                f"loss {loss:.4f} lr {row['lr']:.2e} momentum {row['momentum']:.5f} "
-                f"std {std:.3f} {speed:.1f} tiles/s"
+                f"loss {row['loss']:.4f} lr {row['lr']:.2e} momentum {row['momentum']:.5f} "
+                f"std {run.batch_std:.3f} {speed:.1f} tiles/s"
             )
             metrics.write(row)
             tracker.log(row)
             pending, logged = [], time.monotonic()
-        due = time.monotonic() - saved > 60 * config.save_every
-        if (stop.requested or due) and not last:  # the end of an epoch saves by itself
-            save_checkpoint(run.folder / "last.pth", run, resumable=True)
-            saved = time.monotonic()
-        if stop.requested or run.step == config.max_steps:
-            return
+            if (stop.requested or due) and not last:  # the end of an epoch saves by itself
+                save_state(run)
+                saved = time.monotonic()
+            if stop.requested or last:
+                return
 
 
-def describe_step(run: Run, loss: float, std: float, speed: float, ids: np.ndarray) -> dict[str, float]:
-    """A row of metrics.csv for the last step."""
-    step = run.step - 1
+def read_metrics(run: Run, pending: list[Tensor], stop: StopSignal) -> list[float]:
+    """Mean loss, feature std and frequency loss of the last steps over all processes.
+
+    The processes also tell each other of a signal to stop: one that any of them got holds for all.
+    """
+    means = torch.stack(pending).mean(0)
+    if run.world.size > 1:
+        distributed.all_reduce(means)
+        means /= run.world.size
+        requested = torch.tensor(stop.requested, device=run.device)
+        distributed.all_reduce(requested, distributed.ReduceOp.MAX)
+        stop.requested = int(requested)
+    return means.tolist()
+
+
+def save_state(run: Run) -> None:
+    """Write last.pth, from one process."""
+    if run.world.leads:
+        save_checkpoint(run.folder / "last.pth", run, resumable=True)
+
+
+def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarray) -> dict[str, float]:
+    """A row of metrics.csv for the last step; `means` as from read_metrics."""
+    step, schedule = run.step - 1, (run.total_steps, run.steps_per_epoch, run.config, run.world.size)
     row = {
         "step": run.step,
         "epoch": run.step / run.steps_per_epoch,
-        "loss": loss,
-        "lr": learning_rate(step, run.total_steps, run.steps_per_epoch, run.config),
+        "loss": means[0],
+        "lr": learning_rate(step, *schedule),
         "momentum": target_momentum(step, run.total_steps, run.config),
-        "feature_std": std,
+        "feature_std": means[1],
         "tiles_per_s": speed,
         "breast_ratio": float(run.tiles.tiles["breast_ratio"].to_numpy()[ids].mean()),
     }
     if run.energy_head is not None:
-        row["freq_loss"] = float(run.freq_loss)
+        row["freq_loss"] = means[2]
     if run.device.type == "cuda":
         row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
     return row
@@ -2659,7 +2887,24 @@ def check_finite(loss: float, run: Run, ids: np.ndarray) -> None:
 
 
 def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
-    """Watch for collapse, choose the best checkpoint, write the epoch's files."""
+    """Watch for collapse, choose the best checkpoint, write the epoch's files: from one process.
+
+    Raises MammoError in all of them where ON_COLLAPSE is stop.
+    """
+    if run.world.leads:
+        _end_epoch(run, metrics, tracker)
+    if run.world.size > 1:
+        healthy = torch.tensor(int(run.healthy), device=run.device)
+        distributed.broadcast(healthy, 0)
+        run.healthy = bool(healthy)
+    if not run.healthy and run.config.on_collapse == "stop":
+        raise MammoError(
+            f"stopped: the run collapsed; {run.folder / 'mammogram_byol_best.pth'} is from before that "
+            "where an epoch was healthy. --no_resume starts again, --on_collapse warn goes on"
+        )
+
+
+def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     config, epoch = run.config, run.step // run.steps_per_epoch
     run.monitor = watch(run)
     if run.probe is not None and (epoch % config.probe_every == 0 or epoch == config.epochs):
@@ -2684,7 +2929,7 @@ def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
         save_checkpoint(run.folder / "mammogram_byol_best.pth", run)
     if config.checkpoint_every and epoch % config.checkpoint_every == 0:
         save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
-    save_checkpoint(run.folder / "last.pth", run, resumable=True)
+    save_state(run)
     draw_run(run, metrics)
 
 
@@ -2737,15 +2982,14 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     tiles = MammogramTiles(cache, reduction(config.tile_size, config.view_side))
     hold_on_device(tiles, device)
     train_ids, monitor_ids = split_monitor(tiles.tiles, config)
+    world = find_world()
     drawn = min(config.tiles_per_epoch or len(train_ids), len(train_ids))
-    if drawn < config.batch_size:
+    if drawn < config.batch_size * world.size:
         raise MammoError(
-            f"{drawn} tiles per epoch for a batch of {config.batch_size}: lower --batch_size, "
-            "add images or loosen the tile settings"
+            f"{drawn} tiles per epoch for a batch of {config.batch_size * world.size}: lower "
+            "--batch_size, add images or loosen the tile settings"
         )
-    torch.manual_seed(config.seed)  # the heads' initial weights
-    model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
-    model = model.to(device).to(memory_format=torch.channels_last).train()
+    model = prepare_model(backbone, config, device, world)
     run = Run(
         config=config,
         folder=config.run_dir,
@@ -2757,10 +3001,9 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         device=device,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        loss_function=compiled(
-            byol_energy_loss if config.freq_loss_weight else byol_loss, config, device
-        ),
-        steps_per_epoch=drawn // config.batch_size,
+        loss_function=Objective(model),
+        steps_per_epoch=drawn // (config.batch_size * world.size),
+        world=world,
         wandb_id=hashlib.sha256(f"{config.run_dir.resolve()}{time.time()}".encode()).hexdigest()[:8],
     )
     run.probe = prepare_probe(tiles, config)
@@ -2768,7 +3011,26 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
         add_energy_head(run)
     if config.resume and (run.folder / "last.pth").is_file():
         resume_run(run, load_checkpoint(run.folder / "last.pth"))
+    objective: nn.Module = Objective(model, run.energy_head)
+    if world.size > 1:
+        # Batch norm on the CPU can't be synchronised: its statistics are those of the first process.
+        devices = [device.index] if device.type == "cuda" else None
+        objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
+    run.loss_function = compiled(objective, config, device)
     return run
+
+
+def prepare_model(
+    backbone: nn.Module, config: Config, device: torch.device, world: World
+) -> MammogramBYOL:
+    """The model on the device, the same in every process, in training mode."""
+    torch.manual_seed(config.seed)  # the heads' initial weights
+    model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
+    model.grad_checkpoint = config.grad_checkpoint
+    model.classification_head.requires_grad_(False)  # BYOL doesn't train it
+    if world.size > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device).to(memory_format=torch.channels_last).train()
 
 
 def add_energy_head(run: Run) -> None:
@@ -2777,7 +3039,7 @@ def add_energy_head(run: Run) -> None:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     run.energy_head = head
-    run.energies = torch.from_numpy(energy_targets(run.tiles.tiles)).to(run.device)
+    run.energies = to_device(energy_targets(run.tiles.tiles), run.device)
     run.optimizer.add_param_group({"params": list(head.parameters()), "weight_decay": 0.0})
 
 
@@ -2791,7 +3053,7 @@ def hold_on_device(tiles: MammogramTiles, device: torch.device) -> None:
 
 def compiled(function: Callable[..., Any], config: Config, device: torch.device) -> Callable[..., Any]:
     """torch.compile on CUDA; where compiling fails, a note and the plain function."""
-    if not config.compile or device.type != "cuda":
+    if not config.compile or config.grad_checkpoint or device.type != "cuda":
         return function
     fast = torch.compile(function)
     state = {"function": fast}
@@ -2829,27 +3091,33 @@ def environment() -> dict[str, str]:
 
 def train(config: Config) -> Path:
     """The whole job: weights, cache, pictures, training, export. Returns the run's folder."""
-    if not config.resume and config.run_dir.exists():
+    world = find_world()
+    if not config.resume and config.run_dir.exists() and world.leads:
         move_aside(config.run_dir)
     # What can fail in seconds comes before hours of extraction.
-    choose_precision(config, choose_device(config))
+    device = choose_device(config)
+    choose_precision(config, device)
+    set_determinism(config, device)
     if config.labels:
         read_labels(config.labels)
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
-    cache = build_cache(config)
+    cache = build_cache(config)  # one process builds, the others wait at its lock
+    join_world(world, device)
     run = prepare_run(config, backbone, cache)
     limit = min(run.total_steps, config.max_steps or run.total_steps)
     if run.step >= limit:
         print(f"{run.folder} is finished at step {run.step}; raise --max_steps, or give --run_name")
         return run.folder
-    start_folder(run)
-    if config.qc_pages:
-        draw_qc_pages(config, run.folder / "qc")
-    metrics = MetricsFile(run.folder / "metrics.csv", run.step)
-    tracker = Tracker(run.wandb_id, config)
-    with StopSignal() as stop, progress(total=limit, initial=run.step, desc="train", unit="step") as bar:
+    if world.leads:
+        start_folder(run)
+        if config.qc_pages:
+            draw_qc_pages(config, run.folder / "qc")
+    metrics = MetricsFile(run.folder / "metrics.csv", run.step, world.leads)
+    tracker = Tracker(run.wandb_id, config, world.leads)
+    options = {"total": limit, "initial": run.step, "desc": "train", "unit": "step"}
+    with StopSignal() as stop, progress(**options, disable=not world.leads) as bar:
         while run.step < limit and not stop.requested:
             train_one_epoch(run, bar, metrics, tracker, stop)
             if run.step % run.steps_per_epoch == 0:
@@ -2857,8 +3125,19 @@ def train(config: Config) -> Path:
     if stop.requested and run.step < limit:
         tracker.finish()
         raise StoppedError(stop.requested, run.folder)
-    finish_run(run, metrics, tracker)
+    if world.leads:
+        finish_run(run, metrics, tracker)
     return run.folder
+
+
+def set_determinism(config: Config, device: torch.device) -> None:
+    """Bit-equal algorithms on CUDA if asked for, else the fastest convolutions for the run's shapes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def match_input_dim(config: Config, backbone: nn.Module) -> Config:
@@ -2882,7 +3161,7 @@ def start_folder(run: Run) -> None:
     print(f"cache     {run.tiles.cache} ({run.tiles.pixels.nbytes / 2**30:.2f} GiB of pixels)")
     print(
         f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "
-        f"{run.config.view_side} px views on {run.device} from step {run.step}"
+        f"{run.config.view_side} px views on {run.world.size} x {run.device.type} from step {run.step}"
     )
     print(f"run       {run.folder}", flush=True)
 
@@ -2936,7 +3215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError:
-        print("error: the GPU's memory is full; lower --batch_size or --view_size", file=sys.stderr)
+        print(
+            "error: the GPU's memory is full; give --grad_checkpoint, or lower --batch_size "
+            "or --view_size",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -2944,6 +3227,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not distributed.is_available() or not distributed.is_initialized():
+            raise
+        # A collective that fails is how the others learn that a process has died.
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"error: the processes of the run lost each other ({reason}); the log of the first one "
+            "that ended says why. The same command goes on from last.pth",
+            file=sys.stderr,
+        )
+        return 2
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
     return 0
 
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_byol_mammo as mammo  # noqa: E402
 
-torch.set_num_threads(2)
-cv2.setNumThreads(2)
+torch.set_num_threads(1)
+cv2.setNumThreads(1)
 REAL = Path(os.environ.get("MAMMO_REAL_DATA", ROOT.parent / "shared" / "real"))
 # Flags that make a run small enough for a test.
 SMALL = (
