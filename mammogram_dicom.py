@@ -25,7 +25,12 @@ import numpy as np
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, get_decoder, pixel_array
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+)
 
 MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded
 MODALITIES = {"", "MG", "CR", "DX", "RG", "OT"}  # digitised film and old archives are not all MG
@@ -260,6 +265,8 @@ def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, flo
     except (DicomError, MemoryError):
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
+        if syntax == JPEGExtended12Bit and dataset.BitsStored > 8:  # libjpeg alone reads it; GPL 3
+            raise DicomError("12-bit JPEG Extended: pip install pylibjpeg-libjpeg (GPL)") from None
         raise DicomError(f"cannot be decoded: {syntax.name} ({type(error).__name__})") from None
     low, high = int(stored.min()), int(stored.max())
     limits, share = padding_limits(dataset), 0.0

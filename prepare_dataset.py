@@ -1447,7 +1447,7 @@ def read_categories(value: str, line: int, csv_path: Path) -> list[str]:
             raise ValueError(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise RefusedError(
-            f"line {line} of {csv_path}: finding_categories {value[:MAX_ID_LENGTH]!r} is no list of names"
+            f"line {line} of {csv_path}: finding_categories {value[:MAX_ID_LENGTH]!r} is not a list"
         ) from None
     return names
 
