@@ -101,7 +101,7 @@ MAX_ID_LENGTH = 100  # characters; keeps <study_id>_<image_id>.png inside every 
 SHOWN = 10  # names shown per warning; the full lists are in the CSV files
 REPORTED = 200  # problems shown per check in the HTML report
 CLOCK_TOLERANCE_NS = 2_000_000_000  # FAT and exFAT keep modification times to 2 s
-POOL_FROM = 64_000_000  # bytes to decode from which starting processes (about a second) pays
+POOL_FROM = 100_000_000  # bytes to decode from which starting processes (about a second) pays
 ASPECT_TOLERANCE = 0.01  # relative; rounding in a resize stays below, 912 x 1520 of a 2:3 film does not
 DICOM_VERSION = 1  # counts up when the same DICOM file would give other pixels
 CHECK_SIDE = 256  # px, longest side of the copy on which polarity and side are judged
@@ -870,11 +870,11 @@ def examine(pixels: np.ndarray) -> dict[str, str]:
     of the border brighter than Otsu's threshold. chest_wall: left or right, the half with more tissue.
     Both are '' where they are not clear, as in a blank or tiny image.
     """
-    digest = hashlib.blake2b(repr((pixels.shape, pixels.dtype.str)).encode(), digest_size=16)
+    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     grey = pixels if pixels.ndim == 2 else pixels[..., 0]
     low, high = int(grey.min()), int(grey.max())
-    facts = {"content": f"pixels {digest.hexdigest()}", "minimum": str(low), "maximum": str(high)}
+    facts = {"content": f"pixels {digest.hexdigest()[:32]}", "minimum": str(low), "maximum": str(high)}
     factor = CHECK_SIDE / max(grey.shape)
     if low == high or min(grey.shape) < CHECK_SIDE // 4:
         return facts | {"air": "", "chest_wall": ""}
@@ -1157,14 +1157,12 @@ def write_file(item: Item, content: bytes) -> None:
 
 def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Item, Outcome]]:
     """Each item and what came of it, in the order they finish; in processes where that pays."""
-    options = tasks[0][1] if tasks else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(options.num_workers if options else 1, cores, len(tasks))
-    if workers < 2 or sum(item.found.st_size for item, _, _ in tasks) < POOL_FROM:
+    if sum(item.found.st_size for item, _, _ in tasks) < POOL_FROM:
         for task in tasks:
             yield task[0], decode_item(*task)
         return
-    left = deque(tasks)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers, left = min(tasks[0][1].num_workers, cores, len(tasks)), deque(tasks)
     while left:
         running: dict[Future, Task] = {}
         try:
@@ -1277,15 +1275,15 @@ def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
         return {}
     writes, outcomes = {item.row["file"]: write for item, _, write in tasks}, {}
     bar = tqdm(total=len(tasks), desc="images", unit="image", disable=not sys.stderr.isatty())
-    with bar, open(options.output_dir / JOURNAL, "a", encoding="utf-8") as journal:
+    with bar:
         for item, outcome in decode_all(tasks):
             bar.update()
             file = item.row["file"]
             outcomes[file] = outcome, writes[file]
             if isinstance(outcome, dict):
                 plan.checked[file] = {"file": file, **item.record, **outcome}
-                journal.write(json.dumps(plan.checked[file]) + "\n")
-                journal.flush()
+                with open(options.output_dir / JOURNAL, "a", encoding="utf-8") as journal:
+                    journal.write(json.dumps(plan.checked[file]) + "\n")
     return outcomes
 
 
@@ -1362,7 +1360,7 @@ def hash_equal_sizes(plan: Plan) -> None:
         item = items[file]
         plan.checked[file] = {}
         if lengths[item.found.st_size] > 1:
-            digest = hashlib.blake2b(read_source(item.source), digest_size=16).hexdigest()
+            digest = hashlib.sha256(read_source(item.source)).hexdigest()[:32]
             plan.checked[file] = {"file": file, **item.record, "content": f"file {digest}"}
 
 
