@@ -60,23 +60,21 @@ class DicomError(Exception):
 
 
 def open_dicom(path: str | Path) -> Dataset:
-    """Read a DICOM file, also one without preamble or transfer syntax. Raises DicomError or OSError."""
+    """Read a DICOM file, also one without preamble or transfer syntax.
+
+    Raises DicomError where it holds no image, and what pydicom raises on damaged bytes.
+    """
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote header values
     try:
-        try:
-            dataset = dcmread(path)
-        except InvalidDicomError:  # no preamble: only an image passes, not any file
-            dataset = dcmread(path, force=True)
-        if not {"Rows", "Columns"} <= set(dataset.dir()):
-            raise DicomError("not a DICOM image inside")
-        if "TransferSyntaxUID" not in dataset.file_meta:
-            implicit, little = dataset.original_encoding
-            uncompressed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else uncompressed
-    except (DicomError, OSError):
-        raise
-    except Exception as error:  # pydicom raises almost anything on damaged bytes
-        raise DicomError(f"not a readable DICOM file ({type(error).__name__})") from None
+        dataset = dcmread(path)
+    except InvalidDicomError:  # no preamble: only an image passes, not any file
+        dataset = dcmread(path, force=True)
+    if not {"Rows", "Columns"} <= set(dataset.dir()):
+        raise DicomError("not a DICOM image inside")
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        uncompressed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else uncompressed
     return dataset
 
 
@@ -259,9 +257,12 @@ def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, flo
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        if not get_decoder(syntax).is_available:
+        decoder = get_decoder(syntax)
+        if not decoder.is_available:
             raise DicomError(f"no decoder for {syntax.name}; pip install -r requirements.txt")
-        stored = pixel_array(dataset, raw=True)
+        # gdcm ends the whole process at some damaged files, so it comes last.
+        names = [name for name in ("pyjpegls", "pylibjpeg") if name in decoder.available_plugins]
+        stored = pixel_array(dataset, raw=True, decoding_plugin=names[0] if names else "")
     except (DicomError, MemoryError):
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
@@ -314,11 +315,15 @@ def read_dicom(path: str | Path, window: str = "none") -> tuple[np.ndarray, dict
     """
     with warnings.catch_warnings(), np.errstate(over="ignore"):
         warnings.simplefilter("ignore")  # pydicom's warnings quote header values
-        dataset = open_dicom(path)
         try:
+            dataset = open_dicom(path)
             check_is_mammogram(dataset)
             header = read_header(dataset)
-        except (AttributeError, TypeError, ValueError) as error:
+            pixels, share = grey_values(dataset, window)
+        except (DicomError, MemoryError):
+            raise
+        except Exception as error:  # pydicom parses each value when it is asked for
+            if isinstance(error, OSError) and error.errno:  # the disk's, not pydicom's
+                raise
             raise DicomError(f"its header cannot be read ({type(error).__name__})") from None
-        pixels, share = grey_values(dataset, window)
     return pixels, header | {"padding": f"{share:.4f}"}

@@ -1157,7 +1157,8 @@ def write_file(item: Item, content: bytes) -> None:
 
 def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Item, Outcome]]:
     """Each item and what came of it, in the order they finish; in processes where that pays."""
-    if sum(item.found.st_size for item, _, _ in tasks) < POOL_FROM:
+    small = sum(item.found.st_size for item, _, _ in tasks) < POOL_FROM
+    if small and not any(may_crash(item) for item, _, _ in tasks):
         for task in tasks:
             yield task[0], decode_item(*task)
         return
@@ -1177,6 +1178,15 @@ def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Item, Outcome]]:
         except BrokenProcessPool:  # one of those in it is to blame
             for task in running.values():
                 yield task[0], decode_alone(task)
+
+
+def may_crash(item: Item) -> bool:
+    """True for compressed DICOM: libjpeg ends its process at some damaged files, others have crashed."""
+    try:
+        with open(item.source, "rb") as file:
+            return item.kind == ".dcm" and b"1.2.840.10008.1.2.4." in file.read(2048)
+    except OSError:
+        return False
 
 
 def decode_alone(task: Task) -> Outcome:

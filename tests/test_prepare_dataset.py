@@ -490,8 +490,8 @@ def test_bad_image_among_good_ones(
 @pytest.mark.parametrize(
     ("suffix", "content", "reason"),
     [
-        (".dcm", b"DICM", "not a"),
-        (".DICOM", b"", "not a"),
+        (".dcm", b"DICM", "not a DICOM image"),
+        (".DICOM", b"", "not a DICOM image"),
         (".nii", b"x", ".nii is not read"),
         ("", b"x", "without suffix"),
         (".tif", b"II*\0 nothing", "cannot be decoded"),

@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydicom import Dataset, Sequence, dcmread, uid
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset
@@ -463,6 +465,34 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, tags: dict, reason: str | 
     with pytest.raises(dicom.DicomError, match=reason) as caught:
         read(dataset, tmp_path)
     assert not any(value in str(caught.value) for value in IDENTIFIERS.values())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([uid.ExplicitVRLittleEndian, uid.RLELossless]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+    st.none() | st.floats(0, 1),
+    st.sampled_from(["none", "voi"]),
+)
+def test_damaged_bytes_are_read_or_named(
+    tmp_path: Path, syntax: uid.UID, changes: list[tuple[float, int]], cut: float | None, window: str
+) -> None:
+    """Nothing else is raised. (Damage in JPEG may end the process; that is tested with the runs.)"""
+    dataset = make_dicom(breast(), WindowCenter=[1800, 9], WindowWidth=[1500, 9], ViewCodeSequence=SPOT)
+    if syntax.is_compressed:
+        dataset.compress(syntax, generate_instance_uid=False)
+    path = save(dataset, tmp_path / "image.dcm")
+    content = bytearray(path.read_bytes())
+    header = content.find(b"\xe0\x7f\x10\x00")
+    for place, value in changes:
+        content[132 + int(place * (header - 132))] = value
+    path.write_bytes(content[: None if cut is None else int(cut * len(content))])
+    message = ""
+    try:
+        assert dicom.read_dicom(path, window)[0].dtype in (np.uint8, np.uint16)
+    except dicom.DicomError as error:
+        message = str(error)
+    assert not any(value in message for value in IDENTIFIERS.values())
 
 
 def test_file_without_preamble_or_syntax(tmp_path: Path) -> None:

@@ -214,6 +214,21 @@ def test_crashing_decoder_costs_one_image(tmp_path: Path) -> None:
     assert skipped["reason"].str.contains("decoder crashed").all()
 
 
+def test_file_that_ends_the_decoders_process_costs_one_image(tmp_path: Path) -> None:
+    """libjpeg calls exit() where a lossless stream claims more than 16 bits; few files, one worker."""
+    for number in range(2):
+        path = save(make_dicom(breast(seed=number)), tmp_path / f"in/p/{number}.dcm")
+        recode(path, "JPEGLosslessProcess14_1")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\xff\xc3") + 4] = 88  # bits per sample in the frame header (SOF3)
+    path.write_bytes(content)
+    command = [sys.executable, str(ROOT / "prepare_dataset.py"), *arguments(tmp_path)]
+    done = subprocess.run([*command, "--num_workers", "1"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "1 images laid out" in done.stdout
+    assert "p/1.dcm (its decoder crashed" in done.stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
     fake_archive(tmp_path, ["slow1", "slow2"])
