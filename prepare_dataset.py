@@ -105,6 +105,9 @@ POOL_FROM = 100_000_000  # bytes to decode from which starting processes (about 
 ASPECT_TOLERANCE = 0.01  # relative; rounding in a resize stays below, 912 x 1520 of a 2:3 film does not
 DICOM_VERSION = 1  # counts up when the same DICOM file would give other pixels
 CHECK_SIDE = 256  # px, longest side of the copy on which polarity and side are judged
+BRIGHT_BORDER = 0.5  # share of the border brighter than Otsu's threshold from which air counts as bright
+FAINT_TISSUE = 0.25  # of the way from air to Otsu's threshold, where tissue begins
+CLEAR_SIDE = 0.2  # difference of tissue along the left and right edge, over their sum, that is clear
 
 DEFAULT = " (default: %(default)s)"  # argparse fills it in
 REQUIRED = ["study_id", "image_id", "split"]
@@ -296,13 +299,14 @@ def delimiter_of(csv_path: Path) -> str:
     return ","
 
 
-def read_table(options: Options, index: Index) -> tuple[pd.DataFrame, Labels, Adapter, list[str]]:
+def read_table(
+    tables: list[pd.DataFrame], options: Options, index: Index
+) -> tuple[pd.DataFrame, Labels, Adapter, list[str]]:
     """The archive's table in our columns (those of REQUIRED, OPTIONAL and ADDED that it has, and
     `places`, where to look for the file), its labels, its adapter and notes on what is absent.
 
     Raises RefusedError where a column is missing.
     """
-    tables = [] if options.csv_path == [Path("none")] else [read_csv(path) for path in options.csv_path]
     name = ", ".join(map(str, options.csv_path))
     if not tables:
         adapter, raw = FOLDER, pd.DataFrame()
@@ -867,7 +871,7 @@ def examine(pixels: np.ndarray) -> dict[str, str]:
     """What the checks need of an image, as text.
 
     content: hash of shape and pixels. minimum, maximum: grey values. air: dark or bright, by the share
-    of the border brighter than Otsu's threshold. chest_wall: left or right, the half with more tissue.
+    of the border brighter than Otsu's threshold. chest_wall: left or right, the edge with more tissue.
     Both are '' where they are not clear, as in a blank or tiny image.
     """
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())
@@ -880,13 +884,18 @@ def examine(pixels: np.ndarray) -> dict[str, str]:
         return facts | {"air": "", "chest_wall": ""}
     small = cv2.resize(grey, None, fx=min(1, factor), fy=min(1, factor), interpolation=cv2.INTER_AREA)
     small = ((small.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
-    tissue = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[1].astype(bool)
-    border = np.concatenate([tissue[0], tissue[-1], tissue[:, 0], tissue[:, -1]])
-    bright_air = border.mean() > 0.6
-    tissue ^= bright_air
-    left = tissue[:, : tissue.shape[1] // 2].sum() / max(1, tissue.sum())
-    chest_wall = "left" if left > 0.6 else "right" if left < 0.4 else ""
-    return facts | {"air": "bright" if bright_air else "dark", "chest_wall": chest_wall}
+    threshold, bright = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    border = np.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]]).mean()
+    air_is_bright = bool(border > BRIGHT_BORDER)
+    if air_is_bright:
+        small, threshold = 255 - small, 254 - threshold
+    air = float(np.median(small[small <= threshold]))
+    tissue = small > air + FAINT_TISSUE * (threshold - air)
+    band = max(1, tissue.shape[1] // 20)
+    left, right = float(tissue[:, :band].mean()), float(tissue[:, -band:].mean())
+    balance = (left - right) / max(left + right, 1e-6)
+    chest_wall = "left" if balance > CLEAR_SIDE else "right" if balance < -CLEAR_SIDE else ""
+    return facts | {"air": "bright" if air_is_bright else "dark", "chest_wall": chest_wall}
 
 
 def encode_png(pixels: np.ndarray, spacing_mm: str = "") -> bytes:
@@ -970,10 +979,10 @@ class Plan:
 
 def make_plan(options: Options) -> Plan:
     """Read and check everything; writes nothing. Raises RefusedError or OSError."""
-    for path in options.csv_path if options.csv_path != [Path("none")] else []:
-        read_csv(path)  # a wrong table is named before a wrong folder
-    index = index_files(options.images_root) if options.images_root.is_dir() else {}
-    table, labels, adapter, notes = read_table(options, index)
+    paths = [] if options.csv_path == [Path("none")] else options.csv_path
+    tables = [read_csv(path) for path in paths]
+    index = index_files(options.images_root)
+    table, labels, adapter, notes = read_table(tables, options, index)
     check_ids(table)
     table, moved = check_splits(table, options.split)
     if moved:
@@ -1000,10 +1009,6 @@ def make_plan(options: Options) -> Plan:
 
 def check_folders(options: Options) -> None:
     """Refuse folders inside each other: the output would be read as input or the other way."""
-    if not options.images_root.is_dir():
-        raise RefusedError(
-            f"there is no folder {options.images_root}; give the images with --images_root"
-        )
     root, output = options.images_root.resolve(), options.output_dir.resolve()
     if root.is_relative_to(output) or output.is_relative_to(root):
         raise RefusedError(
