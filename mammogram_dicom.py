@@ -34,6 +34,7 @@ from pydicom.uid import (
 
 MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded
 MODALITIES = {"", "MG", "CR", "DX", "RG", "OT"}  # digitised film and old archives are not all MG
+OTHERS = {"US", "CT", "MR", "PT", "NM", "SR", "PR", "KO", "SEG", "DOC", "XA"}  # named in messages
 TOMOSYNTHESIS = "1.2.840.10008.5.1.4.1.1.13.1.3"  # Breast Tomosynthesis Image Storage
 MAGNIFIED_FROM = 1.3  # EstimatedRadiographicMagnificationFactor; contact views have 1.0 to 1.1
 HEADER = {  # what leaves the header: key -> meaning
@@ -82,7 +83,7 @@ def check_is_mammogram(dataset: Dataset) -> None:
     """Refuse what is not one grey image of a plausible size. Raises DicomError."""
     modality = text(dataset, "Modality")
     if modality not in MODALITIES:
-        raise DicomError("modality is not mammography" + f" ({modality})" * (len(modality) <= 4))
+        raise DicomError("modality is not mammography" + f" ({modality})" * (modality in OTHERS))
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise DicomError(f"multi-frame ({frames} frames): tomosynthesis and cine are not laid out")

@@ -64,6 +64,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import stat
 import struct
 import sys
@@ -250,7 +251,7 @@ class ImageLabels:
     """What an archive says about one image, or about one breast."""
 
     values: dict[str, str] = field(default_factory=dict)  # column of labels.csv -> "0", "1" or ""
-    boxes: list[dict] = field(default_factory=list)  # finding (names), xmin, ymin, xmax, ymax
+    boxes: list[dict] | None = None  # finding (names), xmin, ymin, xmax, ymax; None: not known
     size: tuple[float, float] | None = None  # height, width in which the boxes are given
 
     def add(self, values: dict[str, str]) -> None:
@@ -394,8 +395,8 @@ def check_ids(table: pd.DataFrame) -> None:
             )
 
 
-def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, list[str]]:
-    """The table and those patients who were moved to test because they stood in two splits.
+def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, set[str]]:
+    """The table and those patients who are in test now because they stood in two splits.
 
     Raises RefusedError for a study or patient in two splits, unless `rule` moves them.
     """
@@ -403,11 +404,11 @@ def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, 
     splits = table["split"].groupby(people).unique()
     leaking = splits[splits.map(len) > 1].map(sorted).map(" and ".join)
     if leaking.empty:
-        return table, []
-    names = [f"{person} ({both})" for person, both in leaking.items()]
+        return table, set()
     if rule == "test_wins":
-        moved = people.isin(leaking.index)
-        return table.assign(split=table["split"].mask(moved, "test")), names
+        split = table["split"].mask(people.isin(leaking.index), "test")
+        return table.assign(split=split), set(leaking.index)
+    names = [f"{person} ({both})" for person, both in leaking.items()]
     kind = "studies" if (people == table["study_id"]).all() else "patients"
     raise RefusedError(
         f"{len(leaking)} {kind} stand in more than one split: {some(names)}. Training would see "
@@ -951,6 +952,7 @@ class Plan:
     extra: list[str]
     skipped: list[dict[str, str]]
     notes: list[str]
+    moved: set[str] = field(default_factory=set)  # patients who were in two splits
     labels: Labels = field(default_factory=dict)
     manifest: list[dict[str, str]] = field(default_factory=list)
     problems: list[dict[str, str]] = field(default_factory=list)
@@ -985,8 +987,6 @@ def make_plan(options: Options) -> Plan:
     table, labels, adapter, notes = read_table(tables, options, index)
     check_ids(table)
     table, moved = check_splits(table, options.split)
-    if moved:
-        notes.append(f"{len(moved)} patients were in two splits and are in test now: {some(moved)}")
     table, dropped = drop_duplicates(table)
     if dropped:
         notes.append(f"{dropped} identical duplicate rows in the CSV dropped")
@@ -994,7 +994,7 @@ def make_plan(options: Options) -> Plan:
     matched, missing, extra, ambiguous = match_files(table, options.images_root, index, adapter)
     if ambiguous:
         notes.append(f"{len(ambiguous)} images have several files: {some(ambiguous)}")
-    plan = Plan(options, [], {}, {}, {}, missing, extra, [], notes, labels)
+    plan = Plan(options, [], {}, {}, {}, missing, extra, [], notes, moved, labels)
     if options.findings_csv:
         plan.labels |= read_findings(options.findings_csv, table, notes)
     read_reports(plan)
@@ -1215,6 +1215,7 @@ def process_pool(workers: int) -> ProcessPoolExecutor:
 def start_worker() -> None:
     """One thread per process, and a watch on the parent: a killed run must not leave writers behind."""
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone answers
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -1375,7 +1376,7 @@ def hash_equal_sizes(plan: Plan) -> None:
         item = items[file]
         plan.checked[file] = {}
         if lengths[item.found.st_size] > 1:
-            digest = hashlib.sha256(read_source(item.source)).hexdigest()[:32]
+            digest = hashlib.sha256(item.output.read_bytes()).hexdigest()[:32]
             plan.checked[file] = {"file": file, **item.record, "content": f"file {digest}"}
 
 
@@ -1438,10 +1439,10 @@ def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labe
     labels: Labels = {}
     for row in rows.to_dict("records"):
         key = (row["study_id"], row["image_id"])
-        entry = labels.setdefault(key, ImageLabels(dict.fromkeys(every - {""}, "0")))
+        entry = labels.setdefault(key, ImageLabels(dict.fromkeys(every - {""}, "0"), []))
         entry.add({column_of(name): "1" for name in row["names"] if column_of(name)})
         corners = [number(row[side]) for side in BOX]
-        if None not in corners:
+        if None not in corners and entry.boxes is not None:
             entry.boxes.append({"finding": row["names"], **dict(zip(BOX, corners, strict=True))})
         height, width = number(row.get("height", "")), number(row.get("width", ""))
         entry.size = (height, width) if height and width else None
@@ -1488,7 +1489,7 @@ def make_labels(plan: Plan) -> list[dict[str, str]]:
         entry = plan.labels.get((study, image["image_id"])) or plan.labels.get((study, f"side {tag}"))
         entry = entry or ImageLabels()
         known = {name: image[name] for name in LABELS if name in image}
-        boxes = json.dumps(fit_boxes(entry, image, plan)) if entry.values else ""
+        boxes = "" if entry.boxes is None else json.dumps(fit_boxes(entry, image, plan))
         rows.append({"image": image["file"], **known, **entry.values, "boxes": boxes})
     return rows
 
@@ -1498,11 +1499,12 @@ def fit_boxes(entry: ImageLabels, image: dict[str, str], plan: Plan) -> list[dic
     height, width = int(image["height"]), int(image["width"])
     stated = entry.size or (height, width)
     scales = height / stated[0], width / stated[1]
-    if entry.boxes and abs(scales[0] / scales[1] - 1) > ASPECT_TOLERANCE:
-        plan.report("boxes dropped", image, f"{len(entry.boxes)} boxes: the aspect is not the table's")
+    boxes = entry.boxes or []
+    if boxes and abs(scales[0] / scales[1] - 1) > ASPECT_TOLERANCE:
+        plan.report("boxes dropped", image, f"{len(boxes)} boxes: the aspect is not the table's")
         return []
     fitted = []
-    for box in entry.boxes:
+    for box in boxes:
         left, right = sorted(box[name] * scales[1] for name in ("xmin", "xmax"))
         top, bottom = sorted(box[name] * scales[0] for name in ("ymin", "ymax"))
         inside = [
@@ -1525,7 +1527,7 @@ def fit_boxes(entry: ImageLabels, image: dict[str, str], plan: Plan) -> list[dic
 # 10 Checks ----------------------------------------------------------------------------------------
 
 CHECKS = {  # check -> what it means, for people
-    "patient in two splits": "training would see test patients",
+    "patient in two splits": "moved to test, so that training does not see them",
     "duplicate": "the same pixels under two names",
     "different size": "not as in the CSV",
     "aspect": "resized or cropped otherwise than in proportion: mm per pixel and boxes no longer hold",
@@ -1548,6 +1550,8 @@ def find_problems(plan: Plan) -> None:
     tables = {item.row["file"]: item.row for item in plan.items}
     find_duplicates(plan)
     for row in plan.manifest:
+        if (row["patient_id"] or row["study_id"]) in plan.moved:
+            plan.report("patient in two splits", row, "test wins")
         check_size_stated(plan, row, tables[row["file"]])
         facts = plan.checked.get(row["file"], {})
         if facts.get("content", "").startswith("pixels"):

@@ -176,8 +176,9 @@ def test_cbis_patient_in_two_splits(archive: Archive, capsys: pytest.CaptureFixt
     assert "P_1 (test and training)" in message
     assert "--split test_wins" in message
     assert archive.run(tables, "--split", "test_wins") == 0
-    assert "1 patients were in two splits and are in test now: P_1" in capsys.readouterr().out
+    assert "patient in two splits: 2 moved to test" in capsys.readouterr().out
     assert set(archive.read("manifest.csv")["split"]) == {"test"}
+    assert len(archive.problems("patient in two splits")) == 2
     assert archive.problems("duplicate") == [
         "test/P_1_Calc_LEFT_CC.png: same as test/P_1_Mass_LEFT_CC.png"
     ]
@@ -234,7 +235,7 @@ def test_rsna(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(manifest["breast_birads"]) == ["", "BI-RADS 0"]
     assert list(manifest["breast_density"]) == ["", "DENSITY B"]
     assert list(labels["cancer"]) == ["0", "1"]
-    assert set(labels["mass"]) | set(labels["calcification"]) == {""}
+    assert set(labels["mass"]) | set(labels["calcification"]) | set(labels["boxes"]) == {""}
     assert archive.problems("view") == ["test/10006_462822612.png: table CC, header MLO"]
     assert "note: read as RSNA 2022" in capsys.readouterr().out
 
