@@ -396,24 +396,25 @@ def check_ids(table: pd.DataFrame) -> None:
 
 
 def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, set[str]]:
-    """The table and those patients who are in test now because they stood in two splits.
+    """The table, and who is in test now because the table has them in two splits.
 
-    Raises RefusedError for a study or patient in two splits, unless `rule` moves them.
+    Raises RefusedError for a patient or study in two splits, unless `rule` moves them.
     """
-    people = patients(table)
-    splits = table["split"].groupby(people).unique()
-    leaking = splits[splits.map(len) > 1].map(sorted).map(" and ".join)
-    if leaking.empty:
-        return table, set()
-    if rule == "test_wins":
-        split = table["split"].mask(people.isin(leaking.index), "test")
-        return table.assign(split=split), set(leaking.index)
-    names = [f"{person} ({both})" for person, both in leaking.items()]
-    kind = "studies" if (people == table["study_id"]).all() else "patients"
-    raise RefusedError(
-        f"{len(leaking)} {kind} stand in more than one split: {some(names)}. Training would see "
-        "test images; give each one split, or move them with --split test_wins or --split patient"
-    )
+    moved: set[str] = set()
+    for kind, keys in (("patients", patients(table)), ("studies", table["study_id"])):
+        splits = table["split"].groupby(keys).unique()
+        leaking = splits[splits.map(len) > 1].map(sorted).map(" and ".join)
+        if leaking.empty:
+            continue
+        if rule == "csv":
+            names = [f"{name} ({both})" for name, both in leaking.items()]
+            raise RefusedError(
+                f"{len(leaking)} {kind} stand in more than one split: {some(names)}. Training would "
+                "see test images; give each one split, or use --split test_wins or --split patient"
+            )
+        table = table.assign(split=table["split"].mask(keys.isin(leaking.index), "test"))
+        moved |= set(leaking.index)
+    return table, moved
 
 
 def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
@@ -534,12 +535,11 @@ def adapt_inbreast(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFr
 
     The table's 'Patient ID' is removed; the file's name has a pseudonym.
     """
-    found = [index.get(f"first {name}", []) for name in raw["File Name"]]
-    tokens = [Path(files[0]).stem.split("_") if files else [] for files in found]
-    person = [
-        parts[1] if len(parts) > 1 else name
-        for parts, name in zip(tokens, raw["File Name"], strict=True)
-    ]
+    person = []
+    for name in raw["File Name"]:
+        files = index.get(f"first {name}", [])  # the annotations' names (.xml, .roi) have no pseudonym
+        parts = max((Path(file).stem.split("_") for file in files), key=len, default=[name])
+        person.append(parts[min(1, len(parts) - 1)])
     return pd.DataFrame(
         {
             "study_id": person,
@@ -952,7 +952,7 @@ class Plan:
     extra: list[str]
     skipped: list[dict[str, str]]
     notes: list[str]
-    moved: set[str] = field(default_factory=set)  # patients who were in two splits
+    moved: set[str] = field(default_factory=set)  # patients and studies that were in two splits
     labels: Labels = field(default_factory=dict)
     manifest: list[dict[str, str]] = field(default_factory=list)
     problems: list[dict[str, str]] = field(default_factory=list)
@@ -1550,7 +1550,7 @@ def find_problems(plan: Plan) -> None:
     tables = {item.row["file"]: item.row for item in plan.items}
     find_duplicates(plan)
     for row in plan.manifest:
-        if (row["patient_id"] or row["study_id"]) in plan.moved:
+        if {row["patient_id"], row["study_id"]} & plan.moved:
             plan.report("patient in two splits", row, "test wins")
         check_size_stated(plan, row, tables[row["file"]])
         facts = plan.checked.get(row["file"], {})

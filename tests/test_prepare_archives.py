@@ -190,6 +190,7 @@ def test_inbreast(archive: Archive) -> None:
     rows = "removed;removed;R;CC;201001;20586908;2;4a\nremoved;removed;L;MLO;201001;20586934;     ;1\n"
     archive.dicom("AllDICOMs/20586908_6c613a14b80a8591_MG_R_CC_ANON.dcm", ImageLaterality="R")
     archive.dicom("AllDICOMs/20586934_6c613a14b80a8591_MG_L_ML_ANON.dcm")
+    (archive.images / "AllDICOMs/20586934.xml").write_text("<plist/>")
     assert archive.run(archive.table(INBREAST + rows), "--test_share", "0.5") == 0
     manifest = archive.read("manifest.csv")
     assert list(manifest["image_id"]) == ["20586908", "20586934"]
