@@ -210,7 +210,7 @@ def make_parser() -> Parser:
     add("--num_workers", type=int, default=NUM_WORKERS, metavar="N", help=text + DEFAULT)
     text = "mirror images whose chest wall is on the right; recorded as flipped in the manifest"
     add("--flip_right", action="store_true", help=text)
-    text = "decode PNG in full too: skip damaged ones, check the pixels of all"
+    text = "decode PNG in full too, once: skip damaged ones, check the pixels of all"
     add("--verify", action="store_true", help=text)
     return parser
 
@@ -325,6 +325,9 @@ def read_table(
     notes = [f"not in the CSV, so empty in the manifest: {some(absent)}"] if absent and tables else []
     if adapter is not VINDR:
         notes.append(f"read as {adapter.name}")
+    alone = 0 if tables else int((~table["places"].str.contains("/")).sum())
+    if alone:
+        notes.append(f"{alone} images lie in no folder of their own: each counts as a patient")
     if "split" not in table or options.split == "patient":
         table["split"] = split_by_patient(table, options.test_share)
         notes.append(f"split by patient, {options.test_share:.0%} of them for test")
@@ -1086,6 +1089,8 @@ def inspect(row: dict[str, str], options: Options, ours: bool) -> Item:
         raise SkipImageError(f"the format {kind or 'without suffix'} is not read; convert to PNG")
     settings = [f"dicom {DICOM_VERSION} window {options.window}"] if kind == ".dcm" else []
     settings += [f"flip_right {row.get('laterality', '')}".strip()] if options.flip_right else []
+    if kind != ".png" and row.get("spacing_mm"):
+        settings.append(f"spacing {row['spacing_mm']}")
     item = Item(row, source, output, found, kind, " ".join(settings))
     if not ours and kind_of_output(item) == "other":
         raise SkipImageError(f"{row['file']} is in the way and not from this program; move it away")
@@ -1328,7 +1333,8 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     size = [before[n] for n in SIZE] if reusable else read_png_header(item.output)
     values = {**item.row, **item.record, "view": item.row.get("view_position", "")}
     for name in ("laterality", "view", "implant", "spacing_mm", "view_modifier", "flipped"):
-        values[name] = values.get(name) or facts.get(name, "")  # the table first, then the header
+        earlier = before.get(name, "") if unchanged else ""
+        values[name] = values.get(name) or facts.get(name) or earlier  # table, then header
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
 

@@ -281,13 +281,16 @@ def test_no_table_needs_an_image(archive: Archive, capsys: pytest.CaptureFixture
     assert "no image below" in refusal(archive, capsys, "none")
 
 
-def test_long_and_odd_paths_make_safe_names(archive: Archive) -> None:
+def test_long_and_odd_paths_make_safe_names(
+    archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
     uid = "1.2.840.113619.2.255.10452022879169.3670200103440"
     archive.png(f"study é/{uid}/{uid}/{uid}/image.png")
     archive.png("alone.png")
     assert archive.run("none", "--test_share", "0") == 0
     names = [name.removeprefix("training/") for name in archive.read("manifest.csv")["file"]]
     assert names[0] == "alone_alone.png"
+    assert "note: 1 images lie in no folder of their own" in capsys.readouterr().out
     assert names[1].startswith("study_")
     assert names[1].endswith("image.png")
     assert len(names[1]) < 205

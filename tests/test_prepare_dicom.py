@@ -526,6 +526,10 @@ def test_png_has_pixels_spacing_and_manifest_row(tmp_path: Path) -> None:
     row = manifest.iloc[1]
     assert (row.laterality, row["view"], row.spacing_mm, row.implant) == ("L", "MLO", "0.07", "0")
     assert (row.height, row.width, row.bit_depth, row.flipped) == ("96", "80", "16", "0")
+    before = (tmp_path / "out/manifest.csv").read_bytes()
+    (tmp_path / "out/image_checks.csv").unlink()  # what the header said is in the manifest as well
+    assert lay_out(tmp_path) == 0
+    assert (tmp_path / "out/manifest.csv").read_bytes() == before
     png = (tmp_path / "out/training/p1_a.png").read_bytes()
     assert png[33:41] == struct.pack(">I", 9) + b"pHYs"
     assert struct.unpack(">IIB", png[41:50]) == (14286, 14286, 1)  # 1000 / 0.07 pixels per metre
