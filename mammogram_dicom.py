@@ -71,7 +71,7 @@ def open_dicom(path: str | Path) -> Dataset:
     except InvalidDicomError:  # no preamble: only an image passes, not any file
         dataset = dcmread(path, force=True)
     if not {"Rows", "Columns"} <= set(dataset.dir()):
-        raise DicomError("not a DICOM image inside")
+        raise DicomError("not a DICOM image inside, or the file is cut short")
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         uncompressed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian

@@ -467,6 +467,23 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, tags: dict, reason: str | 
     assert not any(value in str(caught.value) for value in IDENTIFIERS.values())
 
 
+@pytest.mark.parametrize(
+    "syntax", ["RLELossless", "JPEGLSLossless", "JPEG2000Lossless", "JPEGLosslessSV1"]
+)
+@pytest.mark.parametrize("cut", [10, 200, 2000])
+def test_compressed_file_cut_short_is_named(tmp_path: Path, syntax: str, cut: int) -> None:
+    """What decoders would fill up with grey or return in part."""
+    dataset, path = make_dicom(breast()), tmp_path / "image.dcm"
+    if not syntax.startswith("JPEGLossless"):
+        dataset.compress(getattr(uid, syntax), generate_instance_uid=False)
+    save(dataset, path)
+    if syntax.startswith("JPEGLossless"):
+        recode(path, "JPEGLosslessProcess14_1")
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(dicom.DicomError, match="cut short"):
+        dicom.read_dicom(path)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([uid.ExplicitVRLittleEndian, uid.RLELossless]),
