@@ -120,9 +120,20 @@ MODIFIERS = {
 
 
 def text(dataset: Dataset, keyword: str) -> str:
-    """A header value as stripped upper-case text; '' where it is absent or empty."""
-    value = dataset.get(keyword)
+    """A header value as stripped upper-case text; '' where it is absent, empty or malformed."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # pydicom parses a value when it is asked for, and raises almost anything
+        return ""
     return "" if value is None else str(value).strip().upper()
+
+
+def numbers(dataset: Dataset, keyword: str) -> list[float]:
+    """A header value as numbers; [] where it is absent, empty or malformed."""
+    try:
+        return [float(value) for value in np.ravel(dataset.get(keyword))]
+    except Exception:
+        return []
 
 
 def read_laterality(dataset: Dataset) -> str:
@@ -139,7 +150,7 @@ def read_view(dataset: Dataset) -> tuple[str, str]:
     position = text(dataset, "ViewPosition")
     view = next(filter(None, named), position if position in {*VIEWS.values(), "XCC"} else "")
     found = {MODIFIERS.get(text(item, "CodeValue"), "") for item in modifiers}
-    if float(dataset.get("EstimatedRadiographicMagnificationFactor") or 1) >= MAGNIFIED_FROM:
+    if max(numbers(dataset, "EstimatedRadiographicMagnificationFactor"), default=1) >= MAGNIFIED_FROM:
         found.add("magnified")
     if "SPOT" in text(dataset, "PaddleDescription"):
         found.add("spot")
@@ -149,8 +160,8 @@ def read_view(dataset: Dataset) -> tuple[str, str]:
 def read_spacing(dataset: Dataset) -> str:
     """mm per pixel: at the detector, else as calibrated, else of the film scanner; '' if unknown."""
     for keyword in ("ImagerPixelSpacing", "PixelSpacing", "NominalScannedPixelSpacing"):
-        values = [float(value) for value in dataset.get(keyword) or []]
-        if len(values) == 2 and min(values) > 0:
+        values = numbers(dataset, keyword)
+        if len(values) == 2 and 0 < min(values) <= max(values) < 10:
             return f"{np.mean(values):.6g}"
     return ""
 

@@ -582,7 +582,9 @@ def test_no_identifier_leaves_the_header(tmp_path: Path) -> None:
     for text in [done.stdout, done.stderr, *written]:
         assert not [value for value in [*IDENTIFIERS.values(), "Secretly"] if value.encode() in text]
     skipped = pd.read_csv(tmp_path / "out/skipped.csv").set_index("source")["reason"]
-    assert set(skipped.index) == {"p1/ultrasound.dcm", "p2/cut.dcm", "p2/odd.dcm"}
+    assert set(skipped.index) == {"p1/ultrasound.dcm", "p2/cut.dcm"}
+    manifest = pd.read_csv(tmp_path / "out/manifest.csv", keep_default_na=False).set_index("source")
+    assert manifest.loc["p2/odd.dcm", "spacing_mm"] == ""  # malformed is unknown, not unusable
 
 
 def test_contents_match_the_sections() -> None:
