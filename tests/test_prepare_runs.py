@@ -299,7 +299,7 @@ def test_work_per_image_is_little_more_than_decoding_and_encoding(tmp_path: Path
 @pytest.mark.slow
 def test_two_processes_do_nearly_twice_as_much(tmp_path: Path) -> None:
     """At least 1.8 times, starting them included, on a machine with nothing else to do."""
-    paths, seconds = lossless_jpegs(tmp_path, 40), []
+    paths, seconds = lossless_jpegs(tmp_path, 28), []
     for workers in (1, 2):
         begin = time.perf_counter()
         outcomes = [outcome for _, outcome in prep.decode_all(decode_tasks(tmp_path, paths, workers))]
