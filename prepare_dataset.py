@@ -1,32 +1,53 @@
 """Lay a mammogram archive out by split: CSV + images -> split_images/<split>/ + manifest.csv.
 
-Reads the VinDr-Mammo layout: a CSV with one row per image (study_id, image_id and split are
-needed; laterality, view_position, height, width, breast_birads and breast_density are used where
-present) and files <images_root>/<study_id>/<image_id>.*.
+    python prepare_dataset.py --csv_path breast-level_annotations.csv --images_root images_png
+    python prepare_dataset.py --csv_path breast-level_annotations.csv --images_root images \\
+        --findings_csv finding_annotations.csv --verify       labels too, and all pixels checked
+    python prepare_dataset.py --csv_path mass_case_description_*.csv calc_case_description_*.csv \\
+        --images_root CBIS-DDSM --split test_wins
+    python prepare_dataset.py --csv_path none --images_root dicom     no table: every image there
+    python prepare_dataset.py --csv_path my.csv --images_root my_images \\
+        --columns image=path,study=exam,patient=mrn_hash,laterality=side,mass=has_mass
 
-    python prepare_dataset.py --csv_path breast-level_annotations.csv \\
-        --images_root images_png --output_dir ./split_images
-    python prepare_dataset.py --mode copy --verify      (defaults as above; independent copies)
+The archive is told by its header (ADAPTERS): VinDr-Mammo and what is laid out like it, CBIS-DDSM,
+INbreast, CMMD, RSNA 2022; --columns maps any other table. A table without a split gets one by
+patient, the same in every run (--test_share).
 
-Writes <output_dir>/<split>/<study_id>_<image_id>.png and manifest.csv (one row per image laid
-out), and where there is something to list missing.csv (in the CSV, not on disk), extra.csv (on
-disk, not in the CSV) and skipped.csv (found but not usable, with the reason). PNG is linked or
-copied as it is; TIFF and JPEG are re-encoded as PNG without loss. Running again does only what is
-new or has changed; a run that was killed is finished by the same command. Flags may be written
-with '_' or '-'.
+Writes <output_dir>/<split>/<study_id>_<image_id>.png and
+    manifest.csv         one row per image laid out
+    labels.csv           with --findings_csv, or where the table says what is in the images: one row per
+                         image; `image` is the manifest's `file` (training/<study_id>_<image_id>.png),
+                         empty means unknown; `boxes` is a JSON list of {"finding": [names], "xmin",
+                         "ymin", "xmax", "ymax"} in pixels of that PNG, mirrored with it
+    prepare_report.html  what was found, per split; problems.csv lists it, image_checks.csv has what was
+                         measured in every image that was decoded
+    missing.csv (in the table, not on disk), extra.csv (on disk, not in the table) and skipped.csv (found
+    but not usable, with the reason), where there is something to list
+
+PNG is linked or copied as it is. TIFF, JPEG and DICOM become PNG without loss: DICOM with the breast
+bright on dark, padding 0, 16 bits (8 where no more are stored) and the pixel spacing in its pHYs chunk.
+--window none (default) keeps every stored value, because training scales each image by its own breast
+and a window may saturate skin or dense tissue for good; --window voi applies the header's look-up table
+or window. No identifier leaves a DICOM header. DICOM, TIFF and JPEG are checked pixel by pixel; PNG only
+with --verify or --flip_right. Running again does only what is new or has changed; a run that was killed
+is finished by the same command. Flags may be written with '_' or '-'.
 
 Contents
     1 Configuration   constants, Options, parse_options
     2 Table           read_table, check_ids, check_splits, drop_duplicates
-    3 Files           find_files, match_files
-    4 Image formats   read_png_header, decode_raster, what is read and what is not
-    5 Plan            what is there already, what must not be touched
-    6 Layout          atomic writing, links and copies, lay_out, remove_stale
-    7 Report          manifest and lists, summary
-    8 Entry           main
+    3 Adapters        one function per archive, from its columns to ours
+    4 Files           index_files, match_files
+    5 Image formats   read_png_header, decode, examine, encode_png
+    6 Plan            what is there already, what must not be touched
+    7 Decoding        in processes, one broken file never stops the rest
+    8 Layout          atomic writing, links and copies, lay_out, remove_stale
+    9 Labels          findings and boxes to labels.csv
+    10 Checks         what is wrong with images that were laid out
+    11 Report         manifest and lists, prepare_report.html, summary
+    12 Entry          main
 
 Exit codes
-    0  every image in the CSV is laid out
+    0  every image in the table is laid out (problems.csv may name doubtful ones)
     1  finished, but images are missing or were skipped (missing.csv, skipped.csv)
     2  refused (wrong flag, wrong CSV, a study in two splits, no image found): nothing was written
     3  stopped part-way (disk full, interrupted): the same command again resumes
@@ -35,17 +56,27 @@ Exit codes
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import hashlib
+import html
+import json
+import multiprocessing
 import os
 import re
+import signal
 import stat
 import struct
 import sys
+import threading
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import NoReturn
 
@@ -61,29 +92,57 @@ CSV_PATH = "breast-level_annotations.csv"  # one row per image
 IMAGES_ROOT = "images_png"  # folder that holds <study_id>/<image_id>.png
 OUTPUT_DIR = "./split_images"  # folder to write; made if needed
 MODE = "hardlink"  # hardlink (shares the bytes; a copy where impossible), copy or symlink
+WINDOW = "none"  # none (stored values) or voi (the DICOM header's look-up table or window)
+SPLIT = "csv"  # csv (refused where a patient is in two), test_wins (such a patient to test) or patient
+TEST_SHARE = 0.2  # of patients, where the table has no split or --split patient
+NUM_WORKERS = 16  # processes that decode; never more than the cores there are
 
 MAX_PIXELS = 150_000_000  # larger images are skipped: a mammogram has some 10-30 million
 MAX_ID_LENGTH = 100  # characters; keeps <study_id>_<image_id>.png inside every file system's 255
 SHOWN = 10  # names shown per warning; the full lists are in the CSV files
+REPORTED = 200  # problems shown per check in the HTML report
 CLOCK_TOLERANCE_NS = 2_000_000_000  # FAT and exFAT keep modification times to 2 s
+POOL_FROM = 100_000_000  # bytes to decode from which starting processes (about a second) pays
+ASPECT_TOLERANCE = 0.01  # relative; rounding in a resize stays below, 912 x 1520 of a 2:3 film does not
+DICOM_VERSION = 1  # counts up when the same DICOM file would give other pixels
+CHECK_SIDE = 256  # px, longest side of the copy on which polarity and side are judged
+BRIGHT_BORDER = 0.5  # share of the border brighter than Otsu's threshold from which air counts as bright
+FAINT_TISSUE = 0.25  # of the way from air to Otsu's threshold, where tissue begins
+CLEAR_SIDE = 0.2  # difference of tissue along the left and right edge, over their sum, that is clear
 
 DEFAULT = " (default: %(default)s)"  # argparse fills it in
 REQUIRED = ["study_id", "image_id", "split"]
 OPTIONAL = ["laterality", "view_position", "height", "width", "breast_birads", "breast_density"]
+ADDED = ["patient_id", "implant", "spacing_mm"]  # known from some tables or from DICOM headers
 SIZE = ["height", "width", "bit_depth"]
 SOURCE = ["source", "source_size", "source_mtime_ns"]
+RECORD = [*SOURCE, "settings"]  # an output is up to date while these are as they were
+HEADER = [  # what is taken from a DICOM header, see mammogram_dicom.HEADER
+    *("laterality", "view", "view_modifier", "spacing_mm", "implant", "modality", "photometric"),
+    *("bits_stored", "intent", "relationship", "compression", "padding"),
+]
+MEASURED = ["content", "minimum", "maximum", "air", "chest_wall", "flipped"]  # see examine
+LABELS = [
+    *("image", "study_id", "split", "laterality", "view", "breast_birads", "breast_density"),
+    *("mass", "calcification", "boxes"),
+]
 CLAIMS = ".prepare_dataset.claims.csv"  # what an unfinished run set out to make
+JOURNAL = ".prepare_dataset.journal.jsonl"  # what an unfinished run has decoded
 REPORTS = {  # file name -> columns; a file of this name with other columns is not ours
     "manifest.csv": [
         *("file", "study_id", "image_id", "laterality", "view", "breast_birads", "breast_density"),
-        *(*SIZE, "split", *SOURCE),
+        *(*SIZE, "split", *SOURCE, "spacing_mm", "patient_id", "implant", "view_modifier"),
+        *("flipped", "settings"),
     ],
     "missing.csv": ["study_id", "image_id", "split"],
     "extra.csv": ["file"],
     "skipped.csv": ["study_id", "image_id", "split", "source", "reason"],
+    "image_checks.csv": ["file", *RECORD, *MEASURED, *HEADER],
+    "problems.csv": ["check", "split", "file", "detail"],
     CLAIMS: ["file", *SOURCE],
 }
-OTHER_KNOWN = {"labels.csv"}  # written beside the manifest by other steps
+SIGNATURES = {**REPORTS, "manifest.csv": REPORTS["manifest.csv"][:14]}  # older manifests have these
+OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
 TEMPORARY = ".prepare_dataset.tmp"  # ending of files not yet complete
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 OUTPUT_NAME = re.compile(rf"{SAFE_NAME.pattern}/{SAFE_NAME.pattern}\.png")
@@ -102,10 +161,17 @@ class SkipImageError(Exception):
 class Options:
     """What the command line asked for."""
 
-    csv_path: Path
+    csv_path: list[Path]
     images_root: Path
     output_dir: Path
+    findings_csv: Path | None = None
+    columns: str = ""
     mode: str = MODE
+    window: str = WINDOW
+    split: str = SPLIT
+    test_share: float = TEST_SHARE
+    num_workers: int = NUM_WORKERS
+    flip_right: bool = False
     verify: bool = False
 
 
@@ -116,26 +182,43 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"prepare_dataset: error: {message} (--help lists the flags)\n")
 
 
-def parse_options(argv: Sequence[str] | None = None) -> Options:
-    """Read the flags; an unknown one ends the program (exit code 2) and names the nearest flag."""
+def make_parser() -> Parser:
+    """The flags; each one's help ends with its default."""
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    actions = [
-        parser.add_argument(flag, type=Path, metavar=kind, default=default, help=text + DEFAULT)
-        for flag, kind, default, text in (
-            ("--csv_path", "CSV", CSV_PATH, "table with one row per image"),
-            ("--images_root", "FOLDER", IMAGES_ROOT, "holds <study_id>/<image_id>.png"),
-            ("--output_dir", "FOLDER", OUTPUT_DIR, "where to write; made if needed"),
-        )
-    ]
+    add = parser.add_argument
+    text = "one or several tables, told apart by their header; none: every image in the folder"
+    add("--csv_path", type=Path, nargs="+", metavar="CSV", default=[Path(CSV_PATH)], help=text)
+    text = "holds the images, in the archive's own layout"
+    add("--images_root", type=Path, metavar="FOLDER", default=IMAGES_ROOT, help=text + DEFAULT)
+    text = "where to write; made if needed"
+    add("--output_dir", type=Path, metavar="FOLDER", default=OUTPUT_DIR, help=text + DEFAULT)
+    text = "VinDr-Mammo's finding_annotations.csv: writes labels.csv"
+    add("--findings_csv", type=Path, metavar="CSV", help=text)
+    text = f"for other tables, COLUMN=name,...; image and study at least, of {', '.join(GENERIC)}"
+    add("--columns", default="", metavar="MAP", help=text)
     text = "how PNG files get there; hardlink shares the bytes, or copies where it cannot link"
-    modes = ["hardlink", "copy", "symlink"]
-    actions += [
-        parser.add_argument("--mode", choices=modes, default=MODE, help=text + DEFAULT),
-        parser.add_argument("--verify", action="store_true", help="decode every image in full too"),
-    ]
-    flags = [flag for action in actions for flag in action.option_strings] + ["--help"]
+    add("--mode", choices=["hardlink", "copy", "symlink"], default=MODE, help=text + DEFAULT)
+    text = "DICOM grey values: none keeps all that is stored, voi applies the header's window"
+    add("--window", choices=["none", "voi"], default=WINDOW, help=text + DEFAULT)
+    text = "csv: refuse a patient in two splits; test_wins: such a patient to test; patient: split anew"
+    add("--split", choices=["csv", "test_wins", "patient"], default=SPLIT, help=text + DEFAULT)
+    text = "share of patients for test where the table has no split or with --split patient"
+    add("--test_share", type=float, default=TEST_SHARE, metavar="SHARE", help=text + DEFAULT)
+    text = "processes that decode, at most one per core"
+    add("--num_workers", type=int, default=NUM_WORKERS, metavar="N", help=text + DEFAULT)
+    text = "mirror images whose chest wall is on the right; recorded as flipped in the manifest"
+    add("--flip_right", action="store_true", help=text)
+    text = "decode PNG in full too, once: skip damaged ones, check the pixels of all"
+    add("--verify", action="store_true", help=text)
+    return parser
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Read the flags; an unknown one ends the program (exit code 2) and names the nearest flag."""
+    parser = make_parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag != "-h"]
     arguments = []
     for argument in sys.argv[1:] if argv is None else argv:
         if argument.startswith("--") and argument != "--":
@@ -145,7 +228,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
                 parser.error(f"unknown flag {argument}; nearest: {nearest(name, flags)}")
             argument = name + equals + value
         arguments.append(argument)
-    return Options(**vars(parser.parse_args(arguments)))
+    options = Options(**vars(parser.parse_args(arguments)))
+    if not 0 <= options.test_share <= 1:
+        parser.error(f"--test_share {options.test_share} is not between 0 and 1")
+    if options.num_workers < 1:
+        parser.error(f"--num_workers {options.num_workers} is less than 1")
+    return options
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str:
@@ -158,20 +246,33 @@ def nearest(name: str, candidates: Sequence[str]) -> str:
 # 2 Table ------------------------------------------------------------------------------------------
 
 
-def read_table(csv_path: Path) -> pd.DataFrame:
-    """The CSV as strings (leading zeros kept), indexed by line number, used columns only.
+@dataclass
+class ImageLabels:
+    """What an archive says about one image, or about one breast."""
 
-    Raises RefusedError where the file is missing, empty, not comma-separated, or lacks a required
-    column.
+    values: dict[str, str] = field(default_factory=dict)  # column of labels.csv -> "0", "1" or ""
+    boxes: list[dict] | None = None  # finding (names), xmin, ymin, xmax, ymax; None: not known
+    size: tuple[float, float] | None = None  # height, width in which the boxes are given
+
+    def add(self, values: dict[str, str]) -> None:
+        """Join another row about the same image: 1 wins over 0, 0 over unknown."""
+        for name, value in values.items():
+            self.values[name] = max(self.values.get(name, ""), value)
+
+
+# By (study_id, image_id), or by (study_id, "side L") where an archive speaks of breasts.
+Labels = dict[tuple[str, str], ImageLabels]
+
+
+def read_csv(csv_path: Path) -> pd.DataFrame:
+    """One CSV as strings (leading zeros kept), indexed by line number.
+
+    Raises RefusedError where the file is missing, empty or not a table.
     """
     if not csv_path.is_file():
         raise RefusedError(f"there is no file {csv_path}; give the annotation CSV with --csv_path")
-    with open(csv_path, encoding="utf-8", errors="replace") as file:
-        header = file.readline()
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "'|'")):
-        if delimiter in header and "," not in header:
-            raise RefusedError(f"{csv_path} is separated by {name}; save it separated by commas")
     options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
+    options["sep"] = delimiter_of(csv_path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
@@ -181,35 +282,103 @@ def read_table(csv_path: Path) -> pd.DataFrame:
         reason = " ".join(str(error).split())
         raise RefusedError(f"{csv_path} is not a comma-separated UTF-8 table: {reason}") from None
     table.columns = table.columns.str.strip()
-    check_columns(table, csv_path)
-    table = table[[name for name in REQUIRED + OPTIONAL if name in table]].fillna("")
-    table = table.apply(lambda column: column.str.strip(" \t"))
+    table = table.fillna("").apply(lambda column: column.str.strip(" \t\r\n"))
     table.index = pd.RangeIndex(2, len(table) + 2)  # the header is line 1
-    table = table[(table != "").any(axis=1)]
-    if table.empty:
-        raise RefusedError(f"{csv_path} has a header but no rows; is the download complete?")
     return table
 
 
-def check_columns(table: pd.DataFrame, csv_path: Path) -> None:
+def delimiter_of(csv_path: Path) -> str:
+    """',', or ';' for the archives published so. Raises RefusedError for other separators."""
+    with open(csv_path, encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    columns = {name.strip(' "\n') for name in header.split(";")}
+    if any(set(adapter.header) <= columns for adapter in ADAPTERS):
+        return ";"
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "'|'")):
+        if delimiter in header and "," not in header:
+            raise RefusedError(f"{csv_path} is separated by {name}; save it separated by commas")
+    return ","
+
+
+def read_table(
+    tables: list[pd.DataFrame], options: Options, index: Index
+) -> tuple[pd.DataFrame, Labels, Adapter, list[str]]:
+    """The archive's table in our columns (those of REQUIRED, OPTIONAL and ADDED that it has, and
+    `places`, where to look for the file), its labels, its adapter and notes on what is absent.
+
+    Raises RefusedError where a column is missing.
+    """
+    name = ", ".join(map(str, options.csv_path))
+    if not tables:
+        adapter, raw = FOLDER, pd.DataFrame()
+    else:
+        raw = pd.concat(tables)
+        adapter = generic_adapter(options.columns) if options.columns else adapter_of(raw)
+        check_columns(raw, adapter, name)
+        raw = raw.fillna("")
+        raw = raw[(raw != "").any(axis=1)]
+        if raw.empty:
+            raise RefusedError(f"{name} has a header but no rows; is the download complete?")
+    labels: Labels = {}
+    table = adapter.adapt(raw, index, labels)
+    absent = [column for column in OPTIONAL if column not in table]
+    notes = [f"not in the CSV, so empty in the manifest: {some(absent)}"] if absent and tables else []
+    if adapter is not VINDR:
+        notes.append(f"read as {adapter.name}")
+    alone = 0 if tables else int((~table["places"].str.contains("/")).sum())
+    if alone:
+        notes.append(f"{alone} images lie in no folder of their own: each counts as a patient")
+    if "split" not in table or options.split == "patient":
+        table["split"] = split_by_patient(table, options.test_share)
+        notes.append(f"split by patient, {options.test_share:.0%} of them for test")
+    return table, labels, adapter, notes
+
+
+def check_columns(raw: pd.DataFrame, adapter: Adapter, csv_path: str) -> None:
     """Refuse a table that lacks a required column or has one of ours twice."""
-    found = list(table.columns)
-    twice = [name for name in REQUIRED + OPTIONAL if f"{name}.1" in found]  # as pandas renames it
+    found = list(raw.columns)
+    wanted = [*adapter.header, *(REQUIRED + OPTIONAL if adapter is VINDR else [])]
+    twice = [name for name in wanted if f"{name}.1" in found]  # as pandas renames it
     if twice:
         raise RefusedError(f"{csv_path} has the column {twice[0]} twice; keep one of them")
-    missing = [name for name in REQUIRED if name not in found]
+    missing = [name for name in adapter.header if name not in found]
     if not missing:
         return
     hints = "; ".join(f"{name} (nearest: {nearest(name, found)})" for name in missing)
     raise RefusedError(
-        f"{csv_path} lacks the column {hints}; found: {', '.join(found)}. Rename the column or "
-        "give another file with --csv_path"
+        f"{csv_path} lacks the column {hints}; found: {', '.join(found)}. Rename the column, map it "
+        "with --columns image=...,study=... or give another file with --csv_path"
     )
+
+
+def split_by_patient(table: pd.DataFrame, test_share: float) -> pd.Series:
+    """training or test by a hash of the patient, so that it never depends on the other rows."""
+
+    def split(patient: str) -> str:
+        number = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big")
+        return "test" if number < test_share * 2**64 else "training"
+
+    return patients(table).map(split)
+
+
+def patients(table: pd.DataFrame) -> pd.Series:
+    """Patient of each row: patient_id, or the study where that is not known."""
+    if "patient_id" not in table:
+        return table["study_id"]
+    return table["patient_id"].where(table["patient_id"] != "", table["study_id"])
 
 
 def is_safe_name(name: str) -> bool:
     """True where `name` can be a folder name or part of a file name on any system."""
     return len(name) <= MAX_ID_LENGTH and bool(SAFE_NAME.fullmatch(name))
+
+
+def safe_name(name: str) -> str:
+    """`name` with what cannot be part of a file name turned into '_'; long ones keep their end."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".-")
+    if len(safe) <= MAX_ID_LENGTH:
+        return safe
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}_{safe[-64:].lstrip('.-')}"
 
 
 def check_ids(table: pd.DataFrame) -> None:
@@ -221,8 +390,7 @@ def check_ids(table: pd.DataFrame) -> None:
     for column in REQUIRED:
         wrong = [not is_safe_name(v) or v.lower() in reserved for v in table[column]]
         if any(wrong):
-            line = table.index[wrong][0]
-            value = table.at[line, column]
+            line, value = table.index[wrong][0], table.loc[wrong, column].iloc[0]
             problem = f"is {value[:MAX_ID_LENGTH]!r}" if value else "is empty"
             raise RefusedError(
                 f"line {line} of the CSV: {column} {problem}, {sum(wrong)} such rows; it becomes "
@@ -230,16 +398,26 @@ def check_ids(table: pd.DataFrame) -> None:
             )
 
 
-def check_splits(table: pd.DataFrame) -> None:
-    """Refuse a study that stands in two splits: its breasts would be trained and tested on."""
-    splits = table.groupby("study_id")["split"].unique()
-    leaking = splits[splits.map(len) > 1].map(sorted).map(" and ".join)
-    if len(leaking):
-        names = some([f"{study} ({both})" for study, both in leaking.items()])
-        raise RefusedError(
-            f"{len(leaking)} studies stand in more than one split: {names}. Training would see "
-            "test images; give each study one split"
-        )
+def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, set[str]]:
+    """The table, and who is in test now because the table has them in two splits.
+
+    Raises RefusedError for a patient or study in two splits, unless `rule` moves them.
+    """
+    moved: set[str] = set()
+    for kind, keys in (("patients", patients(table)), ("studies", table["study_id"])):
+        splits = table["split"].groupby(keys).unique()
+        leaking = splits[splits.map(len) > 1].map(sorted).map(" and ".join)
+        if leaking.empty:
+            continue
+        if rule == "csv":
+            names = [f"{name} ({both})" for name, both in leaking.items()]
+            raise RefusedError(
+                f"{len(leaking)} {kind} stand in more than one split: {some(names)}. Training would "
+                "see test images; give each one split, or use --split test_wins or --split patient"
+            )
+        table = table.assign(split=table["split"].mask(keys.isin(leaking.index), "test"))
+        moved |= set(leaking.index)
+    return table, moved
 
 
 def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
@@ -268,59 +446,311 @@ def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return unique, len(table) - len(unique)
 
 
-# 3 Files ------------------------------------------------------------------------------------------
+# 3 Adapters ---------------------------------------------------------------------------------------
+# From a table as published to our columns. `places` says where to look for the file, best first, one
+# a line, as keys of the Index: "path/without/suffix", "folder NAME", "first TOKEN" or "name STEM".
 
 
-def find_files(images_root: Path) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
-    """Files by (study, name without suffix) and image files outside study folders.
+@dataclass(frozen=True)
+class Adapter:
+    """How one archive is read."""
 
-    Paths are relative to `images_root`, with '/'. Hidden files are left out (macOS writes ._x.png).
-    Only two levels are read, so that links in circles do no harm. Raises OSError.
+    name: str
+    header: tuple[str, ...]  # columns that tell it, and that it cannot do without
+    adapt: Callable[[pd.DataFrame, Index, Labels], pd.DataFrame]
+    ignored: str = r"(?!)"  # files (relative paths) that are no mammograms; this matches none
+
+
+def birads(value: str) -> str:
+    """'BI-RADS 4A' of '4a', '4.0' or 'BI-RADS 4A'; '' where there is none."""
+    found = re.fullmatch(r"(?:BI-?RADS\s*)?([0-6][ABC]?)(?:\.0)?", value.strip().upper())
+    return f"BI-RADS {found[1]}" if found else ""
+
+
+def density(value: str) -> str:
+    """'DENSITY C' of 'C', '3' or '3.0' (BI-RADS before 2013 counts 1 to 4); '' where there is none."""
+    found = re.fullmatch(r"(?:DENSITY\s*)?([A-D1-4])(?:\.0)?", value.strip().upper())
+    return f"DENSITY {found[1].translate(str.maketrans('1234', 'ABCD'))}" if found else ""
+
+
+def flag(value: str) -> str:
+    """'1', '0' or '' (unknown) of a table's yes, no or nothing."""
+    text = re.sub(r"\.0$", "", value.strip().lower())
+    return {"1": "1", "true": "1", "yes": "1", "0": "0", "false": "0", "no": "0"}.get(text, "")
+
+
+def side(value: str) -> str:
+    """L or R of L, LEFT, R, RIGHT; '' of anything else."""
+    return {"L": "L", "LEFT": "L", "R": "R", "RIGHT": "R"}.get(value.strip().upper(), "")
+
+
+def adapt_vindr(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
+    """VinDr-Mammo breast-level_annotations.csv: <study_id>/<image_id>.png or .dicom."""
+    table = raw[[name for name in REQUIRED + OPTIONAL if name in raw]].copy()
+    return table.assign(places=table["study_id"] + "/" + table["image_id"])
+
+
+def adapt_cbis(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
+    """CBIS-DDSM {mass,calc}_case_description_{train,test}_set.csv: one row per abnormality.
+
+    'image file path' is Mass-Training_P_00001_LEFT_CC/<study uid>/<series uid>/000000.dcm. Downloads
+    keep only its first folder (NBIA retriever) or its series uid (Kaggle's JPEG copy). Masses and
+    calcifications of one film come as two files: what the other list would say is unknown ('').
     """
-    found: dict[tuple[str, str], list[str]] = {}
-    loose = []
-    for study in sorted(os.listdir(images_root)):
-        folder = images_root / study
-        if study.startswith("."):
+    density_column = raw.get("breast_density", pd.Series("", raw.index))
+    raw = raw.assign(
+        density=density_column.where(density_column != "", raw.get("breast density", "")),
+        place=raw["image file path"].map(lambda name: name.strip(' "\r\n').removesuffix(".dcm")),
+    )
+    rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
+    for line, row in raw.iterrows():
+        top, *uids = row["place"].split("/")
+        kind, training = top.split("-")[0], "-Training_" in top
+        image = safe_name(f"{kind}_{row['left or right breast']}_{row['image view']}")
+        key = (row["patient_id"], image)
+        grade = birads(row["assessment"])
+        previous = rows.get(key, (0, {}))[1].get("breast_birads", "")
+        rows[key] = (
+            line,
+            {
+                "study_id": key[0],
+                "patient_id": key[0],
+                "image_id": image,
+                "split": "training" if training else "test",
+                "laterality": side(row["left or right breast"]),
+                "view_position": row["image view"].upper(),
+                "breast_birads": max(previous, grade),
+                "breast_density": density(row["density"]),
+                "places": "\n".join(
+                    [row["place"], f"folder {top}", *(f"folder {uids[1]}" for _ in uids[1:2])]
+                ),
+            },
+        )
+        finding = "calcification" if "calc" in row["abnormality type"].lower() else "mass"
+        cancer = {"MALIGNANT": "1", "BENIGN": "0", "BENIGN_WITHOUT_CALLBACK": "0"}
+        values = {finding: "1", "cancer": cancer.get(row["pathology"].upper(), "")}
+        labels.setdefault(key, ImageLabels()).add(values)
+    return pd.DataFrame([row for _, row in rows.values()], index=[line for line, _ in rows.values()])
+
+
+def adapt_inbreast(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
+    """INbreast.csv, one row per image: AllDICOMs/<File Name>_<patient>_MG_<side>_<view>_ANON.dcm.
+
+    The table's 'Patient ID' is removed; the file's name has a pseudonym.
+    """
+    person = []
+    for name in raw["File Name"]:
+        files = index.get(f"first {name}", [])  # the annotations' names (.xml, .roi) have no pseudonym
+        parts = max((Path(file).stem.split("_") for file in files), key=len, default=[name])
+        person.append(parts[min(1, len(parts) - 1)])
+    return pd.DataFrame(
+        {
+            "study_id": person,
+            "patient_id": person,
+            "image_id": raw["File Name"],
+            "laterality": raw["Laterality"].map(side),
+            "view_position": raw["View"].str.upper(),
+            "breast_birads": raw["Bi-Rads"].map(birads),
+            "breast_density": raw["ACR"].map(density),
+            "places": "first " + raw["File Name"],
+        }
+    )
+
+
+def adapt_cmmd(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
+    """CMMD_clinicaldata_revision (saved as CSV): one row per breast, files anywhere below <ID1>/.
+
+    Which file is which breast and view stands only in the DICOM headers: the rows are the files, the
+    labels wait for the side.
+    """
+    for row in raw.to_dict("records"):
+        kind = row["abnormality"].lower()
+        values = {
+            name: "01"[kind in (name, "both")] if kind else "" for name in ("mass", "calcification")
+        }
+        values["cancer"] = {"malignant": "1", "benign": "0"}.get(row["classification"].lower(), "")
+        labels.setdefault((row["ID1"], f"side {side(row['LeftRight'])}"), ImageLabels()).add(values)
+    rows, lines = [], []
+    for line, patient in raw["ID1"].drop_duplicates().items():
+        files = index.get(f"folder {patient}", [])
+        stems = Counter(Path(name).stem for name in files)
+        for name in files or [f"{patient}/no_file"]:
+            place = without_suffix(name)
+            below = place.partition(f"{patient}/")[2]
+            image = Path(name).stem if stems[Path(name).stem] < 2 else below
+            rows.append({"study_id": patient, "image_id": safe_name(image), "places": place})
+            lines.append(line)
+    table = pd.DataFrame(rows, index=lines)
+    return table.assign(patient_id=table["study_id"])
+
+
+def adapt_rsna(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
+    """RSNA 2022 train.csv: train_images/<patient_id>/<image_id>.dcm, or <patient_id>_<image_id>.png."""
+    for row in raw.to_dict("records"):
+        key = (row["patient_id"], row["image_id"])
+        labels.setdefault(key, ImageLabels()).add({"cancer": flag(row.get("cancer", ""))})
+    patient, image = raw["patient_id"], raw["image_id"]
+    return pd.DataFrame(
+        {
+            "study_id": patient,
+            "patient_id": patient,
+            "image_id": image,
+            "laterality": raw["laterality"].map(side),
+            "view_position": raw["view"].str.upper(),
+            "breast_birads": raw.get("BIRADS", pd.Series("", raw.index)).map(birads),
+            "breast_density": raw.get("density", pd.Series("", raw.index)).map(density),
+            "implant": raw.get("implant", pd.Series("", raw.index)).map(flag),
+            "places": patient + "/" + image + "\nname " + patient + "_" + image + "\nname " + image,
+        }
+    )
+
+
+def adapt_folder(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
+    """No table: each image below the folder; the first folder's name is study and patient."""
+    rows = []
+    for name in index.get("all", []):
+        place = without_suffix(name)
+        study, _, image = place.partition("/")
+        study, image = safe_name(study), safe_name(image or study)
+        rows.append({"study_id": study, "patient_id": study, "image_id": image, "places": place})
+    if not rows:
+        raise RefusedError("there is no image below --images_root")
+    return pd.DataFrame(rows)
+
+
+# --columns: our name -> column of the table it fills, and how its values are read.
+GENERIC: dict[str, tuple[str, Callable[[str], str]]] = {
+    "image": ("", str),
+    "study": ("study_id", safe_name),
+    "patient": ("patient_id", str),
+    "split": ("split", str),
+    "laterality": ("laterality", side),
+    "view": ("view_position", str.upper),
+    "birads": ("breast_birads", birads),
+    "density": ("breast_density", density),
+    "implant": ("implant", flag),
+    "spacing": ("spacing_mm", str),
+    "height": ("height", str),
+    "width": ("width", str),
+    "mass": ("", flag),
+    "calcification": ("", flag),
+    "cancer": ("", flag),
+}
+
+
+def generic_adapter(columns: str) -> Adapter:
+    """The adapter for --columns image=...,study=...; `image` is a path below images_root, or a name.
+
+    Raises RefusedError where the map cannot be read.
+    """
+    names = dict(part.partition("=")[::2] for part in columns.split(","))
+    names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
+    wrong = [name for name in names if name not in GENERIC or not names[name]]
+    if wrong or not {"image", "study"} <= set(names):
+        problem = f"{wrong[0]!r} is not known" if wrong else "image and study are needed"
+        raise RefusedError(f"--columns {columns}: {problem}; names are {', '.join(GENERIC)}")
+
+    def adapt(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
+        stems = raw[names["image"]].map(lambda name: without_suffix(name.replace("\\", "/").lstrip("/")))
+        table = pd.DataFrame({"image_id": stems.map(safe_name), "places": stems + "\nname " + stems})
+        for ours, theirs in names.items():
+            if GENERIC[ours][0]:
+                table[GENERIC[ours][0]] = raw[theirs].map(GENERIC[ours][1])
+        for name in {"mass", "calcification", "cancer"} & set(names):
+            for key, value in zip(
+                zip(table["study_id"], table["image_id"], strict=True), raw[names[name]], strict=True
+            ):
+                labels.setdefault(key, ImageLabels()).add({name: flag(value)})
+        return table
+
+    return Adapter("the columns given", tuple(names.values()), adapt)
+
+
+VINDR = Adapter("VinDr-Mammo", ("study_id", "image_id"), adapt_vindr)
+FOLDER = Adapter("a folder without a table", (), adapt_folder)
+ADAPTERS = [
+    Adapter(
+        "CBIS-DDSM",
+        (
+            *("patient_id", "left or right breast", "image view", "abnormality type"),
+            *("assessment", "pathology", "image file path"),
+        ),
+        adapt_cbis,
+        ignored=r"(?:Mass|Calc)-(?:Training|Test)_P_\d+_(?:LEFT|RIGHT)_\w+_\d+/",  # crops and masks
+    ),
+    Adapter("INbreast", ("Laterality", "View", "File Name", "ACR", "Bi-Rads"), adapt_inbreast),
+    Adapter("CMMD", ("ID1", "LeftRight", "abnormality", "classification"), adapt_cmmd),
+    Adapter("RSNA 2022", ("site_id", "patient_id", "image_id", "laterality", "view"), adapt_rsna),
+]
+
+
+def adapter_of(raw: pd.DataFrame) -> Adapter:
+    """The adapter whose columns the table has; VinDr-Mammo's where none fits."""
+    return next((a for a in ADAPTERS if set(a.header) <= set(raw.columns)), VINDR)
+
+
+# 4 Files ------------------------------------------------------------------------------------------
+
+# Files by key (see section 3), as paths relative to images_root with '/'. "all" lists the images.
+Index = dict[str, list[str]]
+
+
+def index_files(images_root: Path) -> Index:
+    """All files below the folder, by every key that an adapter may ask for.
+
+    Hidden files are left out (macOS writes ._x.png); links in circles are followed once. Raises OSError.
+    """
+    index: Index = {}
+    if not images_root.is_dir():
+        raise RefusedError(f"there is no folder {images_root}; give the images with --images_root")
+    seen = set()
+    for where, folders, names in os.walk(images_root, followlinks=True):
+        found = os.stat(where)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
             continue
-        if os.path.isdir(folder):
-            for name in sorted(os.listdir(folder)):
-                if not name.startswith("."):
-                    key = (study, os.path.splitext(name)[0])
-                    found.setdefault(key, []).append(f"{study}/{name}")
-        elif suffix_of(study) in SUFFIXES:
-            loose.append(study)
-    return found, loose
+        seen.add((found.st_dev, found.st_ino))
+        parents = Path(where).relative_to(images_root).parts
+        for name in sorted(name for name in [*names, *folders] if not name.startswith(".")):
+            if name in folders and suffix_of(name) not in SUFFIXES:
+                continue  # a folder named as an image stays in: it is listed as unusable
+            path = "/".join([*parents, name])
+            stem = os.path.splitext(name)[0]
+            keys = {path, os.path.splitext(path)[0], f"name {stem}", f"first {stem.split('_')[0]}"}
+            if suffix_of(name) in SUFFIXES or format_of(Path(where, name)) == ".dcm":
+                keys |= {"all", *(f"folder {parent}" for parent in parents)}
+            for key in keys:
+                index.setdefault(key, []).append(path)
+    return index
 
 
 def match_files(
-    table: pd.DataFrame, images_root: Path
+    table: pd.DataFrame, images_root: Path, index: Index, adapter: Adapter
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str], list[str]]:
     """Rows with a file (column `source`), rows without, extra files, images with several files.
 
     Raises RefusedError where no row has a file.
     """
-    if not images_root.is_dir():
-        raise RefusedError(f"there is no folder {images_root}; give the images with --images_root")
-    found, extra = find_files(images_root)
-    wanted = list(zip(table["study_id"], table["image_id"], strict=True))
-    sources, ambiguous = [], []
-    for key in wanted:
-        ranked = sorted(found.get(key, []), key=lambda name: (suffix_rank(name), name))
+    sources, ambiguous, wanted = [], [], set()
+    for places in table["places"]:
+        found = next((index[key] for key in places.split("\n") if key in index), [])
+        wanted.update(found)
+        ranked = sorted(found, key=lambda name: (suffix_rank(name), name))
         sources.append(ranked[0] if ranked else "")
         images = [name for name in ranked if suffix_of(name) in SUFFIXES]
         if len(images) > 1:
             ambiguous.append(f"{images[0]} taken, {', '.join(images[1:])} not")
     table = table.assign(source=sources)
-    others = [name for key in found.keys() - set(wanted) for name in found[key]]
-    extra += [name for name in others if suffix_of(name) in SUFFIXES]
+    extra = [n for n in index.get("all", []) if n not in wanted and not re.search(adapter.ignored, n)]
     if not any(sources):
-        study, image = wanted[0]
-        deeper = [p for p in sorted(images_root.iterdir()) if (p / study).is_dir()]
+        expected = table["places"].iloc[0].split("\n")[0]
+        top = expected.split("/")[0]
+        deeper = [p for p in sorted(images_root.iterdir()) if (p / top).is_dir()]
         hint = f"; try --images_root {deeper[0]}" if deeper else "; check --images_root"
         raise RefusedError(
             f"0 of the {len(table)} images in the CSV are under {images_root}, where "
-            f"{study}/{image}.png was expected{hint}"
+            f"{expected}.png was expected{hint}"
         )
     return table[table["source"] != ""], table[table["source"] == ""], sorted(extra), ambiguous
 
@@ -330,16 +760,24 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def without_suffix(name: str) -> str:
+    """The name without a suffix that an image may have; dots of other meaning stay."""
+    return os.path.splitext(name)[0] if suffix_of(name) in SUFFIXES else name
+
+
 def suffix_rank(name: str) -> int:
     """Position in the order of preference (SUFFIXES); unknown suffixes come last."""
     suffix = suffix_of(name)
     return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)
 
 
-# 4 Image formats ----------------------------------------------------------------------------------
+# 5 Image formats ----------------------------------------------------------------------------------
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+RASTER = (".tif", ".tiff", ".jpg", ".jpeg")
+DICOM = (".dcm", ".dicom", ".dic")
+SUFFIXES = [".png", *RASTER, *DICOM]  # in order of preference where an image has several
 
 
 def read_png_header(path: Path) -> tuple[int, int, int]:
@@ -366,6 +804,44 @@ def check_size(height: int, width: int) -> None:
     """Refuse an image that is empty or would fill the memory when decoded."""
     if not 0 < height * width <= MAX_PIXELS:
         raise SkipImageError(f"declares {height} x {width} pixels, more than {MAX_PIXELS} or none")
+
+
+def is_dicom(path: Path) -> bool:
+    """True where the file begins as DICOM files do; a DICOMDIR is no image."""
+    try:
+        if not path.is_file() or path.name.upper() == "DICOMDIR":
+            return False
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def format_of(path: Path) -> str:
+    """'.png', '.tif', '.dcm' ... by the suffix; DICOM without one, or named by its UID, by content."""
+    suffix = suffix_of(path.name)
+    if suffix in DICOM or ((not suffix or suffix[1:].isdigit()) and is_dicom(path)):
+        return ".dcm"
+    return suffix
+
+
+def decode(path: Path, kind: str, window: str) -> tuple[np.ndarray, dict[str, str]]:
+    """Pixels (H, W) or (H, W, C), uint8 or uint16, and the values of HEADER where it is DICOM.
+
+    Raises SkipImageError.
+    """
+    if kind != ".dcm":
+        return decode_raster(path), {}
+    try:
+        import mammogram_dicom  # here, so that a run without new DICOM files starts at once
+    except ImportError as error:
+        raise SkipImageError(f"{error}; DICOM needs pip install -r requirements.txt") from error
+    try:
+        return mammogram_dicom.read_dicom(path, window)
+    except mammogram_dicom.DicomError as error:
+        raise SkipImageError(str(error)) from error
+    except OSError as error:
+        raise SkipImageError(f"cannot be read: {error.strerror}") from error
 
 
 def decode_raster(path: Path) -> np.ndarray:
@@ -395,16 +871,52 @@ def decode_raster(path: Path) -> np.ndarray:
     return pixels
 
 
-DICOM_NOT_READ = "DICOM is not read yet; convert to 16-bit PNG first"
-# A format moves from NOT_READ to DECODERS by a function path -> pixels that raises SkipImageError.
-DECODERS: dict[str, Callable[[Path], np.ndarray]] = dict.fromkeys(
-    (".tif", ".tiff", ".jpg", ".jpeg"), decode_raster
-)
-NOT_READ = {".dcm": DICOM_NOT_READ, ".dicom": DICOM_NOT_READ}
-SUFFIXES = [".png", *DECODERS, *NOT_READ]  # in order of preference where an image has several
+def examine(pixels: np.ndarray) -> dict[str, str]:
+    """What the checks need of an image, as text.
+
+    content: hash of shape and pixels. minimum, maximum: grey values. air: dark or bright, by the share
+    of the border brighter than Otsu's threshold. chest_wall: left or right, the edge with more tissue.
+    Both are '' where they are not clear, as in a blank or tiny image.
+    """
+    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    grey = pixels if pixels.ndim == 2 else pixels[..., 0]
+    low, high = int(grey.min()), int(grey.max())
+    facts = {"content": f"pixels {digest.hexdigest()[:32]}", "minimum": str(low), "maximum": str(high)}
+    factor = CHECK_SIDE / max(grey.shape)
+    if low == high or min(grey.shape) < CHECK_SIDE // 4:
+        return facts | {"air": "", "chest_wall": ""}
+    small = cv2.resize(grey, None, fx=min(1, factor), fy=min(1, factor), interpolation=cv2.INTER_AREA)
+    small = ((small.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
+    threshold, bright = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    border = np.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]]).mean()
+    air_is_bright = bool(border > BRIGHT_BORDER)
+    if air_is_bright:
+        small, threshold = 255 - small, 254 - threshold
+    air = float(np.median(small[small <= threshold]))
+    tissue = small > air + FAINT_TISSUE * (threshold - air)
+    band = max(1, tissue.shape[1] // 20)
+    left, right = float(tissue[:, :band].mean()), float(tissue[:, -band:].mean())
+    balance = (left - right) / max(left + right, 1e-6)
+    chest_wall = "left" if balance > CLEAR_SIDE else "right" if balance < -CLEAR_SIDE else ""
+    return facts | {"air": "bright" if air_is_bright else "dark", "chest_wall": chest_wall}
 
 
-# 5 Plan -------------------------------------------------------------------------------------------
+def encode_png(pixels: np.ndarray, spacing_mm: str = "") -> bytes:
+    """PNG of the pixels, the spacing (mm) in its pHYs chunk in whole pixels per metre."""
+    png = cv2.imencode(".png", pixels)[1].tobytes()
+    try:
+        per_metre = round(1000 / float(spacing_mm))
+    except (ValueError, ZeroDivisionError):
+        return png
+    if not 0 < per_metre < 2**31:
+        return png
+    chunk = b"pHYs" + struct.pack(">IIB", per_metre, per_metre, 1)
+    end = len(PNG_SIGNATURE) + 25  # of the header chunk, the place for pHYs is before the pixels
+    return png[:end] + struct.pack(">I", 9) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[end:]
+
+
+# 6 Plan -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -415,12 +927,19 @@ class Item:
     source: Path
     output: Path
     found: os.stat_result  # of the source
+    kind: str = ".png"  # format of the source
+    settings: str = ""  # options that change the output
 
     @property
     def record(self) -> dict[str, str]:
-        """What identifies the source's content from one run to the next."""
+        """What identifies the source's content, and what is made of it, from one run to the next."""
         values = (self.row["source"], str(self.found.st_size), str(self.found.st_mtime_ns))
-        return dict(zip(SOURCE, values, strict=True))
+        return dict(zip(RECORD, (*values, self.settings), strict=True))
+
+    @property
+    def may_be_encoded(self) -> bool:
+        """Whether the output's bytes may be others than the source's."""
+        return self.kind != ".png" or "flip_right" in self.settings
 
 
 @dataclass
@@ -431,11 +950,15 @@ class Plan:
     items: list[Item]
     previous: dict[str, dict[str, str]]  # manifest rows of the last run, by file
     claimed: dict[str, dict[str, str]]  # of a run that was not finished
+    checked: dict[str, dict[str, str]]  # image_checks rows of the last run, or of the unfinished one
     missing: pd.DataFrame
     extra: list[str]
     skipped: list[dict[str, str]]
     notes: list[str]
+    moved: set[str] = field(default_factory=set)  # patients and studies that were in two splits
+    labels: Labels = field(default_factory=dict)
     manifest: list[dict[str, str]] = field(default_factory=list)
+    problems: list[dict[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def recorded(self, item: Item) -> dict[str, str]:
@@ -443,27 +966,45 @@ class Plan:
         row = self.previous.get(item.row["file"], {})
         return row if all(row.get(name, "").isdigit() for name in SIZE) else {}
 
+    def unchanged(self, item: Item) -> bool:
+        """Whether the source and what is made of it are as they were in the last run."""
+        before = self.recorded(item)
+        return bool(before) and all(before.get(k, "") == v for k, v in item.record.items())
+
+    def facts(self, item: Item) -> dict[str, str]:
+        """What was measured in the image as it is now; {} where it was not decoded yet."""
+        row = self.checked.get(item.row["file"], {})
+        return row if all(row.get(k, "") == v for k, v in item.record.items()) else {}
+
+    def report(self, check: str, row: dict[str, str], detail: str) -> None:
+        """Note a problem with one image."""
+        values = {"check": check, "split": row["split"], "file": row["file"], "detail": detail}
+        self.problems.append(values)
+
 
 def make_plan(options: Options) -> Plan:
     """Read and check everything; writes nothing. Raises RefusedError or OSError."""
-    table = read_table(options.csv_path)
+    paths = [] if options.csv_path == [Path("none")] else options.csv_path
+    tables = [read_csv(path) for path in paths]
+    index = index_files(options.images_root)
+    table, labels, adapter, notes = read_table(tables, options, index)
     check_ids(table)
-    check_splits(table)
-    absent = [name for name in OPTIONAL if name not in table]
-    notes = [f"not in the CSV, so empty in the manifest: {some(absent)}"] if absent else []
+    table, moved = check_splits(table, options.split)
     table, dropped = drop_duplicates(table)
     if dropped:
         notes.append(f"{dropped} identical duplicate rows in the CSV dropped")
     check_folders(options)
-    matched, missing, extra, ambiguous = match_files(table, options.images_root)
+    matched, missing, extra, ambiguous = match_files(table, options.images_root, index, adapter)
     if ambiguous:
         notes.append(f"{len(ambiguous)} images have several files: {some(ambiguous)}")
-    reports = {name: read_report(options.output_dir / name, name) for name in REPORTS}
-    previous, claimed = reports["manifest.csv"], reports[CLAIMS]
-    plan = Plan(options, [], previous, claimed, missing, extra, [], notes)
+    plan = Plan(options, [], {}, {}, {}, missing, extra, [], notes, moved, labels)
+    if options.findings_csv:
+        plan.labels |= read_findings(options.findings_csv, table, notes)
+    read_reports(plan)
     for row in matched.to_dict("records"):
         try:
-            plan.items.append(inspect(row, options, row["file"] in {**previous, **claimed}))
+            ours = row["file"] in {**plan.previous, **plan.claimed}
+            plan.items.append(inspect(row, options, ours))
         except SkipImageError as reason:
             plan.skipped.append({**row, "reason": str(reason)})
     return plan
@@ -481,6 +1022,22 @@ def check_folders(options: Options) -> None:
         raise RefusedError(f"--output_dir {options.output_dir} is a file; give a folder")
 
 
+def read_reports(plan: Plan) -> None:
+    """Fill the plan with what earlier runs left. Raises RefusedError where a file is not ours."""
+    folder = plan.options.output_dir
+    reports = {name: read_report(folder / name, name) for name in REPORTS}
+    plan.previous, plan.claimed = reports["manifest.csv"], reports[CLAIMS]
+    plan.checked = {**reports["image_checks.csv"], **read_journal(folder / JOURNAL)}
+    labels = folder / "labels.csv"
+    if plan.labels and labels.exists():
+        try:
+            ours = set(LABELS) <= set(pd.read_csv(labels, nrows=0).columns)
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            raise RefusedError(f"{labels} is in the way and not from this program; move it elsewhere")
+
+
 def read_report(path: Path, name: str) -> dict[str, dict[str, str]]:
     """Rows of an earlier run's report by `file` ({} where there are none).
 
@@ -490,7 +1047,7 @@ def read_report(path: Path, name: str) -> dict[str, dict[str, str]]:
         return {}
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        ours = set(REPORTS[name]) <= set(table.columns)
+        ours = set(SIGNATURES[name]) <= set(table.columns)
     except (OSError, ValueError):  # a folder, not text, or empty
         ours = False
     if not ours:
@@ -502,13 +1059,24 @@ def read_report(path: Path, name: str) -> dict[str, dict[str, str]]:
     return {row["file"]: row for row in rows if OUTPUT_NAME.fullmatch(row["file"])}
 
 
+def read_journal(path: Path) -> dict[str, dict[str, str]]:
+    """What an unfinished run had decoded, by file; a last line cut short is left out."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            rows[row["file"]] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows
+
+
 def inspect(row: dict[str, str], options: Options, ours: bool) -> Item:
     """Find out whether a source can be laid out without opening it.
 
     `ours`: an earlier run made the output. Raises SkipImageError.
     """
     source, output = options.images_root / row["source"], options.output_dir / row["file"]
-    suffix = suffix_of(source.name)
     try:
         found = source.stat()
     except OSError as error:
@@ -516,12 +1084,15 @@ def inspect(row: dict[str, str], options: Options, ours: bool) -> Item:
     if not stat.S_ISREG(found.st_mode):
         folder = stat.S_ISDIR(found.st_mode)
         raise SkipImageError("is a folder" if folder else "is not a regular file")
-    if suffix in NOT_READ:
-        raise SkipImageError(NOT_READ[suffix])
-    if suffix != ".png" and suffix not in DECODERS:
-        raise SkipImageError(f"the format {suffix or 'without suffix'} is not read; convert to PNG")
-    item = Item(row, source, output, found)
-    if kind_of_output(item) == "other" and not ours:
+    kind = format_of(source)
+    if kind not in (".png", ".dcm", *RASTER):
+        raise SkipImageError(f"the format {kind or 'without suffix'} is not read; convert to PNG")
+    settings = [f"dicom {DICOM_VERSION} window {options.window}"] if kind == ".dcm" else []
+    settings += [f"flip_right {row.get('laterality', '')}".strip()] if options.flip_right else []
+    if kind != ".png" and row.get("spacing_mm"):
+        settings.append(f"spacing {row['spacing_mm']}")
+    item = Item(row, source, output, found, kind, " ".join(settings))
+    if not ours and kind_of_output(item) == "other":
         raise SkipImageError(f"{row['file']} is in the way and not from this program; move it away")
     return item
 
@@ -537,13 +1108,130 @@ def kind_of_output(item: Item) -> str:
     if os.path.samestat(there, item.found):
         return "hardlink"
     # Copies and re-encoded images are given their source's time; only a copy has its size too.
-    decoded = suffix_of(item.source.name) in DECODERS
     same_time = abs(there.st_mtime_ns - item.found.st_mtime_ns) < CLOCK_TOLERANCE_NS
-    same_size = decoded or there.st_size == item.found.st_size
+    same_size = item.may_be_encoded or there.st_size == item.found.st_size
     return "copy" if stat.S_ISREG(there.st_mode) and same_time and same_size else "other"
 
 
-# 6 Layout -----------------------------------------------------------------------------------------
+def is_current(item: Item, plan: Plan) -> bool:
+    """Whether the output is what this run would make."""
+    kind, mode = kind_of_output(item), plan.options.mode
+    accepted = {"hardlink": ["hardlink", "copy"], "copy": ["copy"], "symlink": ["symlink"]}[mode]
+    if item.may_be_encoded:
+        facts = plan.facts(item)
+        if not facts and not plan.unchanged(item):
+            return False
+        if item.kind != ".png" or facts.get("flipped") == "1":
+            return kind == "copy"
+        if kind == "copy" and item.output.stat().st_size != item.found.st_size:
+            return False  # mirrored by an earlier run
+    if kind == "copy" and plan.recorded(item) and not plan.unchanged(item):
+        return False  # the manifest knows times exactly, the file system perhaps to 2 s
+    return kind in accepted
+
+
+# 7 Decoding ---------------------------------------------------------------------------------------
+
+Outcome = dict[str, str] | SkipImageError  # what was measured, or why the image is left out
+Task = tuple[Item, Options, bool]  # the last: whether to write the output
+
+
+def decode_item(item: Item, options: Options, write: bool) -> Outcome:
+    """Decode, measure and where asked write one image. Raises OSError where it cannot be written."""
+    try:
+        pixels, header = decode(item.source, item.kind, options.window)
+        facts = examine(pixels)
+    except SkipImageError as reason:
+        return reason
+    except MemoryError:
+        return SkipImageError("needs more memory than there is")
+    # Some archives are mirrored against their tags: what is seen decides, the tag where that is unclear.
+    tag = item.row.get("laterality") or header.get("laterality", "")
+    wall = facts["chest_wall"] or {"L": "left", "R": "right"}.get(tag, "")
+    flipped = options.flip_right and wall == "right"
+    if write and (flipped or item.kind != ".png"):
+        spacing = item.row.get("spacing_mm") or header.get("spacing_mm", "")
+        shown = np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
+        write_file(item, encode_png(shown, spacing))
+    return {**facts, **header, "flipped": str(int(flipped))}
+
+
+def write_file(item: Item, content: bytes) -> None:
+    """Put an output there in one step, with its source's time. Raises OSError."""
+    temporary = temporary_name(item.output)
+    temporary.write_bytes(content)
+    os.utime(temporary, ns=(item.found.st_atime_ns, item.found.st_mtime_ns))
+    flush(temporary)
+    os.replace(temporary, item.output)
+
+
+def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Item, Outcome]]:
+    """Each item and what came of it, in the order they finish; in processes where that pays."""
+    small = sum(item.found.st_size for item, _, _ in tasks) < POOL_FROM
+    if small and not any(may_crash(item) for item, _, _ in tasks):
+        for task in tasks:
+            yield task[0], decode_item(*task)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers, left = min(tasks[0][1].num_workers, cores, len(tasks)), deque(tasks)
+    while left:
+        running: dict[Future, Task] = {}
+        try:
+            with process_pool(workers) as pool:
+                while left or running:
+                    while left and len(running) < 2 * workers:  # bounds what is held in memory
+                        running[pool.submit(decode_item, *left[0])] = left[0]
+                        left.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        outcome = future.result()
+                        yield running.pop(future)[0], outcome
+        except BrokenProcessPool:  # one of those in it is to blame
+            for task in running.values():
+                yield task[0], decode_alone(task)
+
+
+def may_crash(item: Item) -> bool:
+    """True for compressed DICOM: libjpeg ends its process at some damaged files, others have crashed."""
+    try:
+        with open(item.source, "rb") as file:
+            return item.kind == ".dcm" and b"1.2.840.10008.1.2.4." in file.read(2048)
+    except OSError:
+        return False
+
+
+def decode_alone(task: Task) -> Outcome:
+    """Decode one image in a process of its own, which a crash of the decoder may end."""
+    try:
+        with process_pool(1) as pool:
+            return pool.submit(decode_item, *task).result()
+    except BrokenProcessPool:
+        return SkipImageError("its decoder crashed, or it needs more memory than there is")
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes (a fork would copy threads' locks) that end with this one, even if killed."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["__main__", "mammogram_dicom"])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+
+
+def start_worker() -> None:
+    """One thread per process, and a watch on the parent: a killed run must not leave writers behind."""
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone answers
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# 8 Layout -----------------------------------------------------------------------------------------
 
 
 def carry_out(plan: Plan) -> None:
@@ -555,85 +1243,117 @@ def carry_out(plan: Plan) -> None:
     for leftover in [*folder.glob(f"*{TEMPORARY}"), *folder.glob(f"*/*{TEMPORARY}")]:
         leftover.unlink()
     # Until the manifest is written, this list tells a later run which files are not the user's.
-    if any(not item.record.items() <= plan.recorded(item).items() for item in plan.items):
+    if not all(plan.unchanged(item) for item in plan.items):
         claims = {item.row["file"]: {**item.row, **item.record} for item in plan.items}
         write_report(folder, CLAIMS, list({**plan.claimed, **claims}.values()))
     lay_out(plan)
     remove_stale(plan)
     for split in {item.row["split"] for item in plan.items}:
         flush(folder / split)
+    find_problems(plan)
+    label_rows = make_labels(plan)
     write_report(folder, "missing.csv", plan.missing.to_dict("records"))
     write_report(folder, "extra.csv", [{"file": name} for name in plan.extra])
     write_report(folder, "skipped.csv", plan.skipped)
+    write_report(folder, "problems.csv", plan.problems)
+    write_report(folder, "image_checks.csv", [plan.checked[f] for f in sorted(plan.checked)])
+    if plan.labels:
+        columns = [*LABELS, *sorted({name for row in label_rows for name in row} - set(LABELS))]
+        write_table(folder / "labels.csv", label_rows, columns)
+    write_text(folder / "prepare_report.html", make_report(plan))
     write_report(folder, "manifest.csv", plan.manifest)
     (folder / CLAIMS).unlink(missing_ok=True)
+    (folder / JOURNAL).unlink(missing_ok=True)
 
 
 def lay_out(plan: Plan) -> None:
     """Lay every item out, filling the plan's manifest, counts and skipped images."""
-    bar = tqdm(plan.items, desc="images", unit="image", disable=not sys.stderr.isatty())
-    for item in bar:
+    outcomes = decode_needed(plan)
+    for item in plan.items:
         try:
-            row, action = lay_out_image(item, plan)
+            row, action = lay_out_image(item, plan, *outcomes.get(item.row["file"], ({}, False)))
         except SkipImageError as reason:
             plan.skipped.append({**item.row, "reason": str(reason)})
             continue
         plan.manifest.append(row)
         plan.counts[action] += 1
     plan.skipped.sort(key=lambda row: row["file"])
+    plan.checked = {row["file"]: plan.checked.get(row["file"], {}) for row in plan.manifest}
+    hash_equal_sizes(plan)
+    plan.checked = {file: row for file, row in plan.checked.items() if row}
 
 
-def lay_out_image(item: Item, plan: Plan) -> tuple[dict[str, str], str]:
+def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
+    """Decode what has to be, noting each image in the journal: outcome and whether it was written,
+    by file."""
+    options, tasks = plan.options, []
+    for item in plan.items:
+        current = is_current(item, plan)
+        known = plan.facts(item).get("content", "").startswith("pixels")
+        if (item.may_be_encoded and not current) or (options.verify and not known):
+            tasks.append((item, options, not current))
+    if not tasks:
+        return {}
+    writes, outcomes = {item.row["file"]: write for item, _, write in tasks}, {}
+    bar = tqdm(total=len(tasks), desc="images", unit="image", disable=not sys.stderr.isatty())
+    with bar:
+        for item, outcome in decode_all(tasks):
+            bar.update()
+            file = item.row["file"]
+            outcomes[file] = outcome, writes[file]
+            if isinstance(outcome, dict):
+                plan.checked[file] = {"file": file, **item.record, **outcome}
+                with open(options.output_dir / JOURNAL, "a", encoding="utf-8") as journal:
+                    journal.write(json.dumps(plan.checked[file]) + "\n")
+    return outcomes
+
+
+def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tuple[dict[str, str], str]:
     """Lay one image out where it is not already; its manifest row and what was done.
 
     Raises SkipImageError for a bad image and OSError where the output cannot be written.
     """
-    mode, before = plan.options.mode, plan.recorded(item)
-    unchanged = item.record.items() <= before.items()
-    decoder = DECODERS.get(suffix_of(item.source.name))
-    try:
-        if plan.options.verify:
-            (decoder or decode_raster)(item.source)
-        if not decoder and not unchanged:
-            read_png_header(item.source)  # before a damaged file gets a place among the good
-    except OSError as error:
-        raise SkipImageError(f"cannot be read: {error.strerror}") from error
-    accepted = {"hardlink": ["hardlink", "copy"], "copy": ["copy"], "symlink": ["symlink"]}[mode]
-    kind = kind_of_output(item)
-    current = kind in (["copy"] if decoder else accepted)
-    if kind == "copy" and before and not unchanged:
-        current = False  # the manifest knows times exactly, the file system perhaps to 2 s
-    action = "already there" if current else place(item, mode, decoder)
-    if not current and kind != "none":
+    if isinstance(outcome, SkipImageError):
+        raise outcome
+    before, unchanged, facts = plan.recorded(item), plan.unchanged(item), plan.facts(item)
+    action = "already there"
+    if item.kind != ".png" or facts.get("flipped") == "1":
+        action = "re-encoded" if written else action
+    else:
+        try:
+            if not unchanged:
+                read_png_header(item.source)  # before a damaged file gets a place among the good
+        except OSError as error:
+            raise SkipImageError(f"cannot be read: {error.strerror}") from error
+        if not is_current(item, plan):
+            action = place(item, plan.options.mode)
+    if action != "already there" and before:
         plan.counts["replaced"] += 1
-    size = [before[n] for n in SIZE] if unchanged and current else read_png_header(item.output)
+    reusable = unchanged and action == "already there"
+    size = [before[n] for n in SIZE] if reusable else read_png_header(item.output)
     values = {**item.row, **item.record, "view": item.row.get("view_position", "")}
+    for name in ("laterality", "view", "implant", "spacing_mm", "view_modifier", "flipped"):
+        earlier = before.get(name, "") if unchanged else ""
+        values[name] = values.get(name) or facts.get(name) or earlier  # table, then header
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
 
 
-def place(item: Item, mode: str, decoder: Callable[[Path], np.ndarray] | None) -> str:
-    """Put one image at its output in one step, replacing what was there; returns what was done.
+def place(item: Item, mode: str) -> str:
+    """Link or copy one PNG as it is, replacing what was there in one step; returns what was done.
 
-    Raises SkipImageError where the source cannot be decoded and OSError where writing fails.
+    Raises SkipImageError where the source cannot be read and OSError where writing fails.
     """
     temporary = temporary_name(item.output)
-    content = None
-    if decoder:
-        action, content = "re-encoded", cv2.imencode(".png", decoder(item.source))[1].tobytes()
-    elif mode == "symlink":
-        action = "linked by symlink"
+    if mode == "symlink":
         temporary.symlink_to(item.source.resolve())
-    elif mode == "hardlink" and hardlinked(item.source.resolve(), temporary):
-        action = "linked"
-    else:
-        action, content = "copied", read_source(item.source)
-    if content is not None:
-        temporary.write_bytes(content)
-        os.utime(temporary, ns=(item.found.st_atime_ns, item.found.st_mtime_ns))
-        flush(temporary)
-    os.replace(temporary, item.output)
-    return action
+        os.replace(temporary, item.output)
+        return "linked by symlink"
+    if mode == "hardlink" and hardlinked(item.source.resolve(), temporary):
+        os.replace(temporary, item.output)
+        return "linked"
+    write_file(item, read_source(item.source))
+    return "copied"
 
 
 def read_source(path: Path) -> bytes:
@@ -653,6 +1373,19 @@ def hardlinked(source: Path, target: Path) -> bool:
     return True
 
 
+def hash_equal_sizes(plan: Plan) -> None:
+    """Note a hash of PNG files that were not decoded and are equally long: they may be the same."""
+    items = {item.row["file"]: item for item in plan.items}
+    undecoded = [file for file, row in plan.checked.items() if not row or not plan.facts(items[file])]
+    lengths = Counter(items[file].found.st_size for file in undecoded)
+    for file in undecoded:
+        item = items[file]
+        plan.checked[file] = {}
+        if lengths[item.found.st_size] > 1:
+            digest = hashlib.sha256(item.output.read_bytes()).hexdigest()[:32]
+            plan.checked[file] = {"file": file, **item.record, "content": f"file {digest}"}
+
+
 def remove_stale(plan: Plan) -> None:
     """Remove outputs of earlier runs that the CSV no longer lists there, such as a study that moved
     to another split. Only where nothing is lost: the source still holds the same image."""
@@ -661,7 +1394,8 @@ def remove_stale(plan: Plan) -> None:
         source, output = plan.options.images_root / row["source"], plan.options.output_dir / file
         if file in listed or not source.is_file():
             continue
-        if kind_of_output(Item(row, source, output, source.stat())) not in ("none", "other"):
+        item = Item(row, source, output, source.stat(), format_of(source), row.get("settings", ""))
+        if kind_of_output(item) not in ("none", "other"):
             output.unlink()
             plan.counts["removed"] += 1
 
@@ -683,16 +1417,227 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-# 7 Report -----------------------------------------------------------------------------------------
+# 9 Labels -----------------------------------------------------------------------------------------
+
+BOX = ["xmin", "ymin", "xmax", "ymax"]
+# VinDr-Mammo's categories that have a column of another name; the others keep theirs, as snake case.
+CATEGORY_COLUMNS = {"mass": "mass", "suspicious_calcification": "calcification"}
+
+
+def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labels:
+    """Labels and boxes from VinDr-Mammo's finding_annotations.csv, one row per finding.
+
+    VinDr lists every image, those without a finding as 'No Finding': for the images it lists, a
+    category that is not named is absent (0). Raises RefusedError where the columns are others.
+    """
+    rows = read_csv(csv_path)
+    needed = ["study_id", "image_id", "finding_categories", *BOX]
+    missing = [name for name in needed if name not in rows]
+    if missing:
+        raise RefusedError(
+            f"{csv_path} lacks the column {', '.join(missing)}; is it finding_annotations.csv?"
+        )
+    rows = rows[(rows != "").any(axis=1)]
+    rows = rows.assign(
+        names=[read_categories(v, n, csv_path) for n, v in rows["finding_categories"].items()]
+    )
+    every = {column_of(name) for names in rows["names"] for name in names} | {"mass", "calcification"}
+    labels: Labels = {}
+    for row in rows.to_dict("records"):
+        key = (row["study_id"], row["image_id"])
+        entry = labels.setdefault(key, ImageLabels(dict.fromkeys(every - {""}, "0"), []))
+        entry.add({column_of(name): "1" for name in row["names"] if column_of(name)})
+        corners = [number(row[side]) for side in BOX]
+        if None not in corners and entry.boxes is not None:
+            entry.boxes.append({"finding": row["names"], **dict(zip(BOX, corners, strict=True))})
+        height, width = number(row.get("height", "")), number(row.get("width", ""))
+        entry.size = (height, width) if height and width else None
+    unknown = labels.keys() - set(zip(table["study_id"], table["image_id"], strict=True))
+    if unknown:
+        names = some(sorted("/".join(key) for key in unknown))
+        notes.append(f"{len(unknown)} images of {csv_path.name} are not in the table: {names}")
+    return labels
+
+
+def read_categories(value: str, line: int, csv_path: Path) -> list[str]:
+    """['Mass', 'Skin Thickening'] of the Python list that VinDr writes. Raises RefusedError."""
+    try:
+        names = ast.literal_eval(value)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise RefusedError(
+            f"line {line} of {csv_path}: finding_categories {value[:MAX_ID_LENGTH]!r} is not a list"
+        ) from None
+    return names
+
+
+def column_of(category: str) -> str:
+    """Column of labels.csv of a finding; '' for 'No Finding'."""
+    name = re.sub(r"\W+", "_", category.strip().lower())
+    return "" if name == "no_finding" else CATEGORY_COLUMNS.get(name, name)
+
+
+def number(value: str) -> float | None:
+    """The finite number in a table's cell, or None."""
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if np.isfinite(found) else None
+
+
+def make_labels(plan: Plan) -> list[dict[str, str]]:
+    """Rows of labels.csv, one per image of the manifest; what was done to boxes goes to the problems."""
+    rows = []
+    for image in plan.manifest:
+        study, tag = image["study_id"], image["laterality"]
+        entry = plan.labels.get((study, image["image_id"])) or plan.labels.get((study, f"side {tag}"))
+        entry = entry or ImageLabels()
+        known = {name: image[name] for name in LABELS if name in image}
+        boxes = "" if entry.boxes is None else json.dumps(fit_boxes(entry, image, plan))
+        rows.append({"image": image["file"], **known, **entry.values, "boxes": boxes})
+    return rows
+
+
+def fit_boxes(entry: ImageLabels, image: dict[str, str], plan: Plan) -> list[dict]:
+    """The boxes in the pixels of the PNG: scaled, clipped to the image, mirrored with it."""
+    height, width = int(image["height"]), int(image["width"])
+    stated = entry.size or (height, width)
+    scales = height / stated[0], width / stated[1]
+    boxes = entry.boxes or []
+    if boxes and abs(scales[0] / scales[1] - 1) > ASPECT_TOLERANCE:
+        plan.report("boxes dropped", image, f"{len(boxes)} boxes: the aspect is not the table's")
+        return []
+    fitted = []
+    for box in boxes:
+        left, right = sorted(box[name] * scales[1] for name in ("xmin", "xmax"))
+        top, bottom = sorted(box[name] * scales[0] for name in ("ymin", "ymax"))
+        inside = [
+            min(max(v, 0), limit)
+            for v, limit in ((left, width), (right, width), (top, height), (bottom, height))
+        ]
+        if inside[0] >= inside[1] or inside[2] >= inside[3]:
+            plan.report("boxes dropped", image, "1 box lies outside the image")
+            continue
+        if inside != [left, right, top, bottom]:
+            plan.report("boxes clipped", image, "1 box left the image")
+        left, right, top, bottom = inside
+        if image["flipped"] == "1":
+            left, right = width - right, width - left
+        corners = dict(zip(BOX, (round(v, 2) for v in (left, top, right, bottom)), strict=True))
+        fitted.append({"finding": box["finding"], **corners})
+    return fitted
+
+
+# 10 Checks ----------------------------------------------------------------------------------------
+
+CHECKS = {  # check -> what it means, for people
+    "patient in two splits": "moved to test, so that training does not see them",
+    "duplicate": "the same pixels under two names",
+    "different size": "not as in the CSV",
+    "aspect": "resized or cropped otherwise than in proportion: mm per pixel and boxes no longer hold",
+    "blank": "all pixels have one value",
+    "polarity": "air is bright: inverted, or no mammogram",
+    "padding": "most of the image was padding",
+    "side": "the breast is not on the side that its laterality says",
+    "laterality": "the table and the DICOM header disagree; the table counts",
+    "view": "the table and the DICOM header disagree; the table counts",
+    "no laterality": "not mirrored: neither tag nor pixels tell the side",
+    "raw": "for processing: detector values, not what readers see",
+    "no modality": "the DICOM header does not say that it is a mammogram",
+    "boxes clipped": "boxes that left the image",
+    "boxes dropped": "boxes that do not fit the image",
+}
+
+
+def find_problems(plan: Plan) -> None:
+    """Fill the plan's problems, in the order of CHECKS and of the manifest."""
+    tables = {item.row["file"]: item.row for item in plan.items}
+    find_duplicates(plan)
+    for row in plan.manifest:
+        if {row["patient_id"], row["study_id"]} & plan.moved:
+            plan.report("patient in two splits", row, "test wins")
+        check_size_stated(plan, row, tables[row["file"]])
+        facts = plan.checked.get(row["file"], {})
+        if facts.get("content", "").startswith("pixels"):
+            check_pixels(plan, row, facts)
+        if facts.get("modality") is not None and row["settings"].startswith("dicom"):
+            check_header(plan, row, facts, tables[row["file"]])
+
+
+def find_duplicates(plan: Plan) -> None:
+    """Report images of equal content under several names, saying where they cross splits or patients."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in plan.manifest:
+        content = plan.checked.get(row["file"], {}).get("content", "")
+        groups.setdefault(content or row["file"], []).append(row)
+    for rows in groups.values():
+        for row in rows[1:]:
+            first = rows[0]
+            across = [name for name in ("split", "study_id") if row[name] != first[name]]
+            note = {"split": ", ACROSS SPLITS", "study_id": ", across studies", "": ""}
+            plan.report("duplicate", row, f"same as {first['file']}{note[[*across, ''][0]]}")
+
+
+def check_size_stated(plan: Plan, row: dict[str, str], stated: dict[str, str]) -> None:
+    """Report an image whose size is not the table's (rows without a number there are left out)."""
+    sizes = [stated.get(name, "") for name in ("height", "width")]
+    numbers = [re.sub(r"\.0*$", "", value) for value in sizes]  # pandas may have written 512.0
+    actual = [row["height"], row["width"]]
+    if not all(value.isdigit() and int(value) for value in numbers) or numbers == actual:
+        return
+    plan.report("different size", row, f"{' x '.join(actual)}, CSV {' x '.join(sizes)}")
+    ratios = [int(a) / int(b) for a, b in zip(actual, numbers, strict=True)]
+    if abs(ratios[0] / ratios[1] - 1) > ASPECT_TOLERANCE:
+        plan.report("aspect", row, f"height x {ratios[0]:.3f}, width x {ratios[1]:.3f}")
+
+
+def check_pixels(plan: Plan, row: dict[str, str], facts: dict[str, str]) -> None:
+    """Report what the pixels of one image show."""
+    expected = {"L": "left", "R": "right"}.get(row["laterality"], "")
+    if facts["minimum"] == facts["maximum"]:
+        plan.report("blank", row, f"value {facts['minimum']}")
+    if facts["air"] == "bright":
+        plan.report("polarity", row, "the border is brighter than the rest")
+    if expected and facts["chest_wall"] not in ("", expected):
+        plan.report("side", row, f"laterality {row['laterality']}, chest wall {facts['chest_wall']}")
+    if plan.options.flip_right and not expected and not facts["chest_wall"]:
+        plan.report("no laterality", row, "left as it is")
+    if float(facts.get("padding") or 0) > 0.5:
+        plan.report("padding", row, f"{float(facts['padding']):.0%} of the pixels")
+
+
+def check_header(plan: Plan, row: dict[str, str], facts: dict[str, str], stated: dict[str, str]) -> None:
+    """Report where a DICOM header disagrees with the table or with what an image for reading has."""
+    for name, column in (("laterality", "laterality"), ("view", "view_position")):
+        pair = stated.get(column, ""), facts[name]
+        if all(pair) and pair[0] != pair[1]:
+            plan.report(name, row, f"table {pair[0]}, header {pair[1]}")
+    if facts["intent"] == "FOR PROCESSING":
+        plan.report("raw", row, f"FOR PROCESSING {facts['relationship']}".strip())
+    if not facts["modality"]:
+        plan.report("no modality", row, "Modality is empty")
+
+
+# 11 Report ----------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, name: str, rows: Sequence[dict]) -> None:
     """Write a CSV in one step; an unchanged one is not touched, an empty list is no file."""
-    path = folder / name
     if not rows and name != "manifest.csv":
-        path.unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
         return
-    text = pd.DataFrame(rows, columns=REPORTS[name]).to_csv(index=False, lineterminator="\n")
+    write_table(folder / name, rows, REPORTS[name])
+
+
+def write_table(path: Path, rows: Sequence[dict], columns: list[str]) -> None:
+    """Write rows as CSV; what a row lacks is empty."""
+    write_text(path, pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step; one that holds the same already is not touched."""
     content = text.encode("utf-8", errors="backslashreplace")  # names may hold any byte
     if path.exists() and path.read_bytes() == content:
         return
@@ -700,7 +1645,7 @@ def write_report(folder: Path, name: str, rows: Sequence[dict]) -> None:
     temporary.write_bytes(content)
     flush(temporary)
     os.replace(temporary, path)
-    flush(folder)
+    flush(path.parent)
 
 
 def some(names: Sequence) -> str:
@@ -709,25 +1654,69 @@ def some(names: Sequence) -> str:
     return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def size_differences(plan: Plan) -> list[str]:
-    """Files whose size is not the one in the CSV (rows without a number there are left out)."""
-    in_csv = {item.row["file"]: item.row for item in plan.items}
-    different = []
-    for row in plan.manifest:
-        stated = [in_csv[row["file"]].get(side, "") for side in ("height", "width")]
-        actual = [row["height"], row["width"]]
-        numbers = [re.sub(r"\.0*$", "", value) for value in stated]  # pandas may have written 512.0
-        if all(value.isdigit() for value in numbers) and numbers != actual:
-            different.append(f"{row['file']} ({' x '.join(actual)}, CSV {' x '.join(stated)})")
-    return different
-
-
 def foreign_files(plan: Plan) -> list[str]:
     """Files in the output folder that this program did not put there, or not in this run."""
     folder = plan.options.output_dir
     ours = {*REPORTS, *OTHER_KNOWN, *(row["file"] for row in plan.manifest)}
     found = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
     return sorted({path.relative_to(folder).as_posix() for path in found} - ours)
+
+
+def bits_used(row: dict[str, str], facts: dict[str, str]) -> str:
+    """Bits that hold the image's largest value, or those of the PNG where it was not decoded."""
+    maximum = facts.get("maximum", "")
+    return (
+        str(max(1, int(maximum).bit_length()))
+        if maximum.isdigit()
+        else f"{row['bit_depth']} (not decoded)"
+    )
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table of text; nothing in it is taken for markup."""
+    lines = [f"<tr>{''.join(f'<{tag}>{html.escape(str(v))}</{tag}>' for v in row)}</tr>"
+             for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
+    return "<table>" + "\n".join(lines) + "</table>\n"
+
+
+def make_report(plan: Plan) -> str:
+    """The page prepare_report.html: counts per split, bit depths, and every check with its images."""
+    images = pd.DataFrame(plan.manifest, columns=REPORTS["manifest.csv"])
+    splits = [
+        (n, len(g), g["study_id"].nunique(), patients(g).nunique()) for n, g in images.groupby("split")
+    ]
+    depths = Counter(bits_used(row, plan.checked.get(row["file"], {})) for row in plan.manifest)
+    decoded = sum("pixels" in row.get("content", "") for row in plan.checked.values())
+    missing = (plan.missing["study_id"] + "/" + plan.missing["image_id"]).tolist()
+    lists = [("missing", "in the table, not on disk", [(name, "") for name in missing])]
+    lists += [("unreadable", "skipped", [(row["source"], row["reason"]) for row in plan.skipped])]
+    lists += [("extra", "on disk, not in the table", [(name, "") for name in plan.extra])]
+    for check, meaning in CHECKS.items():
+        found = [(p["file"], p["detail"]) for p in plan.problems if p["check"] == check]
+        lists.append((check, meaning, found))
+    undecoded = f"{len(images) - decoded} PNG were not decoded; --verify checks their pixels too."
+    parts = [
+        "<!doctype html><meta charset='utf-8'><title>prepare_dataset</title>",
+        "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}</style>",
+        f"<h1>{len(images)} images laid out</h1><p>{undecoded if decoded < len(images) else ''}</p>",
+        html_table(["split", "images", "studies", "patients"], splits),
+        "<h2>Bits used</h2>" + html_table(["bits", "images"], sorted(depths.items())),
+    ]
+    for column in ("laterality", "view", "implant", "view_modifier", "flipped", "spacing_mm"):
+        values = images[column].replace("", "unknown").value_counts().sort_index()
+        parts.append(f"<h2>{column}</h2>" + html_table([column, "images"], values.items()))
+    parts.append(
+        "<h2>Checks</h2>"
+        + html_table(["check", "meaning", "images"], [(c, m, len(f)) for c, m, f in lists])
+    )
+    for check, _, found in lists:
+        if found:
+            more = f" (the first {REPORTED} of {len(found)})" if len(found) > REPORTED else ""
+            parts.append(f"<h2>{check}{more}</h2>" + html_table(["file", "detail"], found[:REPORTED]))
+    parts.append(
+        "<h2>Notes</h2><ul>" + "".join(f"<li>{html.escape(n)}</li>" for n in plan.notes) + "</ul>\n"
+    )
+    return "\n".join(parts)
 
 
 def print_summary(plan: Plan) -> None:
@@ -743,17 +1732,21 @@ def print_summary(plan: Plan) -> None:
         print("  hard links were not possible for some files; those were copied")
     missing = (plan.missing["study_id"] + "/" + plan.missing["image_id"]).tolist()
     skipped = [f"{row['source']} ({row['reason']})" for row in plan.skipped]
-    for label, meaning, names in (
+    lists = [
         ("missing", "in the CSV, not on disk (missing.csv)", missing),
         ("extra", "on disk, not in the CSV (extra.csv)", plan.extra),
         ("skipped", "not usable (skipped.csv)", skipped),
-        ("different size", "not as in the CSV", size_differences(plan)),
         ("foreign", "in the output folder, not from this run, left alone", foreign_files(plan)),
-    ):
+    ]
+    for check, meaning in CHECKS.items():
+        found = [f"{p['file']} ({p['detail']})" for p in plan.problems if p["check"] == check]
+        lists.append((check, f"{meaning} (problems.csv)", found))
+    for label, meaning, names in lists:
         if names:
             print(f"{label}: {len(names)} {meaning}: {some(names)}")
     for note in plan.notes:
         print(f"note: {note}")
+    print(f"Report: {options.output_dir / 'prepare_report.html'}")
     splits = sorted(set(rows["split"]), key=lambda name: (name != "training", name))
     if splits:
         print(f"Next: python train_byol_mammo.py --data_dir {options.output_dir / splits[0]}")
@@ -761,7 +1754,7 @@ def print_summary(plan: Plan) -> None:
         print("No image was laid out; the reasons are in skipped.csv")
 
 
-# 8 Entry ------------------------------------------------------------------------------------------
+# 12 Entry -----------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,341 @@
+"""Read one DICOM mammogram: grey values with the breast bright on dark, and what its header says.
+
+    pixels, header = read_dicom("image.dcm")            # stored values, nothing clipped
+    pixels, header = read_dicom("image.dcm", "voi")     # as the manufacturer meant it to be looked at
+
+pydicom reads the file; the pixels of compressed files are decoded by gdcm (JPEG, JPEG Lossless,
+JPEG-LS, JPEG 2000), openjpeg (JPEG 2000, HTJ2K) and CharLS (JPEG-LS), whichever is installed.
+Only the keys of HEADER leave the file: no name, number, date or institution gets into a value or a
+message. Sections of the DICOM standard (PS3.3) are named where a rule comes from.
+
+Contents
+    1 Opening    open_dicom, check_is_mammogram
+    2 Header     laterality, view, spacing, implant
+    3 Pixels     padding, rescale, window, polarity: one table from stored to grey value
+    4 Reading    read_dicom
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+from pydicom import Dataset, dcmread
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, get_decoder, pixel_array
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+)
+
+MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded
+MODALITIES = {"", "MG", "CR", "DX", "RG", "OT"}  # digitised film and old archives are not all MG
+OTHERS = {"US", "CT", "MR", "PT", "NM", "SR", "PR", "KO", "SEG", "DOC", "XA"}  # named in messages
+TOMOSYNTHESIS = "1.2.840.10008.5.1.4.1.1.13.1.3"  # Breast Tomosynthesis Image Storage
+MAGNIFIED_FROM = 1.3  # EstimatedRadiographicMagnificationFactor; contact views have 1.0 to 1.1
+HEADER = {  # what leaves the header: key -> meaning
+    "laterality": "L or R",
+    "view": "CC, MLO, ML ...",
+    "view_modifier": "spot, magnified, implant_displaced, joined by '+'",
+    "spacing_mm": "mm per pixel at the detector (ImagerPixelSpacing, else PixelSpacing)",
+    "implant": "1, 0 or unknown",
+    "modality": "MG, or what else",
+    "photometric": "MONOCHROME1 or MONOCHROME2",
+    "bits_stored": "bits per pixel",
+    "intent": "FOR PRESENTATION or FOR PROCESSING (raw detector values)",
+    "relationship": "LIN, LOG or DISP: pixel value to X-ray intensity",
+    "compression": "name of the transfer syntax",
+    "padding": "share of pixels that were padding and are now 0",
+}
+
+
+class DicomError(Exception):
+    """A file that is no usable mammogram; the message holds nothing from the header but codes."""
+
+
+# 1 Opening ----------------------------------------------------------------------------------------
+
+
+def open_dicom(path: str | Path) -> Dataset:
+    """Read a DICOM file, also one without preamble or transfer syntax.
+
+    Raises DicomError where it holds no image, and what pydicom raises on damaged bytes.
+    """
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote header values
+    try:
+        dataset = dcmread(path)
+    except InvalidDicomError:  # no preamble: only an image passes, not any file
+        dataset = dcmread(path, force=True)
+    if not {"Rows", "Columns"} <= set(dataset.dir()):
+        raise DicomError("not a DICOM image inside, or the file is cut short")
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        uncompressed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else uncompressed
+    return dataset
+
+
+def check_is_mammogram(dataset: Dataset) -> None:
+    """Refuse what is not one grey image of a plausible size. Raises DicomError."""
+    modality = text(dataset, "Modality")
+    if modality not in MODALITIES:
+        raise DicomError("modality is not mammography" + f" ({modality})" * (modality in OTHERS))
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise DicomError(f"multi-frame ({frames} frames): tomosynthesis and cine are not laid out")
+    if text(dataset, "SOPClassUID") == TOMOSYNTHESIS:
+        raise DicomError("tomosynthesis is not laid out")
+    if "PixelData" not in dataset:
+        raise DicomError("holds no pixels of 8 or 16 bits")
+    if dataset.get("SamplesPerPixel", 1) != 1:
+        raise DicomError("colour image: a screen shot or report, not a mammogram")
+    if text(dataset, "PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
+        raise DicomError("photometric interpretation is neither MONOCHROME1 nor MONOCHROME2")
+    if dataset.get("BitsAllocated") not in (8, 16):
+        raise DicomError("pixels are not stored in 8 or 16 bits")
+    if not 0 < dataset.Rows * dataset.Columns <= MAX_PIXELS:
+        raise DicomError(f"declares {dataset.Rows} x {dataset.Columns} pixels")
+
+
+# 2 Header -----------------------------------------------------------------------------------------
+
+# PS3.16 CID 4014, in SNOMED CT and in the SNOMED RT codes of older files.
+VIEWS = {
+    "399162004": "CC", "R-10242": "CC", "399368009": "MLO", "R-10226": "MLO",
+    "399260004": "ML", "R-10224": "ML", "399352003": "LM", "R-10228": "LM",
+    "399099002": "LMO", "R-10230": "LMO", "399196006": "FB", "R-10244": "FB",
+    "399192008": "XCCL", "R-1024A": "XCCL", "399101009": "XCCM", "R-1024B": "XCCM",
+    "399188001": "SIO", "R-102D0": "SIO", "441555000": "ISO", "R-40AAA": "ISO",
+    "127457009": "SPECIMEN", "G-8310": "SPECIMEN",
+}  # fmt: skip
+# PS3.16 CID 4015, those that change the scale or what is seen of the breast.
+MODIFIERS = {
+    "399055006": "spot", "R-102D7": "spot", "399163009": "magnified", "R-102D6": "magnified",
+    "399209000": "implant_displaced", "R-102D5": "implant_displaced",
+}  # fmt: skip
+
+
+def text(dataset: Dataset, keyword: str) -> str:
+    """A header value as stripped upper-case text; '' where it is absent, empty or malformed."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # pydicom parses a value when it is asked for, and raises almost anything
+        return ""
+    return "" if value is None else str(value).strip().upper()
+
+
+def numbers(dataset: Dataset, keyword: str) -> list[float]:
+    """A header value as numbers; [] where it is absent, empty or malformed."""
+    try:
+        return [float(value) for value in np.ravel(dataset.get(keyword))]
+    except Exception:
+        return []
+
+
+def read_laterality(dataset: Dataset) -> str:
+    """L, R or ''. ImageLaterality is the image's own; Laterality is the series' (PS3.3 C.8.11.7)."""
+    sides = (text(dataset, keyword) for keyword in ("ImageLaterality", "Laterality"))
+    return next((side for side in sides if side in ("L", "R")), "")
+
+
+def read_view(dataset: Dataset) -> tuple[str, str]:
+    """View and modifiers, from ViewCodeSequence and where that says nothing from ViewPosition."""
+    views = list(dataset.get("ViewCodeSequence") or [])
+    modifiers = [item for view in views for item in view.get("ViewModifierCodeSequence") or []]
+    named = [VIEWS.get(text(item, "CodeValue"), "") for item in views]
+    position = text(dataset, "ViewPosition")
+    view = next(filter(None, named), position if position in {*VIEWS.values(), "XCC"} else "")
+    found = {MODIFIERS.get(text(item, "CodeValue"), "") for item in modifiers}
+    if max(numbers(dataset, "EstimatedRadiographicMagnificationFactor"), default=1) >= MAGNIFIED_FROM:
+        found.add("magnified")
+    if "SPOT" in text(dataset, "PaddleDescription"):
+        found.add("spot")
+    return view, "+".join(sorted(found - {""}))
+
+
+def read_spacing(dataset: Dataset) -> str:
+    """mm per pixel: at the detector, else as calibrated, else of the film scanner; '' if unknown."""
+    for keyword in ("ImagerPixelSpacing", "PixelSpacing", "NominalScannedPixelSpacing"):
+        values = numbers(dataset, keyword)
+        if len(values) == 2 and 0 < min(values) <= max(values) < 10:
+            return f"{np.mean(values):.6g}"
+    return ""
+
+
+def read_header(dataset: Dataset) -> dict[str, str]:
+    """The values of HEADER, all but `padding`."""
+    view, modifier = read_view(dataset)
+    implant = {"YES": "1", "NO": "0"}.get(text(dataset, "BreastImplantPresent"), "")
+    intents = ("FOR PRESENTATION", "FOR PROCESSING")
+    intent, relationship = text(dataset, "PresentationIntentType"), "PixelIntensityRelationship"
+    return {
+        "laterality": read_laterality(dataset),
+        "view": view,
+        "view_modifier": modifier,
+        "spacing_mm": read_spacing(dataset),
+        "implant": "1" if "implant_displaced" in modifier else implant,
+        "modality": text(dataset, "Modality"),
+        "photometric": text(dataset, "PhotometricInterpretation"),
+        "bits_stored": str(dataset.BitsStored),
+        "intent": intent if intent in intents else "",
+        "relationship": value
+        if (value := text(dataset, relationship)) in ("LIN", "LOG", "DISP")
+        else "",
+        "compression": dataset.file_meta.TransferSyntaxUID.name,
+    }
+
+
+# 3 Pixels -----------------------------------------------------------------------------------------
+# Padding, rescale, window and inversion each map one stored value to another. They are worked out
+# once for every value between the image's extremes; the image is then a single look-up.
+
+
+def padding_limits(dataset: Dataset) -> tuple[int, int] | None:
+    """Smallest and largest padding value (PS3.3 C.7.5.1.1.2), in stored values; None without one."""
+    first = dataset.get("PixelPaddingValue")
+    if first is None:
+        return None
+    last = dataset.get("PixelPaddingRangeLimit")
+    values = [int(first), int(first if last is None else last)]
+    if dataset.PixelRepresentation:  # some writers give a signed value's bits as unsigned
+        half = 2 ** (dataset.BitsAllocated - 1)
+        values = [value - 2 * half if value >= half else value for value in values]
+    return min(values), max(values)
+
+
+def air_is_high(dataset: Dataset) -> bool:
+    """Whether large values are the dark ones, so that the image must be inverted.
+
+    Images for presentation say so by MONOCHROME1 (PS3.3 C.7.6.3.1.2), raw ones by the sign of the
+    relation to X-ray intensity where they state it (C.8.11.3.1.2): air lets all through.
+    """
+    sign = dataset.get("PixelIntensityRelationshipSign")
+    if text(dataset, "PresentationIntentType") == "FOR PROCESSING" and sign in (1, -1):
+        return sign == 1
+    return text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
+
+
+def windowed(stored: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, int]:
+    """Stored values through modality and VOI LUT or first window, and the largest possible result.
+
+    pydicom's functions, so LINEAR, LINEAR_EXACT and SIGMOID as in PS3.3 C.11.2.1. A window's result is
+    spread over 16 bits: the steep part of a sigmoid would lose grey levels in the 12 it came from.
+    """
+    values = apply_modality_lut(stored, dataset)
+    if dataset.get("VOILUTSequence"):
+        descriptor = dataset.VOILUTSequence[0].LUTDescriptor
+        return apply_voi_lut(np.rint(values).astype(np.int64), dataset), 2 ** int(descriptor[2]) - 1
+    shown = apply_windowing(values, dataset)
+    low, high = apply_windowing(np.array([-1e30, 1e30]), dataset)  # the window's two plateaus
+    return np.rint((shown - low) / (high - low) * 65535).astype(np.int64), 65535
+
+
+def grey_table(stored: np.ndarray, dataset: Dataset, window: str, padding: np.ndarray) -> np.ndarray:
+    """Grey values (int64, from 0) of the consecutive stored values given; padding becomes 0.
+
+    Without a window a linear rescale is left out: it shifts and scales all values alike, and a broken
+    slope would have to be rounded. A negative slope and a look-up table do change the image.
+    """
+    top, slope = 2**dataset.BitsStored - 1, float(dataset.get("RescaleSlope") or 1)
+    has_window = "WindowCenter" in dataset and "WindowWidth" in dataset
+    invert = air_is_high(dataset)
+    if window == "voi" and (dataset.get("VOILUTSequence") or has_window):
+        values, top = windowed(stored, dataset)
+    elif dataset.get("ModalityLUTSequence"):
+        values = apply_modality_lut(stored, dataset)
+        top = 2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
+    else:
+        values = stored
+        invert ^= slope < 0
+    values = values.astype(np.int64)
+    if invert:
+        # About the largest value that can be, or that is there beside padding: so that air next to
+        # padding becomes 0 as well (Planmed Nuance: MONOCHROME1, padding 10000 of 16383).
+        real = values[~padding]
+        values = (int(real.max()) if padding.any() and real.size else max(top, values.max())) - values
+    if not padding.all():
+        values = values - min(0, int(values[~padding].min()))
+    return np.where(padding, 0, values)
+
+
+def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, float]:
+    """Pixels (H, W) uint8 or uint16, breast bright on dark, and the share that was padding.
+
+    uint8 where at most 8 bits are stored. Raises DicomError.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    try:
+        decoder = get_decoder(syntax)
+        if not decoder.is_available:
+            raise DicomError(f"no decoder for {syntax.name}; pip install -r requirements.txt")
+        # gdcm ends the whole process at some damaged files, so it comes last.
+        names = [name for name in ("pyjpegls", "pylibjpeg") if name in decoder.available_plugins]
+        stored = pixel_array(dataset, raw=True, decoding_plugin=names[0] if names else "")
+    except (DicomError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise almost anything on damaged bytes
+        if syntax == JPEGExtended12Bit and dataset.BitsStored > 8:  # libjpeg alone reads it; GPL 3
+            raise DicomError("12-bit JPEG Extended: pip install pylibjpeg-libjpeg (GPL)") from None
+        raise DicomError(f"cannot be decoded: {syntax.name} ({type(error).__name__})") from None
+    low, high = int(stored.min()), int(stored.max())
+    limits, share = padding_limits(dataset), 0.0
+    steps = np.arange(low, high + 1)
+    padding = np.zeros(len(steps), bool)
+    if limits and limits[0] <= high and limits[1] >= low:
+        padding = (steps >= limits[0]) & (steps <= limits[1])
+        padded = (stored >= limits[0]) & (stored <= limits[1])
+        share = float(padded.mean())
+        if share < 1:  # the table runs between the extremes of what is not padding
+            low_real = int(stored.min(where=~padded, initial=high))
+            high_real = int(stored.max(where=~padded, initial=low))
+            padding |= (steps < low_real) | (steps > high_real)
+    try:
+        table = grey_table(steps, dataset, window, padding)
+    except Exception as error:
+        raise DicomError(
+            f"its window or look-up table cannot be applied ({type(error).__name__})"
+        ) from None
+    if table.max() > 65535:
+        raise DicomError("grey values need more than 16 bits")
+    narrow = dataset.BitsStored <= 8 and table.max() <= 255
+    return look_up(stored, low, table).astype(np.uint8 if narrow else np.uint16, copy=False), share
+
+
+def look_up(stored: np.ndarray, low: int, table: np.ndarray) -> np.ndarray:
+    """table[stored - low] as uint16; shifts and inversions, being most, in a tenth of the time."""
+    first, wrapped = int(table[0]), stored.astype(np.uint16, copy=False)  # all modulo 65,536
+    steps = np.unique(np.diff(table)).tolist()
+    if steps == [1]:
+        return wrapped + np.uint16((first - low) % 65536)
+    if steps == [-1]:
+        return np.uint16((first + low) % 65536) - wrapped
+    return table.astype(np.uint16)[wrapped - np.uint16(low % 65536)]
+
+
+# 4 Reading ----------------------------------------------------------------------------------------
+
+
+def read_dicom(path: str | Path, window: str = "none") -> tuple[np.ndarray, dict[str, str]]:
+    """Pixels (H, W) uint8 or uint16, breast bright on dark, and the values of HEADER.
+
+    window "none" keeps every stored value apart; "voi" applies the VOI LUT or the first window.
+    Raises DicomError, whose message quotes no identifier, and OSError.
+    """
+    with warnings.catch_warnings(), np.errstate(over="ignore"):
+        warnings.simplefilter("ignore")  # pydicom's warnings quote header values
+        try:
+            dataset = open_dicom(path)
+            check_is_mammogram(dataset)
+            header = read_header(dataset)
+            pixels, share = grey_values(dataset, window)
+        except (DicomError, MemoryError):
+            raise
+        except Exception as error:  # pydicom parses each value when it is asked for
+            if isinstance(error, OSError) and error.errno:  # the disk's, not pydicom's
+                raise
+            raise DicomError(f"its header cannot be read ({type(error).__name__})") from None
+    return pixels, header | {"padding": f"{share:.4f}"}
