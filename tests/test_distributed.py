@@ -1,0 +1,226 @@
+"""Several processes, LARS, gradient checkpointing, streaming: the same numbers by other means."""
+
+import copy
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, small_config
+from lightly.utils.lars import LARS as LightlyLARS  # noqa: N811
+
+import train_byol_mammo as mammo
+
+# A process of a run that writes down the tiles of every step and the hash of its weights.
+WORKER = """
+    import hashlib, json, os, sys
+    import train_byol_mammo as mammo
+    out, *flags = sys.argv[1:]
+    seen, runs, step, prepare = [], [], mammo.train_step, mammo.prepare_run
+    mammo.train_step = lambda run, ids, tiles=None: seen.append(ids.tolist()) or step(run, ids, tiles)
+    mammo.prepare_run = lambda *words: runs.append(prepare(*words)) or runs[-1]
+    code = mammo.main(flags)
+    digest = hashlib.sha256()
+    for name, value in runs[0].model.named_parameters():
+        digest.update(name.encode() + value.detach().numpy().tobytes())
+    with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
+        json.dump({"seen": seen, "hash": digest.hexdigest(), "step": runs[0].step}, file)
+    sys.exit(code)
+"""
+
+
+def start_processes(folder, archive, *flags, size=2):
+    """Start `size` processes of one run on an archive's images and cache."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = ["--data_dir", archive / "images", "--output_dir", folder / "runs"]
+    places += ["--cache_dir", archive / "cache"]
+    words = [sys.executable, "-c", textwrap.dedent(WORKER), folder, *places, *SMALL, *flags]
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return [
+        subprocess.Popen(
+            [str(word) for word in words],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(size)
+    ]
+
+
+def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_path):
+    flags = ("--epochs", "10", "--tiles_per_epoch", "64", "--max_steps", "20")
+    processes = start_processes(tmp_path, archive, *flags)
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["step"] == second["step"] == 20
+    assert first["hash"] == second["hash"]
+    for start in range(0, 20, 4):  # 64 tiles an epoch in batches of 8 on two processes: 4 steps
+        epoch = np.concatenate([p["seen"][start : start + 4] for p in (first, second)]).ravel()
+        assert len(epoch) == len(set(epoch)) == 64
+    # One process goes on from there: at the same place of the schedule, with half the global batch.
+    alone = start_processes(tmp_path, archive, *flags[:-1], "42", size=1)[0]
+    _, errors = alone.communicate(timeout=300)
+    assert alone.returncode == 0, errors.decode()
+    assert json.loads((tmp_path / "0.json").read_text())["step"] == 42
+
+
+def test_a_dead_process_ends_the_others_with_a_message(archive, tmp_path):
+    processes = start_processes(tmp_path, archive, "--epochs", "1000", "--tiles_per_epoch", "64")
+    until = time.monotonic() + 120
+    while not (tmp_path / "runs" / "byol_resnet18" / "last.pth").exists():
+        assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = processes[0].communicate(timeout=60)
+    processes[1].communicate()
+    assert time.monotonic() - killed < 60
+    assert processes[0].returncode == 2
+    assert b"lost each other" in errors
+    assert b"Traceback" not in errors
+    torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")
+
+
+def test_processes_without_an_address_are_told_how_to_start(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(mammo.MammoError, match="start by torchrun"):
+        mammo.join_world(mammo.World(0, 2, 0), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, mammo.World(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, mammo.World(3, 4, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, mammo.World(0, 1, 0)),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
+            mammo.World(5, 8, 1),
+        ),
+    ],
+)
+def test_the_place_among_processes_comes_from_the_launcher(monkeypatch, environment, expected):
+    names = "RANK WORLD_SIZE LOCAL_RANK SLURM_PROCID SLURM_NTASKS SLURM_LOCALID SLURM_STEP_ID"
+    for name in names.split():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert mammo.find_world() == expected
+
+
+@pytest.mark.parametrize("reduce", [1, 2])
+def test_streamed_tiles_give_the_same_views_bit_for_bit(tiles, reduce):
+    source = mammo.MammogramTiles(tiles.cache, reduce)
+    ids = np.random.default_rng(0).permutation(len(source))[:12]
+    part = source.subset(ids)
+    assert part.pixels.numel() < source.pixels.numel() * len(ids)
+    for spec in (mammo.VIEW_1, mammo.VIEW_2):
+        for key in range(5):
+            whole = mammo.make_view(source, ids, spec, 48, (key,))
+            assert torch.equal(whole, mammo.make_view(part, np.arange(12), spec, 48, (key,)))
+
+
+def test_a_run_whose_pixels_stream_ends_with_the_same_weights(archive, tmp_path, monkeypatch):
+    hashes = []
+    for name in ("resident", "streamed"):
+        run = open_run(archive, tmp_path, name)
+        if name == "streamed":
+            run.tiles.pixels = _Elsewhere(run.tiles.pixels)
+        for ids, tiles in mammo.batches(run):
+            assert (tiles is None) == (name == "resident")
+            mammo.train_step(run, ids, tiles)
+        state = run.model.state_dict()
+        hashes.append(hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest())
+    assert hashes[0] == hashes[1]
+
+
+class _Elsewhere:
+    """Pixels that say they are on another device than the model."""
+
+    device = torch.device("meta")
+
+    def __init__(self, pixels):
+        self.pixels, self.dtype = pixels, pixels.dtype
+
+    def as_strided(self, *words):
+        return self.pixels.as_strided(*words)
+
+
+def open_run(archive, folder, name, *flags):
+    config = small_config(archive, "--run_name", name, "--output_dir", str(folder / "runs"), *flags)
+    torch.manual_seed(config.seed)
+    backbone = mammo.build_backbone(config.backbone)
+    config = mammo.match_input_dim(config, backbone)
+    return mammo.prepare_run(config, backbone, mammo.build_cache(config))
+
+
+def test_lars_equals_lightlys():
+    torch.manual_seed(0)
+    ours = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 4))
+    theirs = copy.deepcopy(ours)
+    pairs = []
+    for model, kind in ((ours, mammo.LARS), (theirs, LightlyLARS)):
+        wide = [p for p in model.parameters() if p.ndim > 1]
+        thin = [p for p in model.parameters() if p.ndim == 1]
+        groups = [{"params": wide, "weight_decay": 1e-3}, {"params": thin, "weight_decay": 0.0}]
+        pairs.append((model, kind(groups, lr=0.3, momentum=0.9)))
+    for _ in range(6):
+        x = torch.randn(32, 8)
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_lars_trains_and_resumes(archive, tmp_path):
+    flags = ("--optimizer", "lars", "--lr", "0.1", "--epochs", "2")
+    config = small_config(archive, *flags, "--output_dir", str(tmp_path), "--run_name", "whole")
+    whole = mammo.train(config)
+    for limit in ("3", "0"):
+        places = ("--output_dir", str(tmp_path), "--run_name", "parts", "--max_steps", limit)
+        parts = mammo.train(small_config(archive, *flags, *places))
+    states = [torch.load(run / "mammogram_byol_final.pth")["model_state_dict"] for run in (whole, parts)]
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    rates = [mammo.learning_rate(7, 70, 7, config, processes) for processes in (1, 4)]
+    assert np.isclose(rates[1] / rates[0], 4)
+
+
+def test_gradient_checkpointing_changes_nothing(archive, tmp_path):
+    states = []
+    for name, flags in (("plain", ()), ("checkpointed", ("--grad_checkpoint",))):
+        run = open_run(archive, tmp_path, name, *flags)
+        for step in range(3):
+            mammo.train_step(run, run.train_ids[8 * step : 8 * step + 8])
+        states.append(run.model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+def test_a_collapsed_run_stops_if_told_to(archive, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(mammo, "COLLAPSE_STD", 10.0)  # no network is that healthy
+    places = ["--output_dir", str(tmp_path), "--epochs", "2"]
+    with pytest.raises(mammo.MammoError, match="the run collapsed"):
+        mammo.train(small_config(archive, *places, "--on_collapse", "stop"))
+    assert "warning: collapse" in capfd.readouterr().err
+    folder = mammo.train(small_config(archive, *places, "--run_name", "goes_on"))
+    assert (folder / "mammogram_byol_final.pth").is_file()
