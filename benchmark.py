@@ -3,19 +3,29 @@
 
     python benchmark.py extraction                      # on phantoms, 8 and 16 bit
     python benchmark.py extraction --data_dir images    # on a folder of mammograms
-    python benchmark.py masks
+    python benchmark.py masks                           # quality, not speed
+    python benchmark.py step                            # or loop, views, resume; see the flags for a GPU
+    python benchmark.py all                             # all but masks
 
 extraction: reading, masking, choosing and caching tiles, pixels on disk included, against
     read      cv2.imread over the same files
     otsu      a plain script's mask: full-resolution Otsu, 3 x 3 opening, SciPy's hole filling, the
               largest component found label by label; no tiles, no cache
 masks: breast masks, bit depths and clusters of specks on phantoms with exact truth (no timing).
+step: the whole training step (views, step, metrics) against
+    bare      the optimiser step on constant views that lie on the device already
+loop: the same against
+    lightly   8-bit PNG tiles, Pillow, lightly's BYOLTransform, DataLoader workers, eager AMP
+views: both views of a batch against
+    kornia    the same kinds of views from float tiles that lie on the device already
+resume: writing and reading the complete state.
 Quote the ratios: machines are noisy, and both sides are timed in turn, best of --repeats.
 
 Contents
     1 Extraction    baselines and the cache
     2 Masks         phantoms with traps, encodings, inserted clusters
-    3 Entry         flags, main
+    3 Training      step, loop, views, resume
+    4 Entry         flags, main
 """
 
 from __future__ import annotations
@@ -25,12 +35,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
+import torch
 from scipy import ndimage, stats
 
 import synthetic_mammograms as phantoms
@@ -247,7 +259,229 @@ def benchmark_clusters(count: int) -> None:
         )
 
 
-# ---- 3 Entry ---------------------------------------------------------------------------------------
+# ---- 3 Training ------------------------------------------------------------------------------------
+
+TRAIN_PHANTOMS, TRAIN_SIZE, TRAIN_SPACING = 6, (2048, 1664), 0.146  # rows, columns, mm per pixel
+WARM_UP = 3  # steps that are not timed
+LOG_EVERY = 10  # steps between readings of the metrics
+
+
+def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mammo.Run:
+    """A training run on phantoms with tiles of one size, its cache built."""
+    images = scratch / "images"
+    if not images.is_dir():
+        images.mkdir()
+        for seed in range(TRAIN_PHANTOMS):
+            spec = phantoms.PhantomSpec(
+                seed=seed, view=("CC", "MLO")[seed % 2], density="BC"[seed % 2], height=TRAIN_SIZE[0],
+                width=TRAIN_SIZE[1], spacing_mm=TRAIN_SPACING,
+            )  # fmt: skip
+            phantoms.write_png(images / f"{seed}.png", phantoms.make_phantom(spec).image)
+    config = mammo.Config(
+        data_dir=str(images), cache_dir=str(scratch / "cache"), output_dir=str(scratch / "runs"),
+        run_name=f"tile{tile_size}", tile_size=tile_size, tile_stride=64, min_freq_energy=0,
+        pixel_spacing_mm=TRAIN_SPACING, backbone=options.backbone, weights="none",
+        view_size=options.view_size, batch_size=options.batch_size, monitor_tiles=2,
+        device=options.device, grad_checkpoint=options.grad_checkpoint,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    backbone = mammo.build_backbone(config.backbone)
+    config = mammo.match_input_dim(config, backbone)
+    mammo.set_determinism(config, mammo.choose_device(config))
+    return mammo.prepare_run(config, backbone, mammo.build_cache(config))
+
+
+def wait_for(device: torch.device) -> None:
+    """Let the device finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_steps(step: Callable[[int], Any], count: int, device: torch.device) -> float:
+    """Seconds per call of `step`, after WARM_UP calls."""
+    for index in range(WARM_UP):
+        step(index)
+    wait_for(device)
+    start = time.perf_counter()
+    for index in range(count):
+        step(WARM_UP + index)
+    wait_for(device)
+    return (time.perf_counter() - start) / count
+
+
+def endless_batches(run: mammo.Run) -> Iterator[tuple[np.ndarray, Any]]:
+    """Batches of one epoch after the other."""
+    while True:
+        run.step = 0
+        yield from mammo.batches(run)
+
+
+def bare_step(run: mammo.Run) -> Callable[[int], Any]:
+    """Baseline `bare`: the optimiser step on constant views that lie on the device already."""
+    size = run.config.view_side
+    shape = (run.config.batch_size, 1, size, size)
+    views = [torch.randn(shape, device=run.device) for _ in range(2)]
+
+    def step(index: int) -> None:
+        with run.autocast():
+            loss = run.loss_function(*views, None)[0]
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.model.update_target(0.99)
+
+    return step
+
+
+def whole_step(run: mammo.Run) -> Callable[[int], Any]:
+    """The project's own step: order, views, training step, metrics read every LOG_EVERY steps."""
+    source, pending = endless_batches(run), []
+
+    def step(index: int) -> None:
+        pending.append(mammo.train_step(run, *next(source)))
+        if index % LOG_EVERY == 0:
+            torch.stack(pending).mean(0).tolist()
+            pending.clear()
+
+    return step
+
+
+class PngTiles(torch.utils.data.Dataset):
+    """Tiles as 8-bit PNG files, read by Pillow: what a user of lightly would write."""
+
+    def __init__(self, paths: Sequence[Path], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        from PIL import Image
+
+        return self.transform(Image.open(self.paths[index]).convert("RGB"))
+
+
+def lightly_step(run: mammo.Run, scratch: Path) -> Callable[[int], Any]:
+    """Baseline `lightly`: PNG tiles, lightly's BYOLTransform, DataLoader workers, eager AMP."""
+    from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+
+    folder = scratch / f"png{run.config.tile_size}"
+    folder.mkdir(exist_ok=True)
+    ids = run.train_ids[: 16 * run.config.batch_size]
+    for start in range(0, len(ids), 16):
+        part = run.tiles.subset(ids[start : start + 16])
+        views = mammo.sample_tiles(
+            part, np.arange(len(part.centre)), np.tile(np.eye(3), (len(part.centre), 1, 1)),
+            run.config.tile_size // part.reduce,
+        )  # fmt: skip
+        for index, tile in enumerate(views):
+            grey = (255 * tile[0].clamp(0, 1)).byte().numpy()
+            full = cv2.resize(grey, (run.config.tile_size,) * 2)
+            phantoms.write_png(folder / f"{start + index:05d}.png", full)
+    size = run.config.view_side
+    transform = BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
+    loader = torch.utils.data.DataLoader(
+        PngTiles(sorted(folder.glob("*.png")), transform), run.config.batch_size, shuffle=True,
+        drop_last=True, num_workers=min(16, mammo.available_cores()), persistent_workers=True,
+    )  # fmt: skip
+    objective = mammo.Objective(run.model)
+
+    def forever() -> Iterator[list[torch.Tensor]]:
+        while True:
+            yield from loader
+
+    source = forever()
+
+    def step(_: int) -> None:
+        views = [view.to(run.device, non_blocking=True) for view in next(source)]
+        with run.autocast():
+            loss = objective(*views)[0]
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.model.update_target(0.99)
+        loss.item()  # shown by the usual progress bar
+
+    return step
+
+
+def our_views(run: mammo.Run) -> Callable[[int], Any]:
+    """Both views of a batch from the pixel cache."""
+    source = endless_batches(run)
+
+    def step(index: int) -> None:
+        ids, tiles = next(source)
+        places = ids if tiles is None else np.arange(len(ids))
+        mammo.two_views(run, tiles or run.tiles, places, (0, index, 0))
+
+    return step
+
+
+def kornia_views(run: mammo.Run) -> Callable[[int], Any]:
+    """Baseline `kornia`: the same kinds of views from whole float tiles that lie on the device."""
+    from kornia import augmentation as K
+
+    side, size, batch = run.config.tile_size, run.config.view_side, run.config.batch_size
+    tiles = torch.rand(batch, 1, side, side, device=run.device)
+    common = [K.RandomHorizontalFlip(p=0.5), K.RandomVerticalFlip(p=0.5)]
+    resize = [K.Resize((size, size), antialias=True)] if size != side else []
+    first = K.AugmentationSequential(
+        *common, K.RandomAffine(15, scale=(0.85, 1.15), p=1.0), *resize,
+        K.RandomBrightness((0.7, 1.3), p=1.0), K.RandomContrast((0.7, 1.3), p=1.0),
+    )  # fmt: skip
+    second = K.AugmentationSequential(
+        *common, K.RandomAffine(25, p=1.0), K.RandomPerspective(0.1, p=1.0), *resize,
+        K.RandomBrightness((0.6, 1.4), p=1.0), K.RandomContrast((0.6, 1.4), p=1.0),
+        K.RandomGaussianBlur((9, 9), (0.1, 1.2), p=0.5),
+    )  # fmt: skip
+    return lambda _: (first(tiles), second(tiles))
+
+
+def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequence[str]) -> None:
+    """Print tiles per second and ratios of `step`, `loop` and `views`, each with its baselines."""
+    for tile_size in dict.fromkeys((options.view_size, 4 * options.view_size)):
+        run = open_run(options, scratch, tile_size)
+        batch, count, device = options.batch_size, options.steps, run.device
+        print(
+            f"{options.backbone}, tiles of {tile_size} px, views of {run.config.view_side} px, "
+            f"batch {batch}, {device.type}"
+        )
+        seconds = {"bare": 0.0}
+        if "step" in what or "loop" in what:
+            seconds["bare"] = time_steps(bare_step(run), count, device)
+            seconds["whole"] = time_steps(whole_step(run), count, device)
+            seconds["bare"] = min(seconds["bare"], time_steps(bare_step(run), count, device))
+            seconds["whole"] = min(seconds["whole"], time_steps(whole_step(run), count, device))
+            print(f"  bare step {batch / seconds['bare']:.1f} tiles/s, loop / bare ", end="")
+            print(f"{seconds['whole'] / seconds['bare']:.3f}, {batch / seconds['whole']:.1f} tiles/s")
+        if "loop" in what:
+            plain = time_steps(lightly_step(run, scratch), count, device)
+            print(f"  lightly's loop / ours {plain / seconds['whole']:.2f}, {batch / plain:.1f} tiles/s")
+        if "views" in what:
+            ours = time_steps(our_views(run), count, device)
+            kornia = time_steps(kornia_views(run), count, device)
+            print(f"  views {1e3 * ours:.1f} ms a batch, kornia / ours {kornia / ours:.2f}", end="")
+            print(f", share of the step {ours / seconds['whole']:.3f}" if "step" in what else "")
+        if device.type == "cuda":
+            print(f"  peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+
+
+def benchmark_resume(options: argparse.Namespace, scratch: Path) -> None:
+    """Print what writing and reading the complete state cost."""
+    run = open_run(options, scratch, options.view_size)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    step = time_steps(whole_step(run), options.steps, run.device)
+    write = best_time(lambda: mammo.save_state(run), 3)
+    read = best_time(lambda: mammo.resume_run(run, mammo.load_checkpoint(run.folder / "last.pth")), 3)
+    size = (run.folder / "last.pth").stat().st_size / 2**20
+    print(f"state of {size:.0f} MiB: written in {write:.2f} s, read in {read:.2f} s", end="")
+    print(f"; one step takes {step:.2f} s; at the default every {mammo.SAVE_EVERY:g} min: ", end="")
+    print(f"{write / (60 * mammo.SAVE_EVERY):.2%} of the time")
+
+
+# ---- 4 Entry ---------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,30 +489,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["extraction", "masks"])
+    parser.add_argument("what", choices="extraction masks step loop views resume all".split())
     parser.add_argument("--data_dir", help="folder of mammograms; default: phantoms")
     parser.add_argument("--images", type=int, default=8, help="number of phantoms")
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--view_size", type=int, default=128, help="px; tiles are that and 4 times that")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--grad_checkpoint", action="store_true")
     parser.add_argument("--seeds", type=int, default=20, help="phantoms of each trap")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, the best counts")
     options = parser.parse_args(argv)
-    cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        if options.what == "masks":
+        if options.what in ("step", "loop", "views"):
+            benchmark_training(options, scratch, [options.what])
+        elif options.what == "resume":
+            benchmark_resume(options, scratch)
+        elif options.what == "masks":
             benchmark_traps(options.seeds, scratch)
             benchmark_encodings(options.seeds, scratch)
             benchmark_clusters(options.images)
-            return 0
-        if options.data_dir:
-            paths = mammo.find_images(options.data_dir)
-            benchmark_extraction(paths, options.data_dir, options.repeats, scratch)
-            return 0
-        for bits in (16, 8):
-            folder = scratch / f"{bits}"
-            folder.mkdir()
-            paths = write_phantoms(folder, options.images, bits)
-            benchmark_extraction(paths, f"phantoms, {bits} bit", options.repeats, scratch)
+        elif options.what == "all":
+            benchmark_training(options, scratch, ["step", "loop", "views"])
+            benchmark_resume(options, scratch)
+        if options.what in ("extraction", "all"):
+            benchmark_archives(options, scratch)
     return 0
+
+
+def benchmark_archives(options: argparse.Namespace, scratch: Path) -> None:
+    """Run the extraction benchmark on the user's folder, or on phantoms of 16 and 8 bits."""
+    cv2.setNumThreads(1)
+    if options.data_dir:
+        paths = mammo.find_images(options.data_dir)
+        benchmark_extraction(paths, options.data_dir, options.repeats, scratch)
+        return
+    for bits in (16, 8):
+        folder = scratch / f"{bits}"
+        folder.mkdir()
+        paths = write_phantoms(folder, options.images, bits)
+        benchmark_extraction(paths, f"phantoms, {bits} bit", options.repeats, scratch)
 
 
 if __name__ == "__main__":

@@ -1814,7 +1814,7 @@ class MammogramBYOL(nn.Module):
 def statistics_frozen(module: nn.Module) -> Iterator[None]:
     """Batch norm with the batch's statistics that leaves the running ones as they are."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, norm.get_buffer("num_batches_tracked").clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -1822,7 +1822,7 @@ def statistics_frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+            norm.get_buffer("num_batches_tracked").copy_(count)
 
 
 def _three_channels(x: Tensor) -> Tensor:
