@@ -1613,8 +1613,8 @@ def _byol_terms(
     return loss, projection.detach(), features
 
 
-# What BYOL may ignore is kept in the features by a target of its own: plain BYOL at a small budget
-# learns that specks, which a few pixels of blur or noise hide, are not worth describing.
+# What BYOL may ignore gets a target of its own: nothing in BYOL's loss asks for specks, which the blur
+# of one view hides from the other.
 ENERGY_LIMIT = 10.0  # standard deviations at which a target is cut: one odd tile must not rule a batch
 ENERGY_FLOOR = 0.75  # quantile up to which all freq_energy counts alike: plain tissue has none to learn
 
