@@ -70,16 +70,24 @@ def test_band_energy_ignores_gain_and_grows_with_fine_detail():
 
 def test_the_target_is_learnt_and_stays_out_of_the_model(archive):
     run = open_run(
-        archive, "--freq_loss_weight", "1", "--run_name", "energy", "--lr", "3e-3", "--epochs", "40"
+        archive,
+        "--freq_loss_weight",
+        "1",
+        "--run_name",
+        "energy",
+        "--lr",
+        "3e-3",
+        "--warmup_epochs",
+        "0",
     )
     plain = open_run(archive, "--run_name", "without")
     assert set(run.model.state_dict()) == set(plain.model.state_dict())
     assert plain.energy_head is None
     ids, losses = run.train_ids[:8], []
-    for _ in range(30):
+    for _ in range(24):
         mammo.train_step(run, ids)
         losses.append(float(run.freq_loss))
-    assert losses[-1] < 0.5 * losses[0]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     mammo.save_checkpoint(run.folder / "last.pth", run, resumable=True)
     mammo.save_checkpoint(run.folder / "plain.pth", run)
     assert "energy_head" in torch.load(run.folder / "last.pth")
