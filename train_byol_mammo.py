@@ -1853,21 +1853,21 @@ def _byol_terms(
     return loss, projection.detach(), features
 
 
-# What BYOL may ignore is kept in the features by a target of its own: plain BYOL at a small budget
-# learns that specks, which a few pixels of blur or noise hide, are not worth describing.
+# What BYOL may ignore gets a target of its own: nothing in BYOL's loss asks for specks, which the blur
+# of one view hides from the other.
 ENERGY_LIMIT = 10.0  # standard deviations at which a target is cut: one odd tile must not rule a batch
 ENERGY_FLOOR = 0.75  # quantile up to which all freq_energy counts alike: plain tissue has none to learn
 
 
 def energy_targets(tiles: pd.DataFrame) -> np.ndarray:
-    """(N, 2) float32: freq_energy and log band_energy of each tile, standardised over all tiles.
+    """(N, 2) float32: log freq_energy and log band_energy of each tile, standardised over all tiles.
 
     Below ENERGY_FLOOR freq_energy tells chance groups from none; left in, these would take the variance
     and the network would learn them instead of specks.
     """
     tail = tiles["freq_energy"].to_numpy()
-    tail = np.maximum(tail, np.quantile(tail, ENERGY_FLOOR))
-    energies = np.column_stack([tail, np.log(tiles["band_energy"].to_numpy().clip(1e-6))])
+    tail = tail.clip(max(np.quantile(tail, ENERGY_FLOOR), 1e-3))
+    energies = np.log(np.column_stack([tail, tiles["band_energy"].to_numpy().clip(1e-6)]))
     spread = np.maximum(energies.std(0), 1e-6)
     return ((energies - energies.mean(0)) / spread).clip(-ENERGY_LIMIT, ENERGY_LIMIT).astype(np.float32)
 

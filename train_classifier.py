@@ -713,7 +713,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         "model_state_dict": state,
         "config": dataclasses.asdict(job.engine.config),
         "classes": job.settings.names,
-        "step": 0,
+        "step": job.epoch * steps_per_epoch(job),
         "epoch": job.epoch,
         "monitor": job.rows[-1] if job.rows else {},
         "classifier": dataclasses.asdict(job.settings),

@@ -26,7 +26,7 @@ import train_classifier as classifier
 SOURCE = (ROOT / "train_classifier.py").read_text()
 FIELDS = {field.name: field for field in dataclasses.fields(classifier.Settings)}
 TILES = (
-    "--backbone resnet18 --tile_size 96 --tile_stride 48 --view_size 32 --pixel_spacing_mm 0.68".split()
+    "--backbone resnet18 --tile_size 96 --tile_stride 64 --view_size 32 --pixel_spacing_mm 0.68".split()
 )
 QUICK = "--device cpu --wandb_mode disabled --num_workers 1 --bootstrap 100 --batch_size 16".split()
 
@@ -37,10 +37,10 @@ def write_labels(folder, rows):
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
-    """split/ with 28 phantoms of seven studies, four for training, and labels.csv from their truth."""
+    """split/ with 24 phantoms of six studies, four for training, and labels.csv from their truth."""
     folder = tmp_path_factory.mktemp("labelled") / "split"
     rows = []
-    for study in range(7):
+    for study in range(6):
         split = "test" if study >= 4 else "training"
         (folder / split).mkdir(parents=True, exist_ok=True)
         for spec in phantoms.plan_study(phantoms.PhantomSpec(height=440, width=350), study, 1.0):
@@ -123,11 +123,11 @@ def test_banners_equal_the_table_of_contents():
 
 
 def test_import_is_silent_and_the_main_script_imports_no_sibling():
-    code = "import train_classifier, sys; sys.exit(bool({'wandb', 'sklearn'} & set(sys.modules)))"
+    code = "import train_classifier, sys; print({'wandb', 'matplotlib', 'sklearn'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "set()", "")
     main = ast.parse((ROOT / "train_byol_mammo.py").read_text())
     names = {
         alias.name for node in ast.walk(main) if isinstance(node, ast.Import) for alias in node.names
@@ -363,7 +363,7 @@ def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, label
     tiles = pd.read_csv(folder / "predictions_tile.csv")
     images = pd.read_csv(folder / "predictions_image_max.csv")
     either = pd.read_csv(folder / "predictions_image_noisy_or.csv")
-    assert len(images) == 12
+    assert len(images) == 8
     for name in mammo.CLASSES:
         row = table[
             (table["level"] == "tile") & (table["group"] == "all") & (table["finding"] == name)
@@ -388,15 +388,15 @@ def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path
     flags = ["--weights", weights, labelled / "test", broken]
     assert run_main("predict", labelled, *flags, out=tmp_path) == 0
     table = pd.read_csv(tmp_path / "predict" / "predictions.csv")
-    assert table["error"].notna().tolist() == [False] * 12 + [True]
+    assert table["error"].notna().tolist() == [False] * 8 + [True]
     assert "broken.png: can't be decoded" in capsys.readouterr().err
     for name in mammo.CLASSES:
-        assert table[f"p_{name}"][:12].between(0, 1).all()
+        assert table[f"p_{name}"][:8].between(0, 1).all()
     for picture in table["picture"].dropna():
         assert min(cv2.imread(str(tmp_path / "predict" / picture)).shape[:2]) > 300
     run_main("evaluate", labelled, "--weights", weights, out=tmp_path)
     images = pd.read_csv(tmp_path / "evaluate" / "predictions_image_max.csv")
-    np.testing.assert_allclose(table["p_mass"][:12], images.sort_values("image")["p_mass"], atol=2e-3)
+    np.testing.assert_allclose(table["p_mass"][:8], images.sort_values("image")["p_mass"], atol=2e-3)
 
 
 def test_embed_writes_one_row_of_features_for_each_tile(trained, labelled, tmp_path):
@@ -417,7 +417,7 @@ def test_compare_judges_all_on_the_same_tiles(trained, labelled, tmp_path, capsy
     gain = table["auroc"].diff()[1::2]
     np.testing.assert_allclose(table["gain"][1::2], gain, atol=1e-6)
     assert ((table["gain_low"] <= table["gain"]) | table["gain"].isna()).all()
-    assert "28 images" not in capsys.readouterr().err  # no note: every label has its image
+    assert "note:" not in capsys.readouterr().err  # every label has its image
 
 
 def test_shuffled_labels_give_chance(labelled, tmp_path):
@@ -471,7 +471,6 @@ def test_a_planted_leak_is_refused_by_name(labelled, tmp_path, capsys):
     [
         (lambda t: t.assign(image="other.png").drop_duplicates("image"), "no row fits an image"),
         (lambda t: t.assign(mass=0, boxes=""), "training split: no tile with mass"),
-        (lambda t: t.assign(mass=""), "no tile without mass"),
         (lambda t: t[t["study_id"].isin(["s0", "s4"])], "training studies: no tile with"),
     ],
 )
@@ -490,7 +489,7 @@ def test_labels_without_image_and_images_without_label_are_counted(labelled, tmp
     assert run_main("compare", labelled, *flags, out=tmp_path) == 0
     note = capsys.readouterr().err
     assert "1 labels without image, first nowhere.png" in note
-    assert "1 images without label, left out, first test/s6_RMLO.png" in note
+    assert "1 images without label, left out, first test/s5_RMLO.png" in note
 
 
 @pytest.mark.parametrize(

@@ -70,16 +70,24 @@ def test_band_energy_ignores_gain_and_grows_with_fine_detail():
 
 def test_the_target_is_learnt_and_stays_out_of_the_model(archive):
     run = open_run(
-        archive, "--freq_loss_weight", "1", "--run_name", "energy", "--lr", "3e-3", "--epochs", "40"
+        archive,
+        "--freq_loss_weight",
+        "1",
+        "--run_name",
+        "energy",
+        "--lr",
+        "3e-3",
+        "--warmup_epochs",
+        "0",
     )
     plain = open_run(archive, "--run_name", "without")
     assert set(run.model.state_dict()) == set(plain.model.state_dict())
     assert plain.energy_head is None
     ids, losses = run.train_ids[:8], []
-    for _ in range(30):
+    for _ in range(24):
         mammo.train_step(run, ids)
         losses.append(float(run.freq_loss))
-    assert losses[-1] < 0.5 * losses[0]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     mammo.save_checkpoint(run.folder / "last.pth", run, resumable=True)
     mammo.save_checkpoint(run.folder / "plain.pth", run)
     assert "energy_head" in torch.load(run.folder / "last.pth")
@@ -104,7 +112,7 @@ def test_with_the_target_stopped_and_resumed_equals_uninterrupted(archive, tmp_p
 
 
 def test_the_probe_reports_chooses_the_best_and_changes_no_weight(six, monkeypatch, capfd):
-    aurocs = iter([0.6, 0.9, 0.7])
+    aurocs = iter([0.9, 0.6])
 
     def probe(run, tiles):
         real = plain(run, tiles)
@@ -114,13 +122,13 @@ def test_the_probe_reports_chooses_the_best_and_changes_no_weight(six, monkeypat
     plain = mammo.run_probe
     monkeypatch.setattr(mammo, "run_probe", probe)
     labels = ["--labels", str(six / "labels.csv")]
-    probed = mammo.train(small_config(six, "--epochs", "3", "--run_name", "probed", *labels))
-    assert torch.load(probed / "mammogram_byol_best.pth")["epoch"] == 2
+    probed = mammo.train(small_config(six, "--epochs", "2", "--run_name", "probed", *labels))
+    assert torch.load(probed / "mammogram_byol_best.pth")["epoch"] == 1
     table = pd.read_csv(probed / "metrics.csv").dropna(subset=["monitor_auroc"])
-    assert table["monitor_auroc"].tolist() == [0.6, 0.9, 0.7]
+    assert table["monitor_auroc"].tolist() == [0.9, 0.6]
     assert {"monitor_auroc_mass", "monitor_auroc_calcification"} <= set(table.columns)
     assert "epoch 2: probe AUROC mass" in capfd.readouterr().err
-    unprobed = mammo.train(small_config(six, "--epochs", "3", "--run_name", "unprobed"))
+    unprobed = mammo.train(small_config(six, "--epochs", "2", "--run_name", "unprobed"))
     names = [folder / "mammogram_byol_final.pth" for folder in (probed, unprobed)]
     assert weights_hash(names[0]) == weights_hash(names[1])
 
