@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
     "--tile_size 128 --tile_stride 64 --min_freq_energy 0 --backbone resnet18 --weights none "
     "--view_size 64 --hidden_dim 64 --proj_dim 32 --batch_size 8 --tiles_per_epoch 160 "
-    "--monitor_tiles 32 --num_workers 1 --device cpu --wandb_mode disabled"
+    "--monitor_tiles 32 --num_workers 1 --log_every 2 --device cpu --wandb_mode disabled"
 ).split()
 PHANTOMS = (
     "synthetic_mammograms.py --output_dir raw --studies 4 --height 880 --width 700",
