@@ -1079,7 +1079,7 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     stems = sources["image"].map(lambda name: str(Path(name).with_suffix("")))
     sources["study_id"] = sources["study_id"].fillna(stems)
     for column in ("laterality", "view"):
-        sources[column] = sources[column].fillna("")
+        sources[column] = sources[column].astype(object).where(sources[column].notna(), "")
     return sources
 
 
@@ -2957,10 +2957,16 @@ def draw_run(run: Run, metrics: MetricsFile) -> None:
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request that the loop obeys at the next step."""
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request that the loop obeys at the next step.
+
+    A second signal acts at once, unless it follows within REPEAT seconds: SLURM and launchers send the
+    same one to a process and to its parent, which hands it on.
+    """
+
+    REPEAT = 5.0
 
     def __init__(self) -> None:
-        self.requested = 0
+        self.requested, self.since = 0, 0.0
 
     def __enter__(self) -> StopSignal:
         names = ("SIGTERM", "SIGUSR1", "SIGINT")
@@ -2969,8 +2975,12 @@ class StopSignal:
         return self
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = number
-        signal.signal(number, self.former[number])  # a second signal acts at once
+        now = time.monotonic()
+        if self.requested and now - self.since > self.REPEAT:
+            signal.signal(number, self.former[number])
+            signal.raise_signal(number)
+        if not self.requested:
+            self.requested, self.since = number, now
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.former.items():
@@ -3109,8 +3119,9 @@ def train(config: Config) -> Path:
     join_world(world, device)
     run = prepare_run(config, backbone, cache)
     limit = min(run.total_steps, config.max_steps or run.total_steps)
-    if run.step >= limit:
-        print(f"{run.folder} is finished at step {run.step}; raise --max_steps, or give --run_name")
+    if run.step >= limit and (run.folder / "backbone.safetensors").is_file():
+        if world.leads:
+            print(f"{run.folder} is finished at step {run.step}; raise --max_steps, or give --run_name")
         return run.folder
     if world.leads:
         start_folder(run)
@@ -3124,11 +3135,13 @@ def train(config: Config) -> Path:
             train_one_epoch(run, bar, metrics, tracker, stop)
             if run.step % run.steps_per_epoch == 0:
                 end_epoch(run, metrics, tracker)
-    if stop.requested and run.step < limit:
-        tracker.finish()
-        raise StoppedError(stop.requested, run.folder)
-    if world.leads:
-        finish_run(run, metrics, tracker)
+        if stop.requested and run.step < limit:
+            tracker.finish()
+            raise StoppedError(stop.requested, run.folder)
+        # Still under the signals' guard: a job's last seconds must not cost it its results.
+        bar.close()
+        if world.leads:
+            finish_run(run, metrics, tracker)
     return run.folder
 
 

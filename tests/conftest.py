@@ -9,12 +9,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_byol_mammo as mammo  # noqa: E402
 
+settings.register_profile("shared", deadline=None)  # machines are busy
+settings.load_profile("shared")
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
 REAL = Path(os.environ.get("MAMMO_REAL_DATA", ROOT.parent / "shared" / "real"))

@@ -424,7 +424,8 @@ def test_shuffled_labels_give_chance(labelled, tmp_path):
     flags = ["none", *TILES, "--shuffle_labels", "--folds", 2]
     assert run_main("compare", labelled, *flags, out=tmp_path) == 0
     table = pd.read_csv(tmp_path / "compare" / "compare.csv")
-    assert ((table["auroc"] - 0.5).abs() < 0.12).all()  # three standard errors of 60 positive tiles
+    # What leaks from fit to test lifts this above a half; six studies alone scatter it, mostly below.
+    assert (table["auroc"] < 0.62).all()
 
 
 def test_heat_map_is_highest_where_the_highest_tiles_are():
