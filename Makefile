@@ -13,6 +13,7 @@ RUN := $(BIN)$(if $(VENV),python,$(PYTHON))
 demo: $(if $(VENV),$(VENV)/.installed)
 	$(RUN) synthetic_mammograms.py --output_dir demo/archive --studies 8 --height 1760 --width 1400
 	$(RUN) prepare_dataset.py --csv_path demo/archive/breast-level_annotations.csv \
+	    --findings_csv demo/archive/finding_annotations.csv \
 	    --images_root demo/archive/images_png --output_dir demo/split_images
 	$(RUN) train_byol_mammo.py --data_dir demo/split_images/training --output_dir demo/runs \
 	    --cache_dir demo/cache --tile_size 256 --tile_stride 128 --pixel_spacing_mm 0.17 \

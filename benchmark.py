@@ -31,6 +31,7 @@ Contents
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 import sys
 import tempfile
@@ -385,7 +386,9 @@ def lightly_step(run: mammo.Run, scratch: Path) -> Callable[[int], Any]:
         PngTiles(sorted(folder.glob("*.png")), transform), run.config.batch_size, shuffle=True,
         drop_last=True, num_workers=min(16, mammo.available_cores()), persistent_workers=True,
     )  # fmt: skip
-    objective = mammo.Objective(run.model)
+    # A plain model in PyTorch's default memory layout.
+    model = copy.deepcopy(run.model).to(memory_format=torch.contiguous_format)
+    objective, optimizer = mammo.Objective(model), mammo.build_optimizer(model, run.config)
 
     def forever() -> Iterator[list[torch.Tensor]]:
         while True:
@@ -397,11 +400,11 @@ def lightly_step(run: mammo.Run, scratch: Path) -> Callable[[int], Any]:
         views = [view.to(run.device, non_blocking=True) for view in next(source)]
         with run.autocast():
             loss = objective(*views)[0]
-        run.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
-        run.scaler.step(run.optimizer)
+        run.scaler.step(optimizer)
         run.scaler.update()
-        run.model.update_target(0.99)
+        model.update_target(0.99)
         loss.item()  # shown by the usual progress bar
 
     return step

@@ -1580,20 +1580,30 @@ def _bilinear(
     width: Tensor,
 ) -> Tensor:
     """Interpolate at (x, y) (B, N), px from the centre of the pixel at the corner; 0 beyond the crop."""
-    left, top = x.floor(), y.floor()
-    across, down = x - left, y - top
-    left, top = left.long() + corner_x, top.long() + corner_y
+    columns, weights_x = _neighbours(x, corner_x, width)
+    rows, weights_y = _neighbours(y, corner_y, height)
     total = torch.zeros_like(x)
-    for dy, weight_y in ((0, 1 - down), (1, down)):
-        for dx, weight_x in ((0, 1 - across), (1, across)):
-            column, row = left + dx, top + dy
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            index = offset + row * width + column
-            grey = pixels[torch.where(inside, index, 0)]
+    for row, weight_y in zip(rows, weights_y, strict=True):
+        start = row.mul_(width).add_(offset)
+        for column, weight_x in zip(columns, weights_x, strict=True):
+            grey = pixels[start + column]
             if grey.dtype == torch.int16:
-                grey = grey.int() & 0xFFFF  # the bits of a uint16
-            total += torch.where(inside, grey.float(), 0.0) * (weight_y * weight_x)
+                grey = grey.int().bitwise_and_(0xFFFF)  # the bits of a uint16
+            total.addcmul_(grey.float(), weight_y * weight_x)
     return total
+
+
+def _neighbours(position: Tensor, corner: Tensor, length: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Indices of the two pixels beside each position along an axis, and the weights, 0 off the crop."""
+    lower = position.floor()
+    share = position - lower
+    first = lower.long() + corner
+    indices, weights = [], []
+    for index, weight in ((first, 1 - share), (first + 1, share)):
+        within = torch.minimum(index.clamp_min(0), length - 1)
+        indices.append(within)
+        weights.append(weight.mul_(within == index))
+    return indices, weights
 
 
 def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) -> Tensor:
