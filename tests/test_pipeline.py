@@ -175,18 +175,20 @@ def test_the_readme_shows_the_commands_that_exist():
     readme = (ROOT / "README.md").read_text()
     assert "make demo" in readme
     assert "make test" in readme
-    scripts = {"train_byol_mammo.py", "prepare_dataset.py", "synthetic_mammograms.py"}
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", readme, flags=re.DOTALL)).replace(
         "\\\n", " "
     )
-    helps = {script: run_script(ROOT / script, "--help").stdout for script in scripts}
-    found = [
-        shlex.split(line) for line in blocks.splitlines() if line.startswith(("python ", "sbatch "))
-    ]
-    assert len(found) >= 4
+    starts = ("python ", "sbatch ", "torchrun ")
+    found = [shlex.split(line) for line in blocks.splitlines() if line.startswith(starts)]
+    assert len(found) >= 12
+    helps = {}
     for command in found:
-        script = "train_byol_mammo.py" if command[0] == "sbatch" else command[1]
-        for word in command:
+        place = next(i for i, word in enumerate(command) if word.endswith((".py", ".sh")))
+        # Words before the script are sbatch's and torchrun's own.
+        script = command[place].replace("submit_byol.sh", "train_byol_mammo.py")
+        if script not in helps:
+            helps[script] = run_script(ROOT / script, "--help").stdout
+        for word in command[place + 1 :]:
             if word.startswith("--"):
                 assert word in helps[script], f"{script} has no flag {word}"
 
