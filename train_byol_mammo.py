@@ -1418,7 +1418,7 @@ class MammogramTiles:
         offset = np.cumsum(shape.prod(1)) - shape.prod(1)
         grey_scale = 256 if reduce > 1 and source.dtype == np.uint8 else 1
         array = source if reduce == 1 else self._reduced(source, shape, offset, grey_scale)
-        # torch has few uint16 operations: the bits travel as int16, _bilinear reads them back.
+        # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
         self.pixels = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
         image = self.tiles["image"].to_numpy()
         origin = self.images[["x0", "y0"]].to_numpy()[image]
@@ -1537,17 +1537,16 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     window, 1 at its high end, more above it; 0 outside the breast and beyond the image.
     """
     device, count = tiles.pixels.device, len(ids)
-    # From the view's [-1, 1] to pixels: times the tile's half side, plus the tile's centre.
-    to_pixels = np.zeros((count, 3, 3))
-    to_pixels[:, 0, 0] = to_pixels[:, 1, 1] = tiles.tile_size / 2 / tiles.reduce
-    # float32 holds positions within the tile; whole pixels of its place in the image come as integers.
-    corner = np.floor(tiles.centre[ids])
-    to_pixels[:, :2, 2] = tiles.centre[ids] - corner
-    to_pixels[:, 2, 2] = 1
-    matrix = to_device((to_pixels @ homographies).astype(np.float32), device)
-    place = np.column_stack([tiles.layout[ids], corner.astype(np.int64)])
-    offset, height, width, corner_x, corner_y = to_device(place, device).T.unsqueeze(2)  # each (B, 1)
-    low, high = to_device(tiles.window[ids], device).T.unsqueeze(2)
+    half = tiles.tile_size / 2 / tiles.reduce
+    corners = homographies @ np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    reach = math.ceil(half * np.abs(corners[:, :2] / corners[:, 2:]).max()) + 1
+    # From the view's [-1, 1] to the region's: float32 holds positions within it.
+    to_region = np.zeros((count, 3, 3))
+    to_region[:, 0, 0] = to_region[:, 1, 1] = half / reach
+    to_region[:, :2, 2] = tiles.centre[ids] % 1 / reach
+    to_region[:, 2, 2] = 1
+    matrix = to_device((to_region @ homographies).astype(np.float32), device)
+    low, high = to_device(tiles.window[ids], device).T.reshape(2, count, 1, 1, 1)
 
     # Where the reduced copy is still finer than the view, average 2 x 2 samples for each view pixel.
     fine = 2 if tiles.tile_size / tiles.reduce / size > 1.25 else 1
@@ -1555,10 +1554,26 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     points = torch.stack([u.flatten(), v.flatten(), torch.ones_like(u).flatten()])  # (3, N)
     x, y, w = (matrix @ points).unbind(1)  # each (B, N)
-    value = _bilinear(tiles.pixels, x / w - 0.5, y / w - 0.5, corner_x, corner_y, offset, height, width)
-    value = ((value - low) / (high - low)).clamp_min(0)
-    view = value.view(count, 1, size * fine, size * fine)
+    grid = torch.stack([x / w, y / w], dim=-1).view(count, size * fine, size * fine, 2)
+    view = F.grid_sample(cut_regions(tiles, ids, reach), grid, align_corners=False)
+    view = ((view - low) / (high - low)).clamp_min(0)
     return F.avg_pool2d(view, fine) if fine > 1 else view
+
+
+def cut_regions(tiles: MammogramTiles, ids: np.ndarray, reach: int) -> Tensor:
+    """Grey values around tiles `ids` (B,): (B, 1, 2 reach, 2 reach) float32, 0 off the image."""
+    side = 2 * reach
+    regions = torch.zeros((len(ids), side, side), dtype=tiles.pixels.dtype, device=tiles.pixels.device)
+    corner = np.floor(tiles.centre[ids]).astype(int) - reach
+    for region, (x, y), (offset, height, width) in zip(
+        regions, corner.tolist(), tiles.layout[ids].tolist(), strict=True
+    ):
+        left, top, right, bottom = max(x, 0), max(y, 0), min(x + side, width), min(y + side, height)
+        crop = tiles.pixels[offset : offset + height * width].view(height, width)[top:bottom, left:right]
+        region[top - y : bottom - y, left - x : right - x] = crop
+    if regions.dtype == torch.int16:
+        regions = regions.int().bitwise_and_(0xFFFF)  # the bits of a uint16
+    return regions.float().unsqueeze(1)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -1567,43 +1582,6 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _bilinear(
-    pixels: Tensor,
-    x: Tensor,
-    y: Tensor,
-    corner_x: Tensor,
-    corner_y: Tensor,
-    offset: Tensor,
-    height: Tensor,
-    width: Tensor,
-) -> Tensor:
-    """Interpolate at (x, y) (B, N), px from the centre of the pixel at the corner; 0 beyond the crop."""
-    columns, weights_x = _neighbours(x, corner_x, width)
-    rows, weights_y = _neighbours(y, corner_y, height)
-    total = torch.zeros_like(x)
-    for row, weight_y in zip(rows, weights_y, strict=True):
-        start = row.mul_(width).add_(offset)
-        for column, weight_x in zip(columns, weights_x, strict=True):
-            grey = pixels[start + column]
-            if grey.dtype == torch.int16:
-                grey = grey.int().bitwise_and_(0xFFFF)  # the bits of a uint16
-            total.addcmul_(grey.float(), weight_y * weight_x)
-    return total
-
-
-def _neighbours(position: Tensor, corner: Tensor, length: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Indices of the two pixels beside each position along an axis, and the weights, 0 off the crop."""
-    lower = position.floor()
-    share = position - lower
-    first = lower.long() + corner
-    indices, weights = [], []
-    for index, weight in ((first, 1 - share), (first + 1, share)):
-        within = torch.minimum(index.clamp_min(0), length - 1)
-        indices.append(within)
-        weights.append(weight.mul_(within == index))
-    return indices, weights
 
 
 def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) -> Tensor:
