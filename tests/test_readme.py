@@ -122,6 +122,18 @@ def test_what_a_run_writes_is_what_the_readme_lists(work):
     assert not {name for name in written if name not in listed} - {"mammogram_byol_final.pth"}
 
 
+def test_the_snippet_runs(work, monkeypatch):
+    """As written, but for the test's smaller network."""
+    monkeypatch.chdir(work)
+    ((_, code),) = blocks("python")
+    code = code.replace("resnet50()", "resnet18()").replace("2048, 4096, 256", "512, 64, 32")
+    names = {"x": torch.rand(2, 1, 64, 64)}
+    exec(code, names)
+    assert names["features"].shape == (2, 512)
+    assert names["logits"].shape == (2, 2)
+    assert names["backbone"](torch.rand(1, 3, 64, 64)).shape == (1, 512)
+
+
 def test_the_dicom_commands_run(tmp_path, monkeypatch):
     for number in range(3):
         pixels = breast(shape=(440, 350), seed=number)
@@ -166,18 +178,6 @@ def test_start_names_makes_targets():
     assert set(named) <= set(targets)
 
 
-def test_the_snippet_runs(work, monkeypatch):
-    """As written, but for the test's smaller network."""
-    monkeypatch.chdir(work)
-    ((_, code),) = blocks("python")
-    code = code.replace("resnet50()", "resnet18()").replace("2048, 4096, 256", "512, 64, 32")
-    names = {"x": torch.rand(2, 1, 64, 64)}
-    exec(code, names)
-    assert names["features"].shape == (2, 512)
-    assert names["logits"].shape == (2, 2)
-    assert names["backbone"](torch.rand(1, 3, 64, 64)).shape == (1, 512)
-
-
 def edited(source):
     """The main script with all the README's edits."""
     edits = blocks("diff")
@@ -191,18 +191,20 @@ def edited(source):
     return source
 
 
-def test_the_edits_apply_and_run(work, tmp_path):
+def test_the_edits_apply_and_run(tmp_path):
     script = tmp_path / "train_byol_mammo.py"
     script.write_text(edited((ROOT / "train_byol_mammo.py").read_text()))
-    flags = [*small("train_byol_mammo.py", [], "edited"), "--backbone", "regnet_y_400mf"]
-    flags += ["--weights", "none", "--data_dir", work / "split_images/training"]
+    write_images(tmp_path / "images")
+    flags = [*small("train_byol_mammo.py", [], "edited"), "--data_dir", str(tmp_path / "images")]
+    config = mammo.parse_args(flags)
+    flags += ["--backbone", "regnet_y_400mf", "--weights", "none"]
     done = run_script(script, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     state = mammo.load_checkpoint(tmp_path / "runs/edited/mammogram_byol_best.pth")
     assert state["config"]["backbone"] == "regnet_y_400mf"
-    caches = [path.name for path in (tmp_path / "cache").glob("[!.]*")]
-    assert caches, "an edited filter makes a cache of its own"
-    assert not (work / "cache" / caches[0]).exists()
+    (cache,) = (tmp_path / "cache").glob("[!.]*")
+    unedited = mammo.cache_key(mammo.cache_inputs(mammo.list_sources(config.data_dir), config))
+    assert cache.name != unedited
 
 
 def test_the_settings_table_is_the_constants():
