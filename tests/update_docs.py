@@ -40,7 +40,9 @@ def settings_table() -> str:
 def execute(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Run all cells in the project's folder and keep their outputs without progress bars."""
     place = {"metadata": {"path": str(ROOT)}}
-    NotebookClient(notebook, timeout=600, record_timing=False, resources=place).execute()
+    client = NotebookClient(notebook, timeout=600, startup_timeout=300, resources=place)
+    client.record_timing = False  # no dates in the file
+    client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
