@@ -777,7 +777,11 @@ def finetune(job: Job, tracker: mammo.Tracker) -> None:
         start_from_probe(job)
         record_epoch(job, 0.0, tracker)
     steps = steps_per_epoch(job)
-    bar_size = {"total": settings.epochs * steps, "initial": job.epoch * steps, "unit": "step"}
+    bar_size: dict[str, Any] = {
+        "total": settings.epochs * steps,
+        "initial": job.epoch * steps,
+        "unit": "step",
+    }
     with mammo.StopSignal() as stop, mammo.progress(desc="finetune", **bar_size) as bar:
         while job.epoch < settings.epochs and job.epoch - job.best_epoch < settings.patience:
             loss = finetune_epoch(job, bar, stop)
