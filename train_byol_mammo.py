@@ -2582,7 +2582,8 @@ def panel_grid(count: int, columns: int, row_height: float) -> tuple[Any, list[A
     from matplotlib.figure import Figure
 
     rows = -(-count // columns)
-    figure = Figure(figsize=(PICTURE_WIDTH, row_height * rows), layout="constrained")
+    figure: Any = Figure(figsize=(PICTURE_WIDTH, row_height * rows), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_axis_off()
@@ -2652,9 +2653,8 @@ def draw_views(run: Run, path: Path, count: int = 4) -> None:
     save_figure(figure, path)
 
 
-def draw_curves(metrics: Path, path: Path) -> None:
+def draw_curves(metrics: pd.DataFrame, path: Path) -> None:
     """curves.png: loss, feature std, RankMe, schedules and speed against the step."""
-    table = pd.read_csv(metrics)
     curves = {
         "BYOL loss (-1 = agreement)": {"training tiles": "loss"},
         "feature std (1 = isotropic)": {"training tiles": "feature_std", "monitor tiles": "monitor_std"},
@@ -2664,12 +2664,12 @@ def draw_curves(metrics: Path, path: Path) -> None:
         "speed (tiles per second)": {"": "tiles_per_s"},
         "probe AUROC": {name: f"monitor_auroc_{name}" for name in CLASSES},
     }
-    if not table["monitor_auroc"].notna().any():
+    if not metrics["monitor_auroc"].notna().any():
         del curves["probe AUROC"]
     figure, panels = panel_grid(len(curves), 2, 2.5)
     for axes, (title, lines) in zip(panels, curves.items(), strict=True):
         for (label, name), colour in zip(lines.items(), OKABE_ITO[1::3], strict=False):
-            line = table[["step", name]].dropna()
+            line = metrics[["step", name]].dropna()
             marker = "." if len(line) < 30 else ""
             axes.plot(line["step"], line[name], marker=marker, color=colour, label=label)
         if "std" in title:
@@ -2696,7 +2696,8 @@ def draw_embedding(run: Run, features: Tensor, path: Path) -> None:
     figure, panels = panel_grid(3 if known else 2, 2, 2.9)
     names = {"mean_intensity": "mean grey (0-255)", "freq_energy": "speck energy"}
     for axes, (name, title) in zip(panels, names.items(), strict=False):
-        dots = axes.scatter(x, y, s=8, c=tiles[name], cmap="cividis")
+        low, high = np.percentile(tiles[name], (2, 98))  # a few outliers would take all colours
+        dots = axes.scatter(x, y, s=8, c=tiles[name], cmap="cividis", vmin=low, vmax=high)
         axes.set_title(title, fontsize=10)
         figure.colorbar(dots, ax=axes).ax.tick_params(labelsize=8)
     if known:
@@ -2743,10 +2744,10 @@ figure { margin: 0 } img { max-width: 100%; height: auto } figcaption { font-siz
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
 td, th { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #eee }
 pre { white-space: pre-wrap; background: #f4f4f4; padding: .6rem }
-meter { width: 7rem }
+.bar { height: 1em; background: #56b4e9 } td:has(.bar) { width: 8rem }
 """
 CAPTIONS = {
-    "curves.png": "Monitor tiles are kept out of training and looked at after each epoch.",
+    "curves.png": "Monitor tiles are seen after each epoch, and not trained on where there are enough.",
     "segmentation.png": "What counts as breast and as muscle. Labels and markers must lie outside.",
     "grid.png": "Each mark is the centre of a tile; tiles overlap.",
     "tiles.png": "Black: outside the breast. Rejected tiles: their value of what was asked for.",
@@ -2771,7 +2772,7 @@ def write_summary(run: Run, state: str, reason: str = "") -> None:
         "steps": run.last_step,
         "epoch": run.step / run.steps_per_epoch,
         "healthy": run.healthy,
-        "best": best_checkpoint(run),
+        "best": best_figures(run),
         "device": describe_device(run),
         "processes": run.world.size,
         "training_tiles": len(run.train_ids),
@@ -2783,21 +2784,20 @@ def write_summary(run: Run, state: str, reason: str = "") -> None:
     write_atomic(run.folder / "summary.json", json.dumps(content, indent=2))
 
 
-def best_checkpoint(run: Run) -> dict[str, Any]:
-    """Epoch, figure and file of the best checkpoint; empty before the first healthy epoch."""
-    if not run.best_epoch:
-        return {}
+def best_figures(run: Run) -> dict[str, float]:
+    """Epoch of the best checkpoint and the figure that chose it; empty before there is one."""
     figure = {"auroc": run.best_auroc} if run.probe else {"rankme": run.best_rankme}
-    return {"epoch": run.best_epoch, **figure, "checkpoint": "mammogram_byol_best.pth"}
+    return {"epoch": run.best_epoch, **figure} if run.best_epoch else {}
 
 
-def show_run(
-    run: Run, metrics: MetricsFile, tracker: Tracker, state: str = "running", reason: str = ""
-) -> None:
+def show_run(run: Run, tracker: Tracker, state: str = "running", reason: str = "") -> None:
     """Bring summary.json, pictures and report.html up to date. A failure is a note and ends no run."""
     folder = run.folder
     try:
         write_summary(run, state, reason)
+        if run.best_epoch:
+            best = best_figures(run) | {"checkpoint": str(folder / "mammogram_byol_best.pth")}
+            tracker.log({f"best_{name}": value for name, value in best.items()}, summary=True)
         if not run.config.report_every:
             return
         fresh = [] if (folder / "views.png").is_file() else ["segmentation", "grid", "tiles", "views"]
@@ -2807,8 +2807,8 @@ def show_run(
             draw_embedding(run, run.features, folder / "embedding.png")
             fresh.append("embedding")
         write_report(folder)
-        pictures = {name: folder / f"{name}.png" for name in fresh}
-        tracker.log({"step": run.step, **{k: v for k, v in pictures.items() if v.is_file()}})
+        if fresh:
+            tracker.log({"step": run.step, **{name: folder / f"{name}.png" for name in fresh}})
     except Exception as error:
         tqdm.write(f"note: report not written ({type(error).__name__}: {error})", file=sys.stderr)
     run.shown = time.monotonic()
@@ -2820,21 +2820,30 @@ def report_is_due(run: Run) -> bool:
     return run.world.leads and run.config.report_every > 0 and due
 
 
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
+    """A run's config.json, summary.json ({} where absent) and metrics.csv. Raises MammoError."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record["config"] = dataclasses.asdict(Config()) | record["config"]
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path = folder / "metrics.csv"
+        metrics = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=METRICS)
+    except (OSError, ValueError, KeyError) as error:
+        raise MammoError(
+            f"{folder}: not the folder of a run, or a file of it is damaged ({error!r})"
+        ) from error
+    return record, summary, metrics.reindex(columns=METRICS)
+
+
 def write_report(folder: Path) -> Path:
     """report.html of a run, self-contained, from the files in its folder alone; returns its path.
 
     Raises MammoError where the folder holds no run.
     """
-    if not (folder / "config.json").is_file():
-        raise MammoError(f"{folder}: no config.json there; name the folder of a run")
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    summary, metrics = {}, pd.DataFrame(columns=METRICS)
-    if (folder / "summary.json").is_file():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if (folder / "metrics.csv").is_file():
-        metrics = pd.read_csv(folder / "metrics.csv").reindex(columns=METRICS)
+    record, summary, metrics = read_run(folder)
     if len(metrics):
-        draw_curves(folder / "metrics.csv", folder / "curves.png")
+        draw_curves(metrics, folder / "curves.png")
     title = html.escape(f"Run {folder.resolve().name}")
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -2873,32 +2882,29 @@ def html_pictures(folder: Path, *names: str) -> str:
 def html_headline(summary: dict[str, Any], metrics: pd.DataFrame) -> str:
     """How the run stands, in a sentence and a few figures."""
     state, healthy = summary.get("state", "unknown"), summary.get("healthy", True)
-    text = {"running": "Running when last heard of", "finished": "Finished"}.get(
-        state, state.capitalize()
+    words = {"running": "Running when last heard of", "finished": "Finished"}
+    text = (
+        f"{words.get(state, state.capitalize())}, {summary.get('time', '')}. {summary.get('reason', '')}"
     )
-    text += f", {summary.get('time', 'at an unknown time')}. {summary.get('reason', '')}"
     if not healthy:
         text += f" Collapsed: {COLLAPSE_ADVICE}"
-    last = metrics.ffill().iloc[-1].fillna(math.nan) if len(metrics) else pd.Series(math.nan, METRICS)
-    best = summary.get("best", {})
-    figure = next((f"{k} {v:.3g}" for k, v in best.items() if k in ("rankme", "auroc")), "none yet")
-    left = 0 if state == "finished" or math.isnan(last["seconds_left"]) else round(last["seconds_left"])
-    facts = {
-        "step": f"{summary.get('step', 0):,} of {summary.get('steps', 0):,}",
-        "epoch": f"{summary.get('epoch', 0):.2f}",
-        "best epoch": f"{best['epoch']} ({figure})" if best else figure,
-        "loss": f"{last['loss']:.3f}",
-        "feature std": f"{last['feature_std']:.2f}",
-        "RankMe": f"{last['monitor_rankme']:.1f}",
-        "speed": f"{metrics['tiles_per_s'].median():.3g} tiles/s",
-        "time left": str(datetime.timedelta(seconds=left)),
-        "GPU memory": f"{last['gpu_memory_gb']:.1f} GiB",
-        "device": summary.get("device", "unknown"),
+    last = {
+        name: metrics[name].dropna().tail(1).sum() for name in METRICS if metrics[name].notna().any()
     }
-    shown = (
-        f"<div>{html.escape(k)}<b>{html.escape(v)}</b></div>" for k, v in facts.items() if "nan" not in v
-    )
-    bad = "" if healthy and state in ("running", "finished") else " bad"
+    best = summary.get("best", {})
+    facts = {"step": f"{summary.get('step', 0):,} of {summary.get('steps', 0):,}"}
+    facts["epoch"] = f"{summary.get('epoch', 0):.2f}"
+    if best:
+        chosen = f"AUROC {best['auroc']:.3f}" if "auroc" in best else f"RankMe {best['rankme']:.1f}"
+        facts["best epoch"] = f"{best['epoch']} ({chosen})"
+    figures = {"loss": ".3f", "feature_std": ".2f", "monitor_rankme": ".1f", "gpu_memory_gb": ".1f"}
+    facts |= {name: f"{last[name]:{style}}" for name, style in figures.items() if name in last}
+    facts["tiles_per_s"] = f"{metrics['tiles_per_s'].median():.3g} (median)"
+    if state == "running" and "seconds_left" in last:
+        facts["time left"] = str(datetime.timedelta(seconds=round(last["seconds_left"])))
+    facts["device"] = f"{summary.get('processes', 1)} x {summary.get('device', 'unknown')}"
+    shown = (f"<div>{html.escape(k)}<b>{html.escape(v)}</b></div>" for k, v in facts.items())
+    bad = "" if healthy and state in words else " bad"
     return f'<p class="state{bad}">{html.escape(text)}</p><div class="facts">{"".join(shown)}</div>'
 
 
@@ -2932,7 +2938,7 @@ def html_funnel(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -
     rows += [("over --max_tiles", -funnel.get("capped", 0)), ("kept", funnel.get("kept", 0))]
     lines = (
         f"<tr><td>{html.escape(text)}</td><td>{count:,}</td>"
-        f'<td><meter value="{abs(count) / total:.4f}"></meter> {abs(count) / total:.1%}</td></tr>'
+        f'<td><div class="bar" style="width: {abs(count) / total:.1%}"></div></td></tr>'
         for text, count in rows
     )
     return (
@@ -3222,7 +3228,7 @@ def train_one_epoch(
                 save_state(run)
                 saved = time.monotonic()
             if report_is_due(run) and not (stop.requested or last):
-                show_run(run, metrics, tracker)
+                show_run(run, tracker)
             pending, logged = [], time.monotonic()
             if stop.requested or last:
                 return
@@ -3332,13 +3338,12 @@ def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
         )
     if run.healthy and improves(run):
         run.best_epoch = epoch
-        tracker.log({f"best_{name}": v for name, v in best_checkpoint(run).items()}, summary=True)
         save_checkpoint(run.folder / "mammogram_byol_best.pth", run)
     if config.checkpoint_every and epoch % config.checkpoint_every == 0:
         save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
     save_state(run)
     if report_is_due(run):
-        show_run(run, metrics, tracker)
+        show_run(run, tracker)
 
 
 def improves(run: Run) -> bool:
@@ -3542,13 +3547,13 @@ def train(config: Config) -> Path:
                 raise StoppedError(stop.requested, run.folder)
         except Exception as error:
             if world.leads:
-                show_run(run, metrics, tracker, "stopped", str(error))
+                show_run(run, tracker, "stopped", str(error))
             tracker.finish()
             raise
         # Still under the signals' guard: a job's last seconds must not cost it its results.
         bar.close()
         if world.leads:
-            finish_run(run, metrics, tracker)
+            finish_run(run, tracker)
     return run.folder
 
 
@@ -3601,7 +3606,7 @@ def start_folder(run: Run) -> None:
     print(f"run       {run.folder}{report}", flush=True)
 
 
-def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
+def finish_run(run: Run, tracker: Tracker) -> None:
     """Write the final checkpoint, the exported backbone and the last pictures; name them."""
     folder = run.folder
     save_checkpoint(folder / "mammogram_byol_final.pth", run)
@@ -3610,8 +3615,7 @@ def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     if not best.is_file():  # no epoch was complete, or none was healthy
         save_checkpoint(best, run)
     export_backbone(run.model, folder / "backbone.safetensors", run.config)
-    show_run(run, metrics, tracker, "finished")
-    tracker.finish()
+    show_run(run, tracker, "finished")
     if not run.healthy:
         print(
             "warning: the run ended collapsed; mammogram_byol_best.pth is from before that "
@@ -3623,7 +3627,10 @@ def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
         print("  report     report.html")
         print("  pictures   segmentation.png grid.png tiles.png views.png curves.png embedding.png")
     print("  numbers    metrics.csv summary.json config.json")
-    print("  models     mammogram_byol_best.pth mammogram_byol_final.pth backbone.safetensors")
+    print(
+        "  models     mammogram_byol_best.pth mammogram_byol_final.pth backbone.safetensors", flush=True
+    )
+    tracker.finish()
 
 
 # ---- 12 Entry --------------------------------------------------------------------------------------
