@@ -2743,6 +2743,7 @@ h1, .state, pre { overflow-wrap: anywhere }
 figure { margin: 0 } img { max-width: 100%; height: auto } figcaption { font-size: .95rem; color: #333 }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
 td, th { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #eee }
+td + td { overflow-wrap: anywhere; min-width: 4.5rem }
 pre { white-space: pre-wrap; background: #f4f4f4; padding: .6rem }
 .bar { height: 1em; background: #56b4e9 } td:has(.bar) { width: 8rem }
 """
@@ -2897,9 +2898,15 @@ def html_headline(summary: dict[str, Any], metrics: pd.DataFrame) -> str:
     if best:
         chosen = f"AUROC {best['auroc']:.3f}" if "auroc" in best else f"RankMe {best['rankme']:.1f}"
         facts["best epoch"] = f"{best['epoch']} ({chosen})"
-    figures = {"loss": ".3f", "feature_std": ".2f", "monitor_rankme": ".1f", "gpu_memory_gb": ".1f"}
-    facts |= {name: f"{last[name]:{style}}" for name, style in figures.items() if name in last}
-    facts["tiles_per_s"] = f"{metrics['tiles_per_s'].median():.3g} (median)"
+    figures = {
+        "loss": ("loss", ".3f"),
+        "feature std": ("feature_std", ".2f"),
+        "RankMe": ("monitor_rankme", ".1f"),
+        "tiles per second": ("tiles_per_s", ".3g"),
+        "GiB of GPU memory": ("gpu_memory_gb", ".1f"),
+        "% GPU utilisation": ("gpu_utilisation", ".0f"),
+    }
+    facts |= {k: f"{last[name]:{style}}" for k, (name, style) in figures.items() if name in last}
     if state == "running" and "seconds_left" in last:
         facts["time left"] = str(datetime.timedelta(seconds=round(last["seconds_left"])))
     facts["device"] = f"{summary.get('processes', 1)} x {summary.get('device', 'unknown')}"
@@ -2974,15 +2981,18 @@ def html_settings(config: dict[str, Any]) -> str:
     """The command that repeats the run, and all settings."""
     defaults = dataclasses.asdict(Config())
     changed = {name: value for name, value in config.items() if value != defaults.get(name)}
-    words = ["python", "train_byol_mammo.py"]
+    lines = ["python train_byol_mammo.py"]
     for name, value in changed.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            words += [f"--{name}", str(value)]
+        flag = (
+            [f"--{name}", str(value)]
+            if not isinstance(value, bool)
+            else [f"--{'no_' * (not value)}{name}"]
+        )
+        lines.append(shlex.join(flag))
+    command = html.escape(" \\\n    ".join(lines))
     same = {name: value for name, value in config.items() if name not in changed}
     return (
-        f"<h2>Settings</h2><pre>{html.escape(shlex.join(words))}</pre>"
+        f"<h2>Settings</h2><pre>{command}</pre>"
         + html_table(
             ((k, v, defaults.get(k)) for k, v in changed.items()), ("changed", "here", "default")
         )
