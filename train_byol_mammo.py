@@ -2759,6 +2759,7 @@ CAPTIONS = {
     "reliability.png": "How often a finding was there against the probability given.",
     "embeddings.png": "Features of labelled tiles.",
 }
+CLASSIFIER_PICTURES = ("roc.png", "pr.png", "reliability.png", "embeddings.png")
 
 
 def write_summary(run: Run, state: str, reason: str = "") -> None:
@@ -2874,10 +2875,11 @@ def html_pictures(folder: Path, *names: str) -> str:
     figures = []
     for path in (folder / name for name in names):
         if path.is_file():
-            data, caption = base64.b64encode(path.read_bytes()).decode(), CAPTIONS[path.name]
+            data = base64.b64encode(path.read_bytes()).decode()
             image = f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'
+            caption = CAPTIONS.get(path.name, "")
             figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    return f'<div class="pictures">{"".join(figures)}</div>'
+    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 
 def html_headline(summary: dict[str, Any], metrics: pd.DataFrame) -> str:
@@ -2960,20 +2962,21 @@ def html_funnel(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -
 
 
 def html_classifier(folder: Path) -> str:
-    """Results of train_classifier.py in the run's sub-folders (its --output_dir is the run's folder)."""
+    """Results of train_classifier.py in the run's sub-folders (--output_dir with the run's folder)."""
     parts = []
-    for path in sorted([*folder.glob("*/evaluation.csv"), *folder.glob("*/compare.csv")]):
-        table = pd.read_csv(path)
-        if "group" in table:  # sub-groups stay in the file
-            table = table[table["group"] == "all"].drop(columns="group")
-        rows = (
-            [f"{v:.3f}" if isinstance(v, float) else v for v in row] for row in table.to_numpy(object)
-        )
-        parts.append(f"<h2>Classifier: {html.escape(path.parent.name)}</h2>")
-        parts.append(html_table(rows, list(table.columns)))
-        parts.append(
-            html_pictures(path.parent, "roc.png", "pr.png", "reliability.png", "embeddings.png")
-        )
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = []
+        for path in (place / "evaluation.csv", place / "compare.csv"):
+            if path.is_file():
+                table = pd.read_csv(path)
+                if "group" in table:  # sub-groups stay in the file
+                    table = table[table["group"] == "all"].drop(columns="group")
+                cells = table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value)
+                found.append(html_table(cells.to_numpy(), list(cells.columns)))
+        maps = [path.name for path in sorted(place.glob("map_*.png"))[:4]]
+        found.append(html_pictures(place, *CLASSIFIER_PICTURES, *maps))
+        if any(found):
+            parts += [f"<h2>Classifier: {html.escape(place.name)}</h2>", *found]
     return "".join(parts)
 
 
