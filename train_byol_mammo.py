@@ -2739,11 +2739,11 @@ h1, .state, pre { overflow-wrap: anywhere }
 .facts { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)) }
 .facts div { border: 1px solid #ddd; padding: .4rem .6rem } .facts b { display: block }
 .pictures { display: grid; gap: 1.5rem; margin: 1rem 0 }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)) }
 figure { margin: 0 } img { max-width: 100%; height: auto } figcaption { font-size: .95rem; color: #333 }
 .wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
 td, th { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #eee }
-td + td { overflow-wrap: anywhere; min-width: 4.5rem }
+.paths td + td { overflow-wrap: anywhere; min-width: 4.5rem }
 pre { white-space: pre-wrap; background: #f4f4f4; padding: .6rem }
 .bar { height: 1em; background: #56b4e9 } td:has(.bar) { width: 8rem }
 """
@@ -2856,18 +2856,19 @@ def write_report(folder: Path) -> Path:
         html_funnel(folder, record["config"], summary),
         html_classifier(folder),
         html_settings(record["config"]),
-        "<h2>Environment</h2>" + html_table(record["environment"].items()),
+        "<h2>Environment</h2>" + html_table(record["environment"].items(), kind="paths"),
         "<p>Research use only; not for clinical decisions.</p></body></html>\n",
     ]
     write_atomic(folder / "report.html", "\n".join(parts))
     return folder / "report.html"
 
 
-def html_table(rows: Iterable[Iterable[Any]], header: Sequence[str] = ()) -> str:
-    """A table of text; nothing in it is taken for markup."""
+def html_table(rows: Iterable[Iterable[Any]], header: Sequence[str] = (), kind: str = "") -> str:
+    """A table of text; nothing in it is taken for markup. `kind` paths: cells may break anywhere."""
     lines = [("th", header)] * bool(header) + [("td", row) for row in rows]
     cells = ("".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in row) for tag, row in lines)
-    return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<div class="wide {kind}"><table>{table}</table></div>'
 
 
 def html_pictures(folder: Path, *names: str) -> str:
@@ -2971,8 +2972,8 @@ def html_classifier(folder: Path) -> str:
                 table = pd.read_csv(path)
                 if "group" in table:  # sub-groups stay in the file
                     table = table[table["group"] == "all"].drop(columns="group")
-                cells = table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value)
-                found.append(html_table(cells.to_numpy(), list(cells.columns)))
+                cells = table.map(lambda v: f"{v:.3f}" if isinstance(v, float) else v).replace("nan", "")
+                found.append(html_table(cells.to_numpy(), [name.replace("_", " ") for name in cells]))
         maps = [path.name for path in sorted(place.glob("map_*.png"))[:4]]
         found.append(html_pictures(place, *CLASSIFIER_PICTURES, *maps))
         if any(found):
@@ -2980,27 +2981,30 @@ def html_classifier(folder: Path) -> str:
     return "".join(parts)
 
 
+def changed_flags(settings: dict[str, Any]) -> dict[str, list[str]]:
+    """The words of the flag for each setting that is not at its default."""
+    flags = {}
+    for name, default in dataclasses.asdict(Config()).items():
+        value = settings[name]
+        if value != default:
+            on_off = [f"--{name}" if value else f"--no_{name}"]
+            flags[name] = on_off if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
+
+
 def html_settings(config: dict[str, Any]) -> str:
     """The command that repeats the run, and all settings."""
-    defaults = dataclasses.asdict(Config())
-    changed = {name: value for name, value in config.items() if value != defaults.get(name)}
-    lines = ["python train_byol_mammo.py"]
-    for name, value in changed.items():
-        flag = (
-            [f"--{name}", str(value)]
-            if not isinstance(value, bool)
-            else [f"--{'no_' * (not value)}{name}"]
-        )
-        lines.append(shlex.join(flag))
-    command = html.escape(" \\\n    ".join(lines))
-    same = {name: value for name, value in config.items() if name not in changed}
+    defaults, flags = dataclasses.asdict(Config()), changed_flags(config)
+    lines = ["python train_byol_mammo.py", *map(shlex.join, flags.values())]
+    changed = [(name, config[name], defaults[name]) for name in flags]
+    same = [(name, value) for name, value in defaults.items() if name not in flags]
     return (
-        f"<h2>Settings</h2><pre>{command}</pre>"
-        + html_table(
-            ((k, v, defaults.get(k)) for k, v in changed.items()), ("changed", "here", "default")
-        )
+        "<h2>Settings</h2><pre>"
+        + html.escape(" \\\n    ".join(lines))
+        + "</pre>"
+        + html_table(changed, ("changed", "here", "default"), "paths")
         + f"<details><summary>{len(same)} settings at their defaults</summary>"
-        + html_table(same.items())
+        + html_table(same, kind="paths")
         + "</details>"
     )
 

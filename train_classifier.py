@@ -996,7 +996,7 @@ def draw_embedding(
             chosen = values == value
             x, y = points[chosen].T
             axes.scatter(x, y, s=4, color=colour, label=f"{value} ({chosen.sum():,})")
-        axes.set_title(name, fontsize=10)
+        axes.set_title(name, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set(xlabel=f"{title}, 1st axis", ylabel="2nd axis")
@@ -1051,19 +1051,17 @@ def draw_prediction(
 
     No file name is drawn: it may name a patient.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     step = max(1, image.shape[0] // 900)
     small = cv2.resize(image, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)
     heat = heat_map(tiles, scores, image.shape[:2], step)[:, : small.shape[0], : small.shape[1]]
     low, high = tiles.images[["low", "high"]].iloc[0]
-    figure = Figure(figsize=(4.2 * (1 + len(names)), 5.2))
-    panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
+    figure, panels = mammo.panel_grid(1 + len(names), 2, 3.7)
     mammo.show_grey(panels[0], small, "mammogram", low, high)
     shown: Any = None
     for axes, name, score, layer in zip(panels[1:], names, scores.T, heat, strict=True):
-        mammo.show_grey(axes, small, f"{name}: {score.max():.0%} in the most suspicious tile", low, high)
+        mammo.show_grey(axes, small, f"{name}: {score.max():.0%} in its top tile", low, high)
         opacity = 0.65 * np.nan_to_num(layer).clip(0, 1) ** 0.5
         shown = axes.imshow(layer, cmap="inferno", vmin=0, vmax=1, alpha=opacity)
         for rank, index in enumerate(top_tiles(tiles, score, count)):
@@ -1073,9 +1071,10 @@ def draw_prediction(
             axes.add_patch(
                 Rectangle((x, y), side, side, fill=False, edgecolor="#56b4e9", linewidth=width)
             )
-            axes.text(x + 4, y + 4, f"{score[index]:.0%}", color="#56b4e9", fontsize=7, va="top")
-    bar = figure.colorbar(shown, ax=list(panels), fraction=0.02, pad=0.01)
-    bar.set_label("probability of the finding in tiles over a point")
+            words = axes.text(x + 6, y + 6, f"{score[index]:.0%}", color="#56b4e9", fontsize=8, va="top")
+            words.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 0.5})
+    bar = figure.colorbar(shown, ax=panels, location="bottom", shrink=0.8, aspect=40)
+    bar.set_label("probability of the finding in the tiles over a point", fontsize=9)
     mammo.save_figure(figure, path)
 
 

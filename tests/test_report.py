@@ -56,7 +56,7 @@ def finished(tmp_path_factory):
     """The folder of a finished run with a hostile name, a broken image among its good ones."""
     folder = tmp_path_factory.mktemp("report")
     write_images(folder / "images", bits=12)
-    (folder / "images" / "Doe^Jane<b>.png").write_bytes(b"\x89PNG broken")
+    (folder / "images" / "Jane^<b>.png").write_bytes(b"\x89PNG broken")
     flags = ("--epochs", "2", "--report_every", "0.00001", "--run_name", HOSTILE)
     return mammo.train(small_config(folder, *flags))
 
@@ -101,9 +101,9 @@ def test_names_are_escaped_and_files_stay_unnamed(finished):
     text = (finished / "report.html").read_text()
     assert HOSTILE not in text  # nor would Page let its handler pass
     assert HOSTILE in Page(text).text
-    assert "Doe" not in text
+    assert "Jane" not in text
     assert "s0_i0" not in text
-    assert "Doe" not in (finished / "summary.json").read_text()
+    assert "Jane" not in (finished / "summary.json").read_text()
 
 
 def test_a_copied_folder_makes_the_same_report_by_itself(finished, tmp_path):
@@ -194,7 +194,7 @@ def test_report_every_zero_draws_nothing(archive, tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # drawing would raise ImportError
     folder = mammo.train(small_config(tmp_path / "a", "--epochs", "1", "--report_every", "0"))
     out, err = capsys.readouterr()
-    assert "report" not in out + err
+    assert "report.html" not in out + err
     assert json.loads((folder / "summary.json").read_text())["state"] == "finished"
     assert {path.name for path in folder.glob("*.png")} == set(mammo.EXTRACTION_PICTURES)
 
