@@ -20,7 +20,7 @@ loop: the same against
 views: both views of a batch against
     kornia    the same kinds of views from float tiles that lie on the device already
 resume: writing and reading the complete state.
-showing: the main script as a user starts it, with progress lines, wandb offline, pictures and report, against
+showing: the main script as a user starts it, with progress, wandb offline, pictures and report, against
     nothing   the same with all of it switched off
 Quote the ratios: machines are noisy, and both sides are timed in turn, best of --repeats.
 
