@@ -2831,11 +2831,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame
         summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         path = folder / "metrics.csv"
         metrics = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=METRICS)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise MammoError(
             f"{folder}: not the folder of a run, or a file of it is damaged ({error!r})"
         ) from error
-    return record, summary, metrics.reindex(columns=METRICS)
+    return record, summary, metrics.reindex(columns=METRICS).apply(pd.to_numeric, errors="coerce")
 
 
 def write_report(folder: Path) -> Path:
@@ -2856,7 +2856,7 @@ def write_report(folder: Path) -> Path:
         html_funnel(folder, record["config"], summary),
         html_classifier(folder),
         html_settings(record["config"]),
-        "<h2>Environment</h2>" + html_table(record["environment"].items(), kind="paths"),
+        "<h2>Environment</h2>" + html_table(record.get("environment", {}).items(), kind="paths"),
         "<p>Research use only; not for clinical decisions.</p></body></html>\n",
     ]
     write_atomic(folder / "report.html", "\n".join(parts))
@@ -2887,14 +2887,12 @@ def html_headline(summary: dict[str, Any], metrics: pd.DataFrame) -> str:
     """How the run stands, in a sentence and a few figures."""
     state, healthy = summary.get("state", "unknown"), summary.get("healthy", True)
     words = {"running": "Running when last heard of", "finished": "Finished"}
-    text = (
-        f"{words.get(state, state.capitalize())}, {summary.get('time', '')}. {summary.get('reason', '')}"
-    )
+    text = f"{words.get(state, state.capitalize())}, {summary.get('time', 'time unknown')}. "
+    text += summary.get("reason", "")
     if not healthy:
         text += f" Collapsed: {COLLAPSE_ADVICE}"
-    last = {
-        name: metrics[name].dropna().tail(1).sum() for name in METRICS if metrics[name].notna().any()
-    }
+    known = [name for name in METRICS if metrics[name].notna().any()]
+    last = {name: metrics[name].dropna().iloc[-1] for name in known}
     best = summary.get("best", {})
     facts = {"step": f"{summary.get('step', 0):,} of {summary.get('steps', 0):,}"}
     facts["epoch"] = f"{summary.get('epoch', 0):.2f}"
@@ -2920,9 +2918,12 @@ def html_headline(summary: dict[str, Any], metrics: pd.DataFrame) -> str:
 
 def html_learning(folder: Path, metrics: pd.DataFrame) -> str:
     """Curves, the signs of collapse and the map of features."""
-    columns = ["epoch", "monitor_std", "monitor_rankme", "monitor_auroc"]
-    epochs = metrics.dropna(subset=["monitor_rankme"])[columns].dropna(axis=1, how="all")
-    rows = [[f"{value:.4g}" for value in row] for row in epochs.tail(20).to_numpy()]
+    epochs = metrics.dropna(subset=["monitor_rankme"]).dropna(axis=1, how="all")
+    columns = [name for name in epochs if name == "epoch" or name.startswith("monitor_")]
+    rows = [[f"{value:.4g}" for value in row] for row in epochs[columns].tail(20).to_numpy()]
+    last = (
+        f"<details><summary>The last {len(rows)} epochs</summary>{html_table(rows, columns)}</details>"
+    )
     return (
         "<h2>Does it learn?</h2><p>The loss alone can't tell: it is lowest when all tiles look alike to "
         "the network (collapse). <b>Feature std</b> is the spread of the tiles' projections: 1 = even "
@@ -2930,9 +2931,7 @@ def html_learning(folder: Path, metrics: pd.DataFrame) -> str:
         "that the features fill; it has no fixed threshold: a fall towards 1 is collapse, and without "
         "labels the best checkpoint is from the healthy epoch where it is highest.</p>"
         + html_pictures(folder, "curves.png", "embedding.png")
-        + f"<details><summary>The last {len(rows)} epochs</summary>"
-        + html_table(rows, list(epochs.columns))
-        + "</details>"
+        + (last if rows else "")
     )
 
 
@@ -2962,6 +2961,18 @@ def html_funnel(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -
     )
 
 
+def html_results(path: Path) -> str:
+    """A table of train_classifier.py without its sub-groups of images."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        return f"<p>{path.name} can't be read ({type(error).__name__})</p>"
+    if "group" in table:
+        table = table[table["group"] == "all"].drop(columns="group")
+    cells = table.map(lambda v: f"{v:.3f}" if isinstance(v, float) else v).replace("nan", "")
+    return html_table(cells.to_numpy(), [name.replace("_", " ") for name in cells])
+
+
 def html_classifier(folder: Path) -> str:
     """Results of train_classifier.py in the run's sub-folders (--output_dir with the run's folder)."""
     parts = []
@@ -2969,11 +2980,7 @@ def html_classifier(folder: Path) -> str:
         found = []
         for path in (place / "evaluation.csv", place / "compare.csv"):
             if path.is_file():
-                table = pd.read_csv(path)
-                if "group" in table:  # sub-groups stay in the file
-                    table = table[table["group"] == "all"].drop(columns="group")
-                cells = table.map(lambda v: f"{v:.3f}" if isinstance(v, float) else v).replace("nan", "")
-                found.append(html_table(cells.to_numpy(), [name.replace("_", " ") for name in cells]))
+                found.append(html_results(path))
         maps = [path.name for path in sorted(place.glob("map_*.png"))[:4]]
         found.append(html_pictures(place, *CLASSIFIER_PICTURES, *maps))
         if any(found):
@@ -3300,7 +3307,7 @@ def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarra
         row["freq_loss"] = means[2]
     if run.device.type == "cuda":
         row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
-        # No driver library, or no right to ask it: wandb's own system metrics may know.
+        # Needs nvidia-ml-py and the right to ask the driver; wandb's system metrics have it anyway.
         with suppress(Exception):
             row["gpu_utilisation"] = torch.cuda.utilization(run.device)
     return row

@@ -238,6 +238,8 @@ def test_classifier_results_below_the_run_are_part_of_it(finished, tmp_path):
     assert f"Classifier: {place.name}" in page.text
     assert "tile mass & more 0.812" in page.text
     assert "view CC" not in page.text
+    (place / "evaluation.csv").write_text("")
+    assert "evaluation.csv can't be read" in Page(mammo.write_report(copy).read_text()).text
 
 
 def test_metrics_of_an_older_version_keep_their_columns_on_resume(tmp_path):
