@@ -5,7 +5,8 @@
     python benchmark.py extraction --data_dir images    # on a folder of mammograms
     python benchmark.py masks                           # quality, not speed
     python benchmark.py step                            # or loop, views, resume; see the flags for a GPU
-    python benchmark.py all                             # all but masks
+    python benchmark.py showing --steps 400             # what progress, wandb, pictures and report cost
+    python benchmark.py all                             # all but masks and showing
 
 extraction: reading, masking, choosing and caching tiles, pixels on disk included, against
     read      cv2.imread over the same files
@@ -19,12 +20,14 @@ loop: the same against
 views: both views of a batch against
     kornia    the same kinds of views from float tiles that lie on the device already
 resume: writing and reading the complete state.
+showing: the main script as a user starts it, with progress, wandb offline, pictures and report, against
+    nothing   the same with all of it switched off
 Quote the ratios: machines are noisy, and both sides are timed in turn, best of --repeats.
 
 Contents
     1 Extraction    baselines and the cache
     2 Masks         phantoms with traps, encodings, inserted clusters
-    3 Training      step, loop, views, resume
+    3 Training      step, loop, views, resume, showing
     4 Entry         flags, main
 """
 
@@ -32,7 +35,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import math
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -484,6 +490,27 @@ def benchmark_resume(options: argparse.Namespace, scratch: Path) -> None:
     print(f"{write / (60 * mammo.SAVE_EVERY):.2%} of the time")
 
 
+def benchmark_showing(options: argparse.Namespace, scratch: Path) -> None:
+    """Print the time of a whole run with everything shown over that of the same run without."""
+    config = dataclasses.replace(open_run(options, scratch, options.view_size).config, run_name="")
+    settings = dataclasses.asdict(config) | {"max_steps": options.steps}
+    flags = [word for words in mammo.changed_flags(settings).values() for word in words]
+    sides = {
+        "nothing": "--progress none --wandb_mode disabled --report_every 0",
+        "showing": "--progress lines --wandb_mode offline",
+    }
+    seconds = dict.fromkeys(sides, math.inf)
+    for repeat in range(options.repeats):
+        for side, extra in sides.items():
+            command = [sys.executable, mammo.__file__, *flags, *extra.split()]
+            start = time.perf_counter()
+            subprocess.run([*command, "--run_name", f"{side}{repeat}"], check=True, capture_output=True)
+            seconds[side] = min(seconds[side], time.perf_counter() - start)
+    shown, nothing = seconds["showing"], seconds["nothing"]
+    print(f"{options.steps} steps: nothing shown {nothing:.1f} s, all shown {shown:.1f} s, ", end="")
+    print(f"all / nothing {shown / nothing:.3f}")
+
+
 # ---- 4 Entry ---------------------------------------------------------------------------------------
 
 
@@ -492,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices="extraction masks step loop views resume all".split())
+    parser.add_argument("what", choices="extraction masks step loop views resume showing all".split())
     parser.add_argument("--data_dir", help="folder of mammograms; default: phantoms")
     parser.add_argument("--images", type=int, default=8, help="number of phantoms")
     parser.add_argument("--backbone", default="resnet18")
@@ -510,6 +537,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark_training(options, scratch, [options.what])
         elif options.what == "resume":
             benchmark_resume(options, scratch)
+        elif options.what == "showing":
+            benchmark_showing(options, scratch)
         elif options.what == "masks":
             benchmark_traps(options.seeds, scratch)
             benchmark_encodings(options.seeds, scratch)

@@ -1672,11 +1672,20 @@ def bits_used(row: dict[str, str], facts: dict[str, str]) -> str:
     )
 
 
+REPORT_STYLE = """
+body { font: 16px/1.4 system-ui, sans-serif; max-width: 1180px; margin: auto; padding: 1rem }
+section { display: inline-block; vertical-align: top; min-width: 12rem; margin-right: 1.5rem }
+.wide { overflow-x: auto } table { border-collapse: collapse } h2 { margin: 1.2rem 0 .2rem }
+td, th { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd }
+td { overflow-wrap: anywhere; min-width: 5.5rem; vertical-align: top }
+"""
+
+
 def html_table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     """A table of text; nothing in it is taken for markup."""
     lines = [f"<tr>{''.join(f'<{tag}>{html.escape(str(v))}</{tag}>' for v in row)}</tr>"
              for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
-    return "<table>" + "\n".join(lines) + "</table>\n"
+    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>\n"
 
 
 def make_report(plan: Plan) -> str:
@@ -1696,15 +1705,18 @@ def make_report(plan: Plan) -> str:
         lists.append((check, meaning, found))
     undecoded = f"{len(images) - decoded} PNG were not decoded; --verify checks their pixels too."
     parts = [
-        "<!doctype html><meta charset='utf-8'><title>prepare_dataset</title>",
-        "<style>body{font-family:sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:left}</style>",
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>prepare_dataset</title>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<style>{REPORT_STYLE}</style>",
         f"<h1>{len(images)} images laid out</h1><p>{undecoded if decoded < len(images) else ''}</p>",
         html_table(["split", "images", "studies", "patients"], splits),
-        "<h2>Bits used</h2>" + html_table(["bits", "images"], sorted(depths.items())),
+        "<section><h2>bits used</h2>" + html_table(["bits", "images"], sorted(depths.items())),
+        "</section>",
     ]
     for column in ("laterality", "view", "implant", "view_modifier", "flipped", "spacing_mm"):
         values = images[column].replace("", "unknown").value_counts().sort_index()
-        parts.append(f"<h2>{column}</h2>" + html_table([column, "images"], values.items()))
+        table = html_table([column, "images"], values.items())
+        parts.append(f"<section><h2>{column}</h2>{table}</section>")
     parts.append(
         "<h2>Checks</h2>"
         + html_table(["check", "meaning", "images"], [(c, m, len(f)) for c, m, f in lists])
@@ -1713,9 +1725,8 @@ def make_report(plan: Plan) -> str:
         if found:
             more = f" (the first {REPORTED} of {len(found)})" if len(found) > REPORTED else ""
             parts.append(f"<h2>{check}{more}</h2>" + html_table(["file", "detail"], found[:REPORTED]))
-    parts.append(
-        "<h2>Notes</h2><ul>" + "".join(f"<li>{html.escape(n)}</li>" for n in plan.notes) + "</ul>\n"
-    )
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in plan.notes)
+    parts.append(f"<h2>Notes</h2><ul>{notes}</ul>\n" if notes else "")
     return "\n".join(parts)
 
 

@@ -7,6 +7,7 @@ BYOL then learns from two medically safe views of every tile: full bit depth, on
     python train_byol_mammo.py --data_dir split_images/training          # one GPU, or the CPU
     python train_byol_mammo.py --backbone resnet18 --weights none --view_size 128 --epochs 3
     torchrun --nproc_per_node 4 train_byol_mammo.py --data_dir ...       # four GPUs, or submit_byol.sh
+    python train_byol_mammo.py --report runs/byol_resnet50               # write its report.html again
     python train_byol_mammo.py --help                                    # every setting, one line each
 
 Contents
@@ -19,7 +20,7 @@ Contents
     7 Model            backbone, BYOL heads, classification head
     8 Schedule         optimisers, weight decay groups, learning rate, momentum
     9 Checkpoint       atomic writes, resume, backbone export
-    10 Monitoring      collapse, metrics.csv, wandb, pictures
+    10 Monitoring      collapse, progress, metrics.csv, wandb, pictures, report.html
     11 Training        processes, the step, the epoch, the run
     12 Entry           main
 
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import copy
 import ctypes
 import dataclasses
@@ -40,6 +42,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import html
 import json
 import math
 import multiprocessing
@@ -48,6 +51,7 @@ import os
 import platform
 import queue
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -56,10 +60,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +125,9 @@ PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
 SAVE_EVERY = 10.0  # minutes between writes of last.pth inside an epoch
 LOG_EVERY = 10  # steps between rows of metrics.csv
+PROGRESS = "auto"  # auto, bar, lines or none; auto = a bar on a terminal, else a line a minute
+REPORT_EVERY = 5.0  # minutes between updates of pictures and report.html; 0 = none of them
+REPORT = ""  # folder of a run whose report.html is written again, without training; empty = train
 SEED = 0  # every random choice follows from it
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto = bf16 where supported, else fp16, fp32 on CPU
@@ -137,6 +144,7 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "lars"),
     "on_collapse": ("warn", "stop"),
+    "progress": ("auto", "bar", "lines", "none"),
     "wandb_mode": ("auto", "online", "offline", "disabled"),
 }
 LR_BATCH = 32  # batch size at which LR is meant
@@ -144,7 +152,7 @@ LR_BATCH = 32  # batch size at which LR is meant
 FREE_ON_RESUME = (
     "output_dir run_name cache_dir data_dir qc_pages num_workers max_steps save_every log_every device "
     "compile grad_checkpoint deterministic on_collapse resume wandb_mode wandb_project checkpoint_every "
-    "labels probe_every"
+    "labels probe_every progress report_every report"
 ).split()  # fmt: skip
 
 
@@ -194,6 +202,9 @@ class Config:
     checkpoint_every: int = CHECKPOINT_EVERY
     save_every: float = SAVE_EVERY
     log_every: int = LOG_EVERY
+    progress: str = PROGRESS
+    report_every: float = REPORT_EVERY
+    report: str = REPORT
     seed: int = SEED
     device: str = DEVICE
     precision: str = PRECISION
@@ -256,6 +267,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf),
     "log_every": (1, math.inf),
+    "report_every": (0, math.inf),
     "seed": (0, 2**63 - 1),
 }
 
@@ -903,7 +915,14 @@ def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PI
     return energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
 
 
-CRITERIA = ("breast_ratio", "mean_intensity", "non_zero_ratio", "freq_energy")
+# Each criterion and the setting that a tile must reach, in the order in which tiles are judged.
+THRESHOLDS = {
+    "breast_ratio": "min_breast_ratio",
+    "mean_intensity": "min_tile_intensity",
+    "non_zero_ratio": "min_non_zero_pixels",
+    "freq_energy": "min_freq_energy",
+}
+CRITERIA = tuple(THRESHOLDS)
 
 
 def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
@@ -1005,13 +1024,7 @@ def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
 
     Specks may lie in dark fat or at the skin's edge: a tile of high energy is kept there (`is_rescued`).
     """
-    bars = (
-        config.min_breast_ratio,
-        config.min_tile_intensity,
-        config.min_non_zero_pixels,
-        config.min_freq_energy,
-    )
-    failed = [table[name] < bar for name, bar in zip(CRITERIA, bars, strict=True)]
+    failed = [table[name] < getattr(config, bar) for name, bar in THRESHOLDS.items()]
     # A tile without breast is of no use even where every threshold is 0.
     failed[0] |= table["breast_ratio"] == 0
     if config.high_freq_energy:
@@ -1031,7 +1044,7 @@ def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
 # Tiles overlap by half, so pixels are stored once and a tile is an index into them. Pixels outside the
 # breast mask are 0: labels, markers and film edges never reach a view.
 
-EXTRACTION_PICTURES = ("segmentation.png", "tiles.png")
+EXTRACTION_PICTURES = ("segmentation.png", "grid.png", "tiles.png")
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
 
 
@@ -1227,7 +1240,7 @@ def extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
-    with progress(total=len(jobs), desc="tiles", unit="image") as bar:
+    with progress(mode=config.progress, total=len(jobs), desc="tiles", unit="image") as bar:
         if workers == 1:
             for job in jobs:
                 _extract_to_part(*job)
@@ -2035,6 +2048,7 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["steps_per_epoch"] = run.steps_per_epoch
         content["best_rankme"] = run.best_rankme
         content["best_auroc"] = run.best_auroc
+        content["best_epoch"] = run.best_epoch
         if run.speck_head is not None:  # not in model_state_dict: it is no part of the model
             content["speck_head"] = run.speck_head.state_dict()
         content["healthy"] = run.healthy
@@ -2073,6 +2087,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
         run.step = round(state["step"] / state["steps_per_epoch"] * run.steps_per_epoch)
     run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
     run.wandb_id, run.best_auroc = state["wandb_id"], state["best_auroc"]
+    run.best_epoch = state.get("best_epoch", 0)
     if run.speck_head is not None:
         run.speck_head.load_state_dict(state["speck_head"])
 
@@ -2104,8 +2119,9 @@ def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
 
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (
-    "step epoch loss lr momentum feature_std tiles_per_s breast_ratio gpu_memory_gb "
-    "monitor_std monitor_rankme freq_loss monitor_auroc monitor_auroc_mass monitor_auroc_calcification"
+    "step epoch loss lr momentum feature_std tiles_per_s batches_per_s seconds_left breast_ratio "
+    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss monitor_auroc "
+    "monitor_auroc_mass monitor_auroc_calcification"
 ).split()
 
 
@@ -2125,7 +2141,10 @@ def rankme(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def watch(run: Run) -> dict[str, float]:
-    """Feature std of the projections and RankMe of the backbone features on the monitor tiles."""
+    """Feature std of the projections and RankMe of the backbone features on the monitor tiles.
+
+    The features stay with the run, for embedding.png.
+    """
     run.model.eval()
     features, projections = [], []
     for ids in np.array_split(run.monitor_ids, -(-len(run.monitor_ids) // run.config.batch_size)):
@@ -2135,10 +2154,8 @@ def watch(run: Run) -> dict[str, float]:
             features.append(feature.float().cpu())
             projections.append(run.model.projection_head(feature).float().cpu())
     run.model.train()
-    return {
-        "std": float(feature_std(torch.cat(projections))),
-        "rankme": float(rankme(torch.cat(features))),
-    }
+    run.features = torch.cat(features)
+    return {"std": float(feature_std(torch.cat(projections))), "rankme": float(rankme(run.features))}
 
 
 LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without the box's centre
@@ -2335,9 +2352,46 @@ def run_probe(run: Run, probe: Probe) -> dict[str, float]:
     return {"auroc": float(np.mean(list(out.values()))), **out}
 
 
-def progress(items: Any = None, **options: Any) -> tqdm:
-    """A tqdm bar; where stderr is a log file, it prints a line every 30 s instead of redrawing."""
-    return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
+LINE_EVERY = 60.0  # s between lines of progress in a log file
+BAR = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {unit}s, {remaining} left{postfix}"
+
+
+class LogLines(tqdm):
+    """Progress in whole lines, every LINE_EVERY seconds and at the end: log files have no cursor."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.shown = time.monotonic()
+        text = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
+        super().__init__(*args, **(options | {"bar_format": text}))
+
+    def refresh(self, *args: Any, **options: Any) -> None:
+        """Print a line where one is due."""
+        if not self.disable and time.monotonic() - self.shown >= LINE_EVERY:
+            self.shown = time.monotonic()
+            self.display()
+
+    def display(self, *args: Any, **options: Any) -> None:
+        """Print the present state as a line."""
+        print(self, file=self.fp, flush=True)
+
+    def clear(self, *args: Any, **options: Any) -> None:
+        """Leave what was printed."""
+
+    def close(self) -> None:
+        """Print the last line."""
+        if not self.disable:
+            self.display()
+            self.delay = math.inf  # tqdm's own last line is not wanted
+        super().close()
+
+
+def progress(items: Any = None, mode: str = PROGRESS, **options: Any) -> tqdm:
+    """Show how far a loop is, as PROGRESS says: a bar, whole lines, or nothing."""
+    if mode == "none":
+        options["disable"] = True
+    if mode == "lines" or (mode == "auto" and not sys.stderr.isatty()):
+        return LogLines(items, **options)
+    return tqdm(items, mininterval=0.2, dynamic_ncols=True, bar_format=BAR, **options)
 
 
 class MetricsFile:
@@ -2349,7 +2403,7 @@ class MetricsFile:
             return
         kept = pd.DataFrame(columns=METRICS)
         if path.is_file() and step:
-            kept = pd.read_csv(path)
+            kept = pd.read_csv(path).reindex(columns=METRICS)
             kept = kept[kept["step"] <= step]
         write_atomic(path, kept.to_csv(index=False))
 
@@ -2369,44 +2423,53 @@ class Tracker:
     """
 
     def __init__(self, run_id: str, config: Config, enabled: bool = True) -> None:
-        self.items: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        mode = wandb_mode(config)
-        self.enabled = enabled and mode != "disabled"
-        self.thread = threading.Thread(target=self._work, args=(run_id, mode, config), daemon=True)
+        self.items: queue.Queue[tuple[dict[str, Any], bool] | None] = queue.Queue()
+        self.run_id, self.config, self.mode = run_id, config, wandb_mode(config)
+        self.enabled = enabled and self.mode != "disabled"
+        self.thread = threading.Thread(target=self._work, daemon=True)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Queue metrics; a value that is a Path is sent as an image."""
+    def log(self, row: dict[str, Any], summary: bool = False) -> None:
+        """Queue metrics, a Path being sent as an image; with `summary` for the run as a whole."""
         if not self.enabled:
             return
         if self.thread.ident is None:
             self.thread.start()
-        self.items.put(row)
+        self.items.put((row, summary))
 
     def finish(self, timeout: float = 30) -> None:
-        """Let the thread write what is queued, for at most `timeout` seconds."""
-        if self.thread.ident is not None:
-            self.items.put(None)
-            self.thread.join(timeout)
+        """Let the thread write what is queued, for at most `timeout` seconds; say how to upload it."""
+        if self.thread.ident is None:
+            return
+        self.items.put(None)
+        self.thread.join(timeout)
+        if self.enabled and self.mode == "offline":
+            runs = shlex.quote(str(self.config.run_dir / "wandb")) + f"/offline-run-*-{self.run_id}"
+            print(f"tracking  wandb was offline; to upload this run: wandb sync {runs}", flush=True)
 
-    def _work(self, run_id: str, mode: str, config: Config) -> None:
+    def _work(self) -> None:
         try:
             import wandb
 
             run = wandb.init(
-                project=config.wandb_project,
-                name=config.run_dir.name,
-                id=run_id,
+                project=self.config.wandb_project,
+                name=self.config.run_dir.name,
+                id=self.run_id,
                 resume="allow",
-                mode=mode,  # type: ignore[arg-type]
-                dir=str(config.run_dir),
-                config=dataclasses.asdict(config),
+                mode=self.mode,  # type: ignore[arg-type]
+                dir=str(self.config.run_dir),
+                config=dataclasses.asdict(self.config),
                 settings=wandb.Settings(console="off", silent=True),
             )
-            while (row := self.items.get()) is not None:
+            while (item := self.items.get()) is not None:
+                row, summary = item
+                if summary:
+                    run.summary.update(row)
+                    continue
                 pictures = {k: wandb.Image(str(v)) for k, v in row.items() if isinstance(v, Path)}
                 run.log({**row, **pictures}, step=row.get("step"))
             run.finish()
         except Exception as error:  # tracking must never end a run
+            self.enabled = False
             print(f"note: wandb stopped ({type(error).__name__}: {error})", file=sys.stderr)
 
 
@@ -2425,10 +2488,17 @@ def wandb_mode(config: Config) -> str:
 
 
 # Okabe & Ito's colours stay apart for the colour-blind.
+OKABE_ITO = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 BREAST_COLOUR, MUSCLE_COLOUR = "#56b4e9", "#e69f00"
-OUTCOME_COLOURS = dict(
-    zip(("", *CRITERIA), ("#009e73", "#999999", "#cc79a7", "#d55e00", "#f0e442"), strict=True)
-)
+# What became of a tile: words, colour and marker.
+OUTCOMES = {
+    "": ("kept", "#009e73", "s"),
+    "breast_ratio": ("too little breast", "#999999", "x"),
+    "mean_intensity": ("too dark", "#cc79a7", "v"),
+    "non_zero_ratio": ("too many empty pixels", "#d55e00", "D"),
+    "freq_energy": ("too little fine detail", "#f0e442", "+"),
+}
+PICTURE_WIDTH = 5.6  # inches: text of 9-10 pt stays readable where a phone shrinks the picture
 
 
 @dataclass(frozen=True)
@@ -2462,6 +2532,7 @@ def draw_extraction(config: Config, folder: Path, count: int = 4) -> None:
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int))]
     samples = [load_sample(index, sources.loc[index], config) for index in chosen]
     draw_segmentation(samples, folder / "segmentation.png")
+    draw_grid(samples, config, folder / "grid.png")
     draw_tiles(samples, config, folder / "tiles.png")
 
 
@@ -2470,7 +2541,9 @@ def draw_qc_pages(config: Config, folder: Path) -> None:
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    for index, source in progress(list(list_sources(config.data_dir).iterrows()), desc="qc pages"):
+    for index, source in progress(
+        list(list_sources(config.data_dir).iterrows()), config.progress, desc="qc pages", unit="page"
+    ):
         path = folder / f"{index:06d}.png"
         if path.is_file():
             continue
@@ -2484,7 +2557,7 @@ def draw_qc_pages(config: Config, folder: Path) -> None:
         else:
             outline(axes, sample)
             mark_tiles(axes, sample, config)
-            figure.legend(loc="lower center", ncols=3, fontsize=7)
+            figure.legend(loc="lower center", ncols=3, fontsize=8)
         save_figure(figure, path)
 
 
@@ -2500,117 +2573,448 @@ def outline(axes: Any, sample: Sample) -> None:
 def mark_tiles(axes: Any, sample: Sample, config: Config) -> None:
     """Mark the centres of an image's tiles by outcome."""
     centre = sample.table[["x", "y"]] + config.tile_size / 2
-    for reason, colour in OUTCOME_COLOURS.items():
+    for reason, (text, colour, marker) in OUTCOMES.items():
         points = centre[sample.table["rejected_by"] == reason]
-        marker = "x" if reason else "s"
-        name = f"rejected: {reason}" if reason else "kept"
-        axes.scatter(points["x"], points["y"], s=18, c=colour, marker=marker, label=name)
+        axes.scatter(points["x"], points["y"], s=14, c=colour, marker=marker, label=text)
+
+
+def panel_grid(count: int, columns: int, row_height: float) -> tuple[Any, list[Any]]:
+    """A figure PICTURE_WIDTH wide with `count` panels in rows of `columns`, and those panels."""
+    from matplotlib.figure import Figure
+
+    rows = -(-count // columns)
+    figure: Any = Figure(figsize=(PICTURE_WIDTH, row_height * rows), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
 
 
 def draw_segmentation(samples: list[Sample], path: Path) -> None:
     """segmentation.png: outlines of breast and muscle over each image."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(samples), 4.4))
-    for column, sample in enumerate(samples, 1):
-        outline(figure.add_subplot(1, len(samples), column), sample)
+    figure, panels = panel_grid(len(samples), 2, 3.5)
+    for axes, sample in zip(panels, samples, strict=True):
+        outline(axes, sample)
     figure.suptitle("Breast (blue) and pectoral muscle (orange)", fontsize=11)
     save_figure(figure, path)
 
 
-def draw_tiles(samples: list[Sample], config: Config, path: Path) -> None:
-    """tiles.png: the grid over each image, coloured by what became of a tile, and tiles of each kind."""
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(13, 10))
-    above, below = figure.subfigures(2, 1, height_ratios=(2, 3))
-    for axes, sample in zip(above.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
+def draw_grid(samples: list[Sample], config: Config, path: Path) -> None:
+    """grid.png: the tiles' centres over each image, by what became of a tile."""
+    figure, panels = panel_grid(len(samples), 2, 3.7)
+    for axes, sample in zip(panels, samples, strict=True):
         show_grey(axes, sample.image, sample.title, *sample.window)
         mark_tiles(axes, sample, config)
-    above.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
-    above.suptitle("Tile centres by outcome", fontsize=10)
-    tiles = [(sample, tile) for sample in samples for tile in sample.table.itertuples()]
-    kept = sorted((t for t in tiles if not t[1].rejected_by), key=lambda t: -t[1].freq_energy)
-    lost = [t for t in tiles if t[1].rejected_by and t[1].breast_ratio > 0]
-    lost.sort(key=lambda t: (CRITERIA.index(t[1].rejected_by), t[1].breast_ratio), reverse=True)
-    groups = {
-        "kept, highest energy": kept[:8],
-        "kept, lowest energy": kept[-8:],
-        "rejected": lost[:: max(1, len(lost) // 8)][:8],
-    }
-    grid = below.subplots(3, 8, squeeze=False)
-    for row, (name, group) in zip(grid, groups.items(), strict=True):
-        row[0].set_ylabel(name, fontsize=9)
-        for axes, (sample, tile) in zip(row, group, strict=False):
-            area = (slice(tile.y, tile.y + config.tile_size), slice(tile.x, tile.x + config.tile_size))
-            masked = np.where(sample.mask[area], sample.image[area], 0)
-            title = f"energy {tile.freq_energy:.3f}\n{tile.rejected_by}"
-            show_grey(axes, masked, title, *sample.window)
-        for axes in row[len(group) :]:
-            axes.set_axis_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.suptitle("Centres of the tiles: kept, or why not", fontsize=11)
     save_figure(figure, path)
+
+
+def draw_tiles(samples: list[Sample], config: Config, path: Path) -> None:
+    """tiles.png: tiles with the most and the least fine detail among those kept, and rejected ones."""
+    tables = [sample.table.assign(number=number) for number, sample in enumerate(samples)]
+    table = pd.concat(tables, ignore_index=True)
+    kept = table[table["rejected_by"] == ""].sort_values("freq_energy")
+    lost = table[(table["rejected_by"] != "") & (table["breast_ratio"] > 0)]
+    lost = in_turn(lost.sort_values("breast_ratio", ascending=False), "rejected_by")
+    rows = {0: in_turn(kept[::-1], "number")[:3], 3: in_turn(kept, "number")[:3], 6: lost[:6]}
+    figure, panels = panel_grid(12, 3, 2.35)
+    for axes in panels:
+        axes.set_axis_off()
+    for first, group in rows.items():
+        for axes, (_, tile) in zip(panels[first:], group.iterrows(), strict=False):
+            sample, reason = samples[tile["number"]], tile["rejected_by"]
+            area = tuple(slice(tile[axis], tile[axis] + config.tile_size) for axis in "yx")
+            masked = np.where(sample.mask[area], sample.image[area], 0)
+            text = f"kept\nenergy {tile['freq_energy']:.3f}"
+            if reason:
+                limit = getattr(config, THRESHOLDS[reason])
+                text = f"{OUTCOMES[reason][0]}\n{tile[reason]:.3g} of {limit:g}"
+            show_grey(axes, masked, text, *sample.window)
+    figure.suptitle("Kept: most and least fine detail. Below: rejected", fontsize=11)
+    save_figure(figure, path)
+
+
+def in_turn(table: pd.DataFrame, by: str) -> pd.DataFrame:
+    """The rows reordered: the first of each group of column `by`, then each group's second, ..."""
+    return table.iloc[np.argsort(table.groupby(by).cumcount().to_numpy(), kind="stable")]
 
 
 def draw_views(run: Run, path: Path, count: int = 4) -> None:
-    """views.png: tiles beside the two views that BYOL compares, at two steps."""
-    from matplotlib.figure import Figure
-
+    """views.png: tiles beside the two views that BYOL compares."""
     ids = run.train_ids[np.linspace(0, len(run.train_ids) - 1, count).astype(int)]
-    size, seed = run.config.view_side, run.config.seed
-    columns = [("tile", make_view(run.tiles, ids, PLAIN_VIEW, size))]
-    for step in (0, 1):
-        views = two_views(run, run.tiles, ids, (seed, step, 0))
-        for name, view in zip(("view 1", "view 2"), views, strict=True):
-            columns.append((f"{name}, step {step}", view.cpu()))
-    figure = Figure(figsize=(2.4 * len(columns), 2.5 * count))
-    for column, (name, view) in enumerate(columns):
-        for row in range(count):
-            axes = figure.add_subplot(count, len(columns), row * len(columns) + column + 1)
-            grey = (view[row, 0] * GREY_STD + GREY_MEAN).cpu().numpy()
-            show_grey(axes, grey, name if row == 0 else "", 0, 1)
+    plain = make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side)
+    columns = plain, *two_views(run, run.tiles, ids, (run.config.seed, 0, 0))
+    figure, panels = panel_grid(3 * count, 3, 2.0)
+    for index, axes in enumerate(panels):
+        row, column = divmod(index, 3)
+        grey = (columns[column][row, 0] * GREY_STD + GREY_MEAN).cpu().numpy()
+        show_grey(axes, grey, ("tile", "view 1", "view 2")[column] if row == 0 else "", 0, 1)
     save_figure(figure, path)
 
 
-def draw_curves(metrics: Path, path: Path) -> None:
-    """curves.png: loss, feature std, learning rate and RankMe against the step."""
-    from matplotlib.figure import Figure
-
-    table = pd.read_csv(metrics)
-    panels = (
-        (["loss"], "BYOL loss (-1 = agreement)"),
-        (["feature_std", "monitor_std"], "feature std (1 = isotropic, 0 = collapse)"),
-        (["lr"], "learning rate"),
-        (["monitor_rankme"], "RankMe (effective rank)"),
-    )
-    figure = Figure(figsize=(13, 3.4))
-    for number, (names, title) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), number)
-        for name in names:
-            line = table[["step", name]].dropna()
-            axes.plot(line["step"], line[name], marker="." if len(line) < 30 else "", label=name)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if len(names) > 1:
-            axes.axhline(COLLAPSE_STD, color="#d55e00", linestyle="--", label="collapse")
+def draw_curves(metrics: pd.DataFrame, path: Path) -> None:
+    """curves.png: loss, feature std, RankMe, schedules and speed against the step."""
+    curves = {
+        "BYOL loss (-1 = agreement)": {"training tiles": "loss"},
+        "feature std (1 = isotropic)": {"training tiles": "feature_std", "monitor tiles": "monitor_std"},
+        "RankMe (effective rank)": {"monitor tiles": "monitor_rankme"},
+        "learning rate": {"": "lr"},
+        "target momentum": {"": "momentum"},
+        "speed (tiles per second)": {"": "tiles_per_s"},
+        "probe AUROC": {name: f"monitor_auroc_{name}" for name in CLASSES},
+    }
+    if not metrics["monitor_auroc"].notna().any():
+        del curves["probe AUROC"]
+    figure, panels = panel_grid(len(curves), 2, 2.5)
+    for axes, (title, lines) in zip(panels, curves.items(), strict=True):
+        for (label, name), colour in zip(lines.items(), OKABE_ITO[1::3], strict=False):
+            line = metrics[["step", name]].dropna()
+            marker = "." if len(line) < 30 else ""
+            axes.plot(line["step"], line[name], marker=marker, color=colour, label=label)
+        if "std" in title:
+            axes.axhline(COLLAPSE_STD, color=OKABE_ITO[0], linestyle="--", label="collapse")
+        if len(lines) > 1:
+            axes.legend(fontsize=8)
+        if "std" in title or "RankMe" in title or "speed" in title:
             axes.set_ylim(bottom=0)
-            axes.legend(fontsize=7)
-    figure.tight_layout()
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=9)
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def draw_embedding(run: Run, features: Tensor, path: Path) -> None:
+    """embedding.png: the monitor tiles' features on their two main axes, coloured by what is known."""
+    unit, values, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+    x, y = (unit[:, :2] * values[:2]).T.tolist()
+    share = values**2 / (values**2).sum().clamp_min(1e-12)
+    tiles = run.tiles.tiles.iloc[run.monitor_ids]
+    views = run.tiles.images["view"].to_numpy()[tiles["image"]]
+    known = views.astype(bool).any()
+    figure, panels = panel_grid(3 if known else 2, 2, 2.9)
+    names = {"mean_intensity": "mean grey (0-255)", "freq_energy": "speck energy"}
+    for axes, (name, title) in zip(panels, names.items(), strict=False):
+        low, high = np.percentile(tiles[name], (2, 98))  # a few outliers would take all colours
+        dots = axes.scatter(x, y, s=8, c=tiles[name], cmap="cividis", vmin=low, vmax=high)
+        axes.set_title(title, fontsize=10)
+        figure.colorbar(dots, ax=axes).ax.tick_params(labelsize=8)
+    if known:
+        for view, colour in zip(sorted(set(views)), OKABE_ITO, strict=False):
+            points = np.column_stack([x, y])[views == view].T
+            panels[2].scatter(*points, s=8, color=colour, label=view or "unknown")
+        panels[2].set_title("view", fontsize=10)
+        panels[2].legend(fontsize=8)
+    for axes in panels:
+        axes.set_xlabel(f"1st axis ({share[0]:.0%} of variance)", fontsize=9)
+        axes.set_ylabel(f"2nd axis ({share[1]:.0%})", fontsize=9)
+        axes.tick_params(labelsize=8)
     save_figure(figure, path)
 
 
 def show_grey(axes: Any, image: np.ndarray, title: str, low: float, high: float) -> None:
     """Show an image in grey, without ticks."""
     axes.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="antialiased")
-    axes.set_title(title, fontsize=8)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG, whole or not at all."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white")
+        figure.savefig(temporary, dpi=160, bbox_inches="tight", facecolor="white")
+
+
+COLLAPSE_ADVICE = (
+    "all tiles look alike to the network. Lower --lr, raise --batch_size or --momentum_base."
+)
+REPORT_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1180px; margin: auto;
+    padding: 1rem }
+h1 { margin: 0 0 .5rem } h2 { margin: 2rem 0 .3rem; border-bottom: 1px solid #ccc }
+h1, .state, pre { overflow-wrap: anywhere }
+.state { padding: .6rem .8rem; border-left: 6px solid #0072b2; background: #eef5fa }
+.bad { border-color: #d55e00; background: #fdf0e7 }
+.facts { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)) }
+.facts div { border: 1px solid #ddd; padding: .4rem .6rem } .facts b { display: block }
+.pictures { display: grid; gap: 1.5rem; margin: 1rem 0 }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)) }
+figure { margin: 0 } img { max-width: 100%; height: auto } figcaption { font-size: .95rem; color: #333 }
+.wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
+td, th { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #eee }
+.paths td + td { overflow-wrap: anywhere; min-width: 4.5rem }
+pre { white-space: pre-wrap; background: #f4f4f4; padding: .6rem }
+.bar { height: 1em; background: #56b4e9 } td:has(.bar) { width: 8rem }
+"""
+CAPTIONS = {
+    "curves.png": "Monitor tiles are seen after each epoch, and not trained on where there are enough.",
+    "segmentation.png": "What counts as breast and as muscle. Labels and markers must lie outside.",
+    "grid.png": "Each mark is the centre of a tile; tiles overlap.",
+    "tiles.png": "Black: outside the breast. Rejected tiles: their value of what was asked for.",
+    "views.png": "Each row: a tile and two views of it that the network must recognise as the same.",
+    "embedding.png": "Each point is a monitor tile; near points look alike to the network.",
+    "roc.png": "Sensitivity against false alarms.",
+    "pr.png": "Share of right alarms against sensitivity.",
+    "reliability.png": "How often a finding was there against the probability given.",
+    "embeddings.png": "Features of labelled tiles.",
+}
+CLASSIFIER_PICTURES = ("roc.png", "pr.png", "reliability.png", "embeddings.png")
+
+
+def write_summary(run: Run, state: str, reason: str = "") -> None:
+    """summary.json: how far the run is, its best epoch, the funnel of tiles, the machine."""
+    rejections = pd.read_csv(run.tiles.cache / "rejections.csv", keep_default_na=False)
+    errors = rejections["error"][rejections["error"] != ""]
+    content = {
+        "state": state,
+        "reason": reason,
+        "time": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        "step": run.step,
+        "steps": run.last_step,
+        "epoch": run.step / run.steps_per_epoch,
+        "healthy": run.healthy,
+        "best": best_figures(run),
+        "device": describe_device(run),
+        "processes": run.world.size,
+        "training_tiles": len(run.train_ids),
+        "monitor_tiles": len(run.monitor_ids),
+        "images": len(rejections),
+        "skipped": errors.value_counts().to_dict(),
+        "funnel": {k: int(v) for k, v in rejections.sum(numeric_only=True).items()},
+    }
+    write_atomic(run.folder / "summary.json", json.dumps(content, indent=2))
+
+
+def best_figures(run: Run) -> dict[str, float]:
+    """Epoch of the best checkpoint and the figure that chose it; empty before there is one."""
+    figure = {"auroc": run.best_auroc} if run.probe else {"rankme": run.best_rankme}
+    return {"epoch": run.best_epoch, **figure} if run.best_epoch else {}
+
+
+def show_run(run: Run, tracker: Tracker, state: str = "running", reason: str = "") -> None:
+    """Bring summary.json, pictures and report.html up to date. A failure is a note and ends no run."""
+    folder = run.folder
+    try:
+        write_summary(run, state, reason)
+        if run.best_epoch:
+            best = best_figures(run) | {"checkpoint": str(folder / "mammogram_byol_best.pth")}
+            tracker.log({f"best_{name}": value for name, value in best.items()}, summary=True)
+        if not run.config.report_every:
+            return
+        fresh = [] if (folder / "views.png").is_file() else ["segmentation", "grid", "tiles", "views"]
+        if fresh:
+            draw_views(run, folder / "views.png")
+        if run.features is not None:
+            draw_embedding(run, run.features, folder / "embedding.png")
+            fresh.append("embedding")
+        write_report(folder)
+        if fresh:
+            tracker.log({"step": run.step, **{name: folder / f"{name}.png" for name in fresh}})
+    except Exception as error:
+        tqdm.write(f"note: report not written ({type(error).__name__}: {error})", file=sys.stderr)
+    run.shown = time.monotonic()
+
+
+def report_is_due(run: Run) -> bool:
+    """Whether REPORT_EVERY minutes have passed."""
+    due = time.monotonic() - run.shown > 60 * run.config.report_every
+    return run.world.leads and run.config.report_every > 0 and due
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
+    """A run's config.json, summary.json ({} where absent) and metrics.csv. Raises MammoError."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record["config"] = dataclasses.asdict(Config()) | record["config"]
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path = folder / "metrics.csv"
+        metrics = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=METRICS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MammoError(
+            f"{folder}: not the folder of a run, or a file of it is damaged ({error!r})"
+        ) from error
+    return record, summary, metrics.reindex(columns=METRICS).apply(pd.to_numeric, errors="coerce")
+
+
+def write_report(folder: Path) -> Path:
+    """report.html of a run, self-contained, from the files in its folder alone; returns its path.
+
+    Raises MammoError where the folder holds no run.
+    """
+    record, summary, metrics = read_run(folder)
+    if len(metrics):
+        draw_curves(metrics, folder / "curves.png")
+    title = html.escape(f"Run {folder.resolve().name}")
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{REPORT_STYLE}</style></head><body><h1>{title}</h1>",
+        html_headline(summary, metrics),
+        html_learning(folder, metrics),
+        html_funnel(folder, record["config"], summary),
+        html_classifier(folder),
+        html_settings(record["config"]),
+        "<h2>Environment</h2>" + html_table(record.get("environment", {}).items(), kind="paths"),
+        "<p>Research use only; not for clinical decisions.</p></body></html>\n",
+    ]
+    write_atomic(folder / "report.html", "\n".join(parts))
+    return folder / "report.html"
+
+
+def html_table(rows: Iterable[Iterable[Any]], header: Sequence[str] = (), kind: str = "") -> str:
+    """A table of text; nothing in it is taken for markup. `kind` paths: cells may break anywhere."""
+    lines = [("th", header)] * bool(header) + [("td", row) for row in rows]
+    cells = ("".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in row) for tag, row in lines)
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<div class="wide {kind}"><table>{table}</table></div>'
+
+
+def html_pictures(folder: Path, *names: str) -> str:
+    """Those pictures that are there, inside the page, with their captions."""
+    figures = []
+    for path in (folder / name for name in names):
+        if path.is_file():
+            data = base64.b64encode(path.read_bytes()).decode()
+            image = f'<img alt="{path.stem}" src="data:image/png;base64,{data}">'
+            caption = CAPTIONS.get(path.name, "")
+            figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
+
+
+def html_headline(summary: dict[str, Any], metrics: pd.DataFrame) -> str:
+    """How the run stands, in a sentence and a few figures."""
+    state, healthy = summary.get("state", "unknown"), summary.get("healthy", True)
+    words = {"running": "Running when last heard of", "finished": "Finished"}
+    text = f"{words.get(state, state.capitalize())}, {summary.get('time', 'time unknown')}. "
+    text += summary.get("reason", "")
+    if not healthy:
+        text += f" Collapsed: {COLLAPSE_ADVICE}"
+    known = [name for name in METRICS if metrics[name].notna().any()]
+    last = {name: metrics[name].dropna().iloc[-1] for name in known}
+    best = summary.get("best", {})
+    facts = {"step": f"{summary.get('step', 0):,} of {summary.get('steps', 0):,}"}
+    facts["epoch"] = f"{summary.get('epoch', 0):.2f}"
+    if best:
+        chosen = f"AUROC {best['auroc']:.3f}" if "auroc" in best else f"RankMe {best['rankme']:.1f}"
+        facts["best epoch"] = f"{best['epoch']} ({chosen})"
+    figures = {
+        "loss": ("loss", ".3f"),
+        "feature std": ("feature_std", ".2f"),
+        "RankMe": ("monitor_rankme", ".1f"),
+        "tiles per second": ("tiles_per_s", ".3g"),
+        "GiB of GPU memory": ("gpu_memory_gb", ".1f"),
+        "% GPU utilisation": ("gpu_utilisation", ".0f"),
+    }
+    facts |= {k: f"{last[name]:{style}}" for k, (name, style) in figures.items() if name in last}
+    if state == "running" and "seconds_left" in last:
+        facts["time left"] = str(datetime.timedelta(seconds=round(last["seconds_left"])))
+    facts["device"] = f"{summary.get('processes', 1)} x {summary.get('device', 'unknown')}"
+    shown = (f"<div>{html.escape(k)}<b>{html.escape(v)}</b></div>" for k, v in facts.items())
+    bad = "" if healthy and state in words else " bad"
+    return f'<p class="state{bad}">{html.escape(text)}</p><div class="facts">{"".join(shown)}</div>'
+
+
+def html_learning(folder: Path, metrics: pd.DataFrame) -> str:
+    """Curves, the signs of collapse and the map of features."""
+    epochs = metrics.dropna(subset=["monitor_rankme"]).dropna(axis=1, how="all")
+    columns = [name for name in epochs if name == "epoch" or name.startswith("monitor_")]
+    rows = [[f"{value:.4g}" for value in row] for row in epochs[columns].tail(20).to_numpy()]
+    last = (
+        f"<details><summary>The last {len(rows)} epochs</summary>{html_table(rows, columns)}</details>"
+    )
+    return (
+        "<h2>Does it learn?</h2><p>The loss alone can't tell: it is lowest when all tiles look alike to "
+        "the network (collapse). <b>Feature std</b> is the spread of the tiles' projections: 1 = even "
+        f"in all directions, below {COLLAPSE_STD} collapsed. <b>RankMe</b> is the number of directions "
+        "that the features fill; it has no fixed threshold: a fall towards 1 is collapse, and without "
+        "labels the best checkpoint is from the healthy epoch where it is highest.</p>"
+        + html_pictures(folder, "curves.png", "embedding.png")
+        + (last if rows else "")
+    )
+
+
+def html_funnel(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
+    """From images to tiles: how many each criterion took, and what that looks like."""
+    funnel, skipped = summary.get("funnel", {}), summary.get("skipped", {})
+    total = max(1, funnel.get("positions", 0))
+    rows = [("positions in the images", funnel.get("positions", 0))]
+    rows += [
+        (f"{OUTCOMES[name][0]} ({name} below {config.get(bar):g})", -funnel.get(name, 0))
+        for name, bar in THRESHOLDS.items()
+    ]
+    rows += [("over --max_tiles", -funnel.get("capped", 0)), ("kept", funnel.get("kept", 0))]
+    lines = (
+        f"<tr><td>{html.escape(text)}</td><td>{count:,}</td>"
+        f'<td><div class="bar" style="width: {abs(count) / total:.1%}"></div></td></tr>'
+        for text, count in rows
+    )
+    return (
+        f"<h2>From images to tiles</h2><p>{summary.get('images', 0):,} images, of which "
+        f"{sum(skipped.values()):,} were skipped; {funnel.get('rescued', 0):,} dark tiles were kept for "
+        f"their fine detail. {summary.get('training_tiles', 0):,} tiles train, "
+        f"{summary.get('monitor_tiles', 0):,} are monitor tiles.</p>"
+        f'<div class="wide"><table>{"".join(lines)}</table></div>'
+        + (html_table(skipped.items(), ("why skipped", "images")) if skipped else "")
+        + html_pictures(folder, "segmentation.png", "grid.png", "tiles.png", "views.png")
+    )
+
+
+def html_results(path: Path) -> str:
+    """A table of train_classifier.py without its sub-groups of images."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        return f"<p>{path.name} can't be read ({type(error).__name__})</p>"
+    if "group" in table:
+        table = table[table["group"] == "all"].drop(columns="group")
+    cells = table.map(lambda v: f"{v:.3f}" if isinstance(v, float) else v).replace("nan", "")
+    return html_table(cells.to_numpy(), [name.replace("_", " ") for name in cells])
+
+
+def html_classifier(folder: Path) -> str:
+    """Results of train_classifier.py in the run's sub-folders (--output_dir with the run's folder)."""
+    parts = []
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found = []
+        for path in (place / "evaluation.csv", place / "compare.csv"):
+            if path.is_file():
+                found.append(html_results(path))
+        maps = [path.name for path in sorted(place.glob("map_*.png"))[:4]]
+        found.append(html_pictures(place, *CLASSIFIER_PICTURES, *maps))
+        if any(found):
+            parts += [f"<h2>Classifier: {html.escape(place.name)}</h2>", *found]
+    return "".join(parts)
+
+
+def changed_flags(settings: dict[str, Any]) -> dict[str, list[str]]:
+    """The words of the flag for each setting that is not at its default."""
+    flags = {}
+    for name, default in dataclasses.asdict(Config()).items():
+        value = settings[name]
+        if value != default:
+            on_off = [f"--{name}" if value else f"--no_{name}"]
+            flags[name] = on_off if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
+
+
+def html_settings(config: dict[str, Any]) -> str:
+    """The command that repeats the run, and all settings."""
+    defaults, flags = dataclasses.asdict(Config()), changed_flags(config)
+    lines = ["python train_byol_mammo.py", *map(shlex.join, flags.values())]
+    changed = [(name, config[name], defaults[name]) for name in flags]
+    same = [(name, value) for name, value in defaults.items() if name not in flags]
+    return (
+        "<h2>Settings</h2><pre>"
+        + html.escape(" \\\n    ".join(lines))
+        + "</pre>"
+        + html_table(changed, ("changed", "here", "default"), "paths")
+        + f"<details><summary>{len(same)} settings at their defaults</summary>"
+        + html_table(same, kind="paths")
+        + "</details>"
+    )
 
 
 # ---- 11 Training -----------------------------------------------------------------------------------
@@ -2686,17 +3090,25 @@ class Run:
     step: int = 0
     best_rankme: float = 0.0
     best_auroc: float = 0.0
+    best_epoch: int = 0  # 0 = none yet
     probe: Probe | None = None
     speck_head: nn.Conv2d | None = None  # of the frequency target
     speck_scale: tuple[Tensor, Tensor] | None = None  # mean and deviation of its quantities
     healthy: bool = True
     batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
+    features: Tensor | None = None  # (monitor tiles, input_dim) as of the last epoch
+    shown: float = -math.inf  # when the report was written, on time.monotonic()
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole schedule."""
         return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this run ends."""
+        return min(self.total_steps, self.config.max_steps or self.total_steps)
 
 
 def available_cores() -> int:
@@ -2847,18 +3259,16 @@ def train_one_epoch(
             means = read_metrics(run, pending, stop)
             check_finite(means[0], run, ids)
             run.batch_std = means[1]
-            speed = len(pending) * config.batch_size * run.world.size / (time.monotonic() - logged)
-            row = describe_step(run, means, speed, ids)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.4f} lr {row['lr']:.2e} momentum {row['momentum']:.5f} "
-                f"std {run.batch_std:.3f} {speed:.1f} tiles/s"
-            )
+            row = describe_step(run, means, len(pending) / (time.monotonic() - logged), ids)
+            bar.set_postfix_str(describe_row(row, run.monitor))
             metrics.write(row)
             tracker.log(row)
-            pending, logged = [], time.monotonic()
             if (stop.requested or due) and not last:  # the end of an epoch saves by itself
                 save_state(run)
                 saved = time.monotonic()
+            if report_is_due(run) and not (stop.requested or last):
+                show_run(run, tracker)
+            pending, logged = [], time.monotonic()
             if stop.requested or last:
                 return
 
@@ -2884,8 +3294,17 @@ def save_state(run: Run) -> None:
         save_checkpoint(run.folder / "last.pth", run, resumable=True)
 
 
+def describe_row(row: dict[str, float], monitor: dict[str, float]) -> str:
+    """What the progress bar says, the most telling first: a narrow terminal cuts the end."""
+    rank = f" RankMe {monitor['rankme']:.1f}" if monitor else ""
+    return (
+        f"loss {row['loss']:.4f} std {row['feature_std']:.3f}{rank} {row['tiles_per_s']:.1f} tiles/s "
+        f"lr {row['lr']:.2e} momentum {row['momentum']:.5f}"
+    )
+
+
 def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarray) -> dict[str, float]:
-    """A row of metrics.csv for the last step; `means` as from read_metrics."""
+    """A row of metrics.csv for the last step; `means` as from read_metrics, `speed` in steps/s."""
     step, schedule = run.step - 1, (run.total_steps, run.steps_per_epoch, run.config, run.world.size)
     row = {
         "step": run.step,
@@ -2894,13 +3313,18 @@ def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarra
         "lr": learning_rate(step, *schedule),
         "momentum": target_momentum(step, run.total_steps, run.config),
         "feature_std": means[1],
-        "tiles_per_s": speed,
+        "tiles_per_s": speed * run.config.batch_size * run.world.size,
+        "batches_per_s": speed,
+        "seconds_left": (run.last_step - run.step) / speed,
         "breast_ratio": float(run.tiles.tiles["breast_ratio"].to_numpy()[ids].mean()),
     }
     if run.speck_head is not None:
         row["freq_loss"] = means[2]
     if run.device.type == "cuda":
         row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
+        # Needs nvidia-ml-py and the right to ask the driver; wandb's system metrics have it anyway.
+        with suppress(Exception):
+            row["gpu_utilisation"] = torch.cuda.utilization(run.device)
     return row
 
 
@@ -2947,17 +3371,18 @@ def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     tracker.log(row)
     if not run.healthy:
         tqdm.write(
-            f"warning: collapse, feature std {std:.3f} < {COLLAPSE_STD} after epoch "
-            f"{epoch}: all tiles look alike to the network. Lower --lr, raise --batch_size or "
-            "--momentum_base.",
+            f"warning: collapse, feature std {std:.3f} < {COLLAPSE_STD} after epoch {epoch}: "
+            f"{COLLAPSE_ADVICE}",
             file=sys.stderr,
         )
     if run.healthy and improves(run):
+        run.best_epoch = epoch
         save_checkpoint(run.folder / "mammogram_byol_best.pth", run)
     if config.checkpoint_every and epoch % config.checkpoint_every == 0:
         save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
     save_state(run)
-    draw_run(run, metrics)
+    if report_is_due(run):
+        show_run(run, tracker)
 
 
 def improves(run: Run) -> bool:
@@ -2972,13 +3397,6 @@ def improves(run: Run) -> bool:
     better = run.monitor["rankme"] > run.best_rankme
     run.best_rankme = max(run.best_rankme, run.monitor["rankme"])
     return better
-
-
-def draw_run(run: Run, metrics: MetricsFile) -> None:
-    """Bring the run's own pictures up to date."""
-    draw_curves(metrics.path, run.folder / "curves.png")
-    if not (run.folder / "views.png").is_file():
-        draw_views(run, run.folder / "views.png")
 
 
 class StopSignal:
@@ -3154,7 +3572,7 @@ def train(config: Config) -> Path:
     cache = build_cache(config)  # one process builds, the others wait at its lock
     join_world(world, device)
     run = prepare_run(config, backbone, cache)
-    limit = min(run.total_steps, config.max_steps or run.total_steps)
+    limit = run.last_step
     if run.step >= limit and (run.folder / "backbone.safetensors").is_file():
         if world.leads:
             print(f"{run.folder} is finished at step {run.step}; raise --max_steps, or give --run_name")
@@ -3166,18 +3584,26 @@ def train(config: Config) -> Path:
     metrics = MetricsFile(run.folder / "metrics.csv", run.step, world.leads)
     tracker = Tracker(run.wandb_id, config, world.leads)
     options = {"total": limit, "initial": run.step, "desc": "train", "unit": "step"}
-    with StopSignal() as stop, progress(**options, disable=not world.leads) as bar:
-        while run.step < limit and not stop.requested:
-            train_one_epoch(run, bar, metrics, tracker, stop)
-            if run.step % run.steps_per_epoch == 0:
-                end_epoch(run, metrics, tracker)
-        if stop.requested and run.step < limit:
+    with (
+        StopSignal() as stop,
+        progress(mode=config.progress if world.leads else "none", **options) as bar,
+    ):
+        try:
+            while run.step < limit and not stop.requested:
+                train_one_epoch(run, bar, metrics, tracker, stop)
+                if run.step % run.steps_per_epoch == 0:
+                    end_epoch(run, metrics, tracker)
+            if run.step < limit:
+                raise StoppedError(stop.requested, run.folder)
+        except Exception as error:
+            if world.leads:
+                show_run(run, tracker, "stopped", str(error))
             tracker.finish()
-            raise StoppedError(stop.requested, run.folder)
+            raise
         # Still under the signals' guard: a job's last seconds must not cost it its results.
         bar.close()
         if world.leads:
-            finish_run(run, metrics, tracker)
+            finish_run(run, tracker)
     return run.folder
 
 
@@ -3199,6 +3625,15 @@ def match_input_dim(config: Config, backbone: nn.Module) -> Config:
     return dataclasses.replace(config, input_dim=width)
 
 
+def describe_device(run: Run) -> str:
+    """Device, its memory or cores, and the precision."""
+    name = f"CPU, {available_cores()} cores"
+    if run.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+        name = f"{torch.cuda.get_device_name(run.device)}, {memory:.0f} GiB"
+    return f"{name}, {str(choose_precision(run.config, run.device)).removeprefix('torch.')}"
+
+
 def start_folder(run: Run) -> None:
     """Create the run's folder: settings, environment, the extraction's pictures, a calm summary."""
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -3209,15 +3644,19 @@ def start_folder(run: Run) -> None:
             shutil.copyfile(run.tiles.cache / name, run.folder / name)
     rejections = pd.read_csv(run.tiles.cache / "rejections.csv", keep_default_na=False)
     print(describe_funnel(rejections))
-    print(f"cache     {run.tiles.cache} ({run.tiles.pixels.nbytes / 2**30:.2f} GiB of pixels)")
+    where = "in GPU memory" if run.tiles.pixels.is_cuda else "memory-mapped"
+    print(f"cache     {run.tiles.cache}: {run.tiles.pixels.nbytes / 2**30:.2f} GiB of pixels, {where}")
+    print(f"device    {run.world.size} x {describe_device(run)}")
     print(
         f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "
-        f"{run.config.view_side} px views on {run.world.size} x {run.device.type} from step {run.step}"
+        f"{run.config.view_side} px views, steps {run.step} to {run.last_step}"
     )
-    print(f"run       {run.folder}", flush=True)
+    print(f"tracking  wandb {wandb_mode(run.config)}")
+    report = ", report.html tells how it goes" if run.config.report_every else ""
+    print(f"run       {run.folder}{report}", flush=True)
 
 
-def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
+def finish_run(run: Run, tracker: Tracker) -> None:
     """Write the final checkpoint, the exported backbone and the last pictures; name them."""
     folder = run.folder
     save_checkpoint(folder / "mammogram_byol_final.pth", run)
@@ -3226,9 +3665,7 @@ def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     if not best.is_file():  # no epoch was complete, or none was healthy
         save_checkpoint(best, run)
     export_backbone(run.model, folder / "backbone.safetensors", run.config)
-    draw_run(run, metrics)
-    tracker.log({name: folder / f"{name}.png" for name in ("segmentation", "tiles", "views")})
-    tracker.finish()
+    show_run(run, tracker, "finished")
     if not run.healthy:
         print(
             "warning: the run ended collapsed; mammogram_byol_best.pth is from before that "
@@ -3236,9 +3673,14 @@ def finish_run(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
             file=sys.stderr,
         )
     print(f"finished at step {run.step}. Open in {folder}:")
-    print("  pictures   segmentation.png tiles.png views.png curves.png")
-    print("  numbers    metrics.csv config.json")
-    print("  models     mammogram_byol_best.pth mammogram_byol_final.pth backbone.safetensors")
+    if run.config.report_every:
+        print("  report     report.html")
+        print("  pictures   segmentation.png grid.png tiles.png views.png curves.png embedding.png")
+    print("  numbers    metrics.csv summary.json config.json")
+    print(
+        "  models     mammogram_byol_best.pth mammogram_byol_final.pth backbone.safetensors", flush=True
+    )
+    tracker.finish()
 
 
 # ---- 12 Entry --------------------------------------------------------------------------------------
@@ -3258,7 +3700,11 @@ class StoppedError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job. Returns 0, or 2 after an error that the user can mend, or 128 + signal number."""
     try:
-        train(parse_args(argv))
+        config = parse_args(argv)
+        if config.report:
+            print(write_report(Path(config.report)))
+        else:
+            train(config)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code

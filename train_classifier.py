@@ -777,7 +777,11 @@ def finetune(job: Job, tracker: mammo.Tracker) -> None:
         start_from_probe(job)
         record_epoch(job, 0.0, tracker)
     steps = steps_per_epoch(job)
-    bar_size = {"total": settings.epochs * steps, "initial": job.epoch * steps, "unit": "step"}
+    bar_size: dict[str, Any] = {
+        "total": settings.epochs * steps,
+        "initial": job.epoch * steps,
+        "unit": "step",
+    }
     with mammo.StopSignal() as stop, mammo.progress(desc="finetune", **bar_size) as bar:
         while job.epoch < settings.epochs and job.epoch - job.best_epoch < settings.patience:
             loss = finetune_epoch(job, bar, stop)
@@ -914,23 +918,19 @@ def located(tiles: pd.DataFrame, name: str) -> pd.Series:
 
 # ---- 6 Pictures ------------------------------------------------------------------------------------
 
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito
-
 
 def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: Path) -> None:
     """roc.png, pr.png (tile and image level) and reliability.png (tile level)."""
-    from matplotlib.figure import Figure
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     kinds: dict[str, tuple[str, str, str]] = {
         "roc": ("1 - specificity (false alarms)", "sensitivity (found)", "ROC"),
-        "pr": ("recall (found)", "precision (right alarms)", "Precision and recall"),
+        "pr": ("recall (found)", "precision (right alarms)", "PR"),
     }
     for kind, (x_name, y_name, title) in kinds.items():
-        figure = Figure(figsize=(9, 4.4))
-        for column, level in enumerate(("tile", "image_max"), 1):
-            axes = figure.add_subplot(1, 2, column)
-            for name, colour in zip(names, COLOURS, strict=False):
+        figure, panels = mammo.panel_grid(2, 2, 3.1)
+        for axes, level in zip(panels, ("tile", "image_max"), strict=True):
+            for name, colour in zip(names, mammo.OKABE_ITO, strict=False):
                 known = tables[level][tables[level][name].notna()]
                 target, scores = known[name].to_numpy(float), known[f"p_{name}"].to_numpy(float)
                 if len(set(target.tolist())) < 2:
@@ -944,22 +944,18 @@ def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: P
             if kind == "roc":
                 axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
             axes.set(xlabel=x_name, ylabel=y_name, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-            axes.set_title(f"{title}, {level.split('_')[0]} level (dotted: chance)", fontsize=10)
+            axes.set_title(f"{title}, {level.split('_')[0]} level (dotted: chance)", fontsize=9)
             axes.legend(fontsize=8)
             axes.grid(alpha=0.3)
-        figure.tight_layout()
         mammo.save_figure(figure, folder / f"{kind}.png")
     draw_reliability(tables["tile"], names, folder / "reliability.png")
 
 
 def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:
     """How often a finding was there against the probability given, tiles in ten equal steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4.6))
-    axes = figure.add_subplot()
+    figure, (axes,) = mammo.panel_grid(1, 1, 4.4)
     axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
-    for name, colour in zip(names, COLOURS, strict=False):
+    for name, colour in zip(names, mammo.OKABE_ITO, strict=False):
         known = table[table[name].notna()]
         step = np.minimum((known[f"p_{name}"] * 10).astype(int), 9)
         points = known.groupby(step)[[f"p_{name}", name]].mean()
@@ -973,21 +969,17 @@ def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path) -> N
 
 def draw_training(rows: list[dict[str, float]], names: Sequence[str], path: Path) -> None:
     """curves.png: loss and validation AUROC against the epoch; epoch 0 is the frozen probe."""
-    from matplotlib.figure import Figure
-
     table = pd.DataFrame(rows)
-    figure = Figure(figsize=(9, 3.6))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = mammo.panel_grid(2, 2, 3.0)
     left.plot(table["epoch"][1:], table["loss"][1:], marker=".", color="#000000")
-    left.set_title("training loss", fontsize=10)
-    for name, colour in zip(names, COLOURS, strict=False):
+    left.set_title("training loss (cross-entropy)", fontsize=9)
+    for name, colour in zip(names, mammo.OKABE_ITO, strict=False):
         right.plot(table["epoch"], table[f"auroc_{name}"], marker=".", color=colour, label=name)
-    right.set_title("validation AUROC (epoch 0: frozen probe)", fontsize=10)
+    right.set_title("validation AUROC (0: probe)", fontsize=9)
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    figure.tight_layout()
     mammo.save_figure(figure, path)
 
 
@@ -995,28 +987,28 @@ def draw_embedding(
     points: np.ndarray, data: LabelledTiles, ids: np.ndarray, title: str, path: Path
 ) -> None:
     """The 2-D map (N, 2) of tiles, coloured by density, view and label."""
-    from matplotlib.figure import Figure
-
     table = data.table.iloc[ids]
     targets = data.targets[ids]
     label = np.where(np.isfinite(targets).all(1), "none", "unknown").astype(object)
     for index, name in enumerate(data.names):
         label[targets[:, index] == 1] = name
     panels = {"breast density": table["breast_density"], "view": table["view"], "finding": label}
-    figure = Figure(figsize=(13, 4.4))
-    for column, (name, values) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, 3, column)
+    figure, places = mammo.panel_grid(3, 2, 2.9)
+    for axes, (name, values) in zip(places, panels.items(), strict=True):
         values = np.where(np.asarray(values, str) == "", "unknown", np.asarray(values, str))
         common = sorted(set(values), key=lambda value: -(values == value).sum())
-        for value, colour in zip(common, ("#bbbbbb", *COLOURS), strict=False):  # rare ones on top
+        for value, colour in zip(
+            common, ("#bbbbbb", *mammo.OKABE_ITO), strict=False
+        ):  # rare ones on top
             chosen = values == value
             x, y = points[chosen].T
             axes.scatter(x, y, s=4, color=colour, label=f"{value} ({chosen.sum():,})")
-        axes.set_title(name, fontsize=10)
+        axes.set_title(name, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.legend(fontsize=7, markerscale=3)
-    figure.suptitle(f"{title} of tile features: near points look alike to the network", fontsize=10)
+        axes.set(xlabel=f"{title}, 1st axis", ylabel="2nd axis")
+        axes.legend(fontsize=8, markerscale=3)
+    figure.suptitle(f"{title} of tile features: near points look alike to the network", fontsize=9)
     mammo.save_figure(figure, path)
 
 
@@ -1066,19 +1058,17 @@ def draw_prediction(
 
     No file name is drawn: it may name a patient.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     step = max(1, image.shape[0] // 900)
     small = cv2.resize(image, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)
     heat = heat_map(tiles, scores, image.shape[:2], step)[:, : small.shape[0], : small.shape[1]]
     low, high = tiles.images[["low", "high"]].iloc[0]
-    figure = Figure(figsize=(4.2 * (1 + len(names)), 5.2))
-    panels = figure.subplots(1, 1 + len(names), squeeze=False)[0]
+    figure, panels = mammo.panel_grid(1 + len(names), 2, 3.7)
     mammo.show_grey(panels[0], small, "mammogram", low, high)
     shown: Any = None
     for axes, name, score, layer in zip(panels[1:], names, scores.T, heat, strict=True):
-        mammo.show_grey(axes, small, f"{name}: {score.max():.0%} in the most suspicious tile", low, high)
+        mammo.show_grey(axes, small, f"{name}: {score.max():.0%} in its top tile", low, high)
         opacity = 0.65 * np.nan_to_num(layer).clip(0, 1) ** 0.5
         shown = axes.imshow(layer, cmap="inferno", vmin=0, vmax=1, alpha=opacity)
         for rank, index in enumerate(top_tiles(tiles, score, count)):
@@ -1088,9 +1078,10 @@ def draw_prediction(
             axes.add_patch(
                 Rectangle((x, y), side, side, fill=False, edgecolor="#56b4e9", linewidth=width)
             )
-            axes.text(x + 4, y + 4, f"{score[index]:.0%}", color="#56b4e9", fontsize=7, va="top")
-    bar = figure.colorbar(shown, ax=list(panels), fraction=0.02, pad=0.01)
-    bar.set_label("probability of the finding in tiles over a point")
+            words = axes.text(x + 6, y + 6, f"{score[index]:.0%}", color="#56b4e9", fontsize=8, va="top")
+            words.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 0.5})
+    bar = figure.colorbar(shown, ax=panels, location="bottom", shrink=0.8, aspect=40)
+    bar.set_label("probability of the finding in the tiles over a point", fontsize=9)
     mammo.save_figure(figure, path)
 
 
@@ -1377,6 +1368,15 @@ def flat_map(features: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
 # ---- 8 Entry ---------------------------------------------------------------------------------------
 
 
+def update_report(settings: Settings) -> None:
+    """Where results lie in the folder of a pre-training run, show them in its report.html too."""
+    if (Path(settings.output_dir) / "summary.json").is_file():
+        try:
+            print(f"report    {mammo.write_report(Path(settings.output_dir))}")
+        except MammoError as error:  # the results are written: a damaged run doesn't spoil them
+            print(f"note: {error}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, or 2 after an error that the user can mend, or 128 + signal number."""
     try:
@@ -1387,6 +1387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             predict(settings, operands)
         else:
             {"train": train, "evaluate": evaluate, "embed": embed}[command](settings)
+        update_report(settings)
     except mammo.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code

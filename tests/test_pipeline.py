@@ -18,7 +18,8 @@ import train_byol_mammo as mammo
 
 RUN_FILES = {
     "config.json", "metrics.csv", "mammogram_byol_best.pth", "mammogram_byol_final.pth", "last.pth",
-    "backbone.safetensors", "segmentation.png", "tiles.png", "views.png", "curves.png",
+    "backbone.safetensors", "segmentation.png", "grid.png", "tiles.png", "views.png", "curves.png",
+    "embedding.png", "summary.json", "report.html",
 }  # fmt: skip
 
 
