@@ -76,7 +76,7 @@ FOLDS = 0  # folds by study for compare; 0 = fit on training, score on test, 5 f
 NEGATIVES_PER_IMAGE = 16  # tiles without finding drawn per image for the probe; 0 = all
 NEGATIVES_PER_POSITIVE = 3.0  # tiles without finding drawn per epoch of fine-tuning, anew each epoch
 EPOCHS = 10  # at most, of fine-tuning
-PATIENCE = 3  # epochs without a better validation AUROC before fine-tuning stops
+PATIENCE = 10  # epochs without a better validation AUROC before it stops; the last ones are the best
 BATCH_SIZE = 32  # tiles per step
 LR = 1e-3  # peak learning rate of the head
 BACKBONE_LR = 3e-4  # peak learning rate of the backbone
