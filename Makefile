@@ -13,14 +13,23 @@ RUN := $(BIN)$(if $(VENV),python,$(PYTHON))
 
 .PHONY: demo compare test lint docs clean
 
+CLASSIFY := --data_dir demo/split_images --labels demo/split_images/labels.csv --cache_dir demo/cache \
+    --output_dir demo/runs/byol_resnet18
+
 demo: $(if $(VENV),$(VENV)/.installed)
-	$(RUN) synthetic_mammograms.py --output_dir demo/archive --studies 8 --height 1760 --width 1400
+	$(RUN) synthetic_mammograms.py --output_dir demo/archive --studies 8 --height 1760 --width 1400 \
+	    --lesion_share 1
 	$(RUN) prepare_dataset.py --csv_path demo/archive/breast-level_annotations.csv \
 	    --findings_csv demo/archive/finding_annotations.csv \
 	    --images_root demo/archive/images_png --output_dir demo/split_images
 	$(RUN) train_byol_mammo.py --data_dir demo/split_images/training --output_dir demo/runs \
-	    --cache_dir demo/cache --tile_size 256 --tile_stride 128 --pixel_spacing_mm 0.17 \
-	    --backbone resnet18 --weights none --view_size 96 --batch_size 16 --epochs 4 --log_every 5
+	    --cache_dir demo/cache --tile_size 128 --tile_stride 64 --pixel_spacing_mm 0.17 \
+	    --backbone resnet18 --weights none --freq_loss_weight 1 --batch_size 16 --epochs 4 \
+	    --tiles_per_epoch 320 --log_every 5
+	$(RUN) train_classifier.py train --mode probe $(CLASSIFY) \
+	    --weights demo/runs/byol_resnet18/mammogram_byol_best.pth
+	$(RUN) train_classifier.py evaluate $(CLASSIFY) \
+	    --weights demo/runs/byol_resnet18/classifier_probe/classifier_best.pth
 
 PRECISION ?= auto
 TILES := --tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.17 --backbone resnet18
