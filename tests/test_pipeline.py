@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 
@@ -147,29 +148,38 @@ def test_without_internet_and_weights_the_remedy_is_named(tmp_path):
 
 def demo_commands():
     """The commands of `make demo`, as a user could type them."""
-    recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
-    lines = recipe.replace("\\\n", " ").splitlines()[1:]
-    return [shlex.split(line.replace("$(RUN)", "python")) for line in lines]
+    printed = subprocess.run(
+        ["make", "-n", "demo", "VENV=", "PYTHON=python"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [shlex.split(line) for line in printed.stdout.replace("\\\n", " ").splitlines()]
 
 
 def test_the_demo_recipe_runs_in_small(tmp_path):
     """make demo's own commands, their places and sizes made small by flags added at the end."""
     commands = demo_commands()
     assert [command[1] for command in commands] == [
-        "synthetic_mammograms.py", "prepare_dataset.py", "train_byol_mammo.py"
+        "synthetic_mammograms.py", "prepare_dataset.py", "train_byol_mammo.py", "train_classifier.py",
+        "train_classifier.py",
     ]  # fmt: skip
+    quick = "--wandb_mode disabled --tile_size 96 --tile_stride 48 --pixel_spacing_mm 0.567"
     small = {
-        "synthetic_mammograms.py": "--studies 2 --height 704 --width 560",
+        "synthetic_mammograms.py": "--height 528 --width 420",
         "prepare_dataset.py": "",
-        "train_byol_mammo.py": "--tile_size 128 --tile_stride 64 --pixel_spacing_mm 0.425 "
-        "--view_size 32 "
-        "--min_freq_energy 0 --hidden_dim 64 --epochs 1 --max_steps 2 --wandb_mode disabled",
+        "train_byol_mammo.py": f"{quick} --view_size 32 --min_freq_energy 0 --hidden_dim 64 --epochs 1 "
+        "--max_steps 2",
+        "train_classifier.py": f"{quick} --view_size 32",
     }
     for command in commands:
         words = [re.sub(r"^demo/", f"{tmp_path}/", word) for word in command[1:]]
         done = run_script(ROOT / words[0], *words[1:], *small[words[0]].split())
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "byol_resnet18" / "backbone.safetensors").is_file()
+    run = tmp_path / "runs" / "byol_resnet18"
+    assert (run / "backbone.safetensors").is_file()
+    assert "Classifier: evaluate" in (run / "report.html").read_text("utf-8")
 
 
 def test_sixteen_bit_images_reach_the_views_whole(tmp_path):
