@@ -75,7 +75,7 @@ VALIDATION_SHARE = 0.2  # of the training studies, for early stopping and the ch
 FOLDS = 0  # folds by study for compare; 0 = fit on training, score on test, 5 folds without a test split
 NEGATIVES_PER_IMAGE = 16  # tiles without finding drawn per image for the probe; 0 = all
 NEGATIVES_PER_POSITIVE = 3.0  # tiles without finding drawn per epoch of fine-tuning, anew each epoch
-EPOCHS = 20  # at most, of fine-tuning
+EPOCHS = 10  # at most, of fine-tuning
 PATIENCE = 10  # epochs without a better validation AUROC before it stops; the last ones are the best
 BATCH_SIZE = 32  # tiles per step
 LR = 1e-3  # peak learning rate of the head
