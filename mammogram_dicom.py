@@ -9,7 +9,7 @@ Only the keys of HEADER leave the file: no name, number, date or institution get
 message. Sections of the DICOM standard (PS3.3) are named where a rule comes from.
 
 Contents
-    1 Opening    open_dicom, check_is_mammogram
+    1 Opening    open_dicom, check_inflation, check_is_mammogram
     2 Header     laterality, view, spacing, implant
     3 Pixels     padding, rescale, window, polarity: one table from stored to grey value
     4 Reading    read_dicom
@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import logging
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, get_decoder, pixel_array
 from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -67,6 +70,7 @@ def open_dicom(path: str | Path) -> Dataset:
     """
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote header values
     try:
+        check_inflation(path)
         dataset = dcmread(path)
     except InvalidDicomError:  # no preamble: only an image passes, not any file
         dataset = dcmread(path, force=True)
@@ -77,6 +81,21 @@ def open_dicom(path: str | Path) -> Dataset:
         uncompressed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else uncompressed
     return dataset
+
+
+def check_inflation(path: str | Path) -> None:
+    """Refuse a deflated file that would fill the memory: pydicom inflates it as a whole.
+
+    Raises DicomError, and InvalidDicomError where the file has no preamble.
+    """
+    meta = read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+        return
+    with open(path, "rb") as file:
+        file.seek(144 + int(meta.FileMetaInformationGroupLength))  # behind preamble and meta group
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), 2 * MAX_PIXELS + 1)
+    if len(inflated) > 2 * MAX_PIXELS:
+        raise DicomError(f"inflates to more than {2 * MAX_PIXELS} bytes")
 
 
 def check_is_mammogram(dataset: Dataset) -> None:
