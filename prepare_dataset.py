@@ -608,11 +608,16 @@ def adapt_rsna(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
 def adapt_folder(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
     """No table: each image below the folder; the first folder's name is study and patient."""
     rows = []
-    for name in index.get("all", []):
-        place = without_suffix(name)
+    for place in dict.fromkeys(map(without_suffix, index.get("all", []))):
         study, _, image = place.partition("/")
         study, image = safe_name(study), safe_name(image or study)
         rows.append({"study_id": study, "patient_id": study, "image_id": image, "places": place})
+    # Names of which no letter is safe, such as two in Chinese, would be one.
+    names = Counter(f"{row['study_id']}_{row['image_id']}".lower() for row in rows)
+    for row in rows:
+        if names[f"{row['study_id']}_{row['image_id']}".lower()] > 1:
+            digest = hashlib.sha256(os.fsencode(row["places"])).hexdigest()[:8]
+            row["image_id"] = f"{row['image_id'][:80]}_{digest}"
     if not rows:
         raise RefusedError("there is no image below --images_root")
     return pd.DataFrame(rows)

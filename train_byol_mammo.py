@@ -1144,8 +1144,8 @@ def _read_manifest(root: Path) -> pd.DataFrame:
         if not (folder / "manifest.csv").is_file():
             continue
         manifest = read_table(folder / "manifest.csv", ["file"], "rerun prepare_dataset.py")
-        manifest = manifest.replace("", np.nan)
         manifest["path"] = [str(folder / name) for name in manifest["file"]]
+        manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
         manifest["spacing_mm"] = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
         return manifest
@@ -1805,12 +1805,12 @@ def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
             content = torch.load(path, map_location="cpu", weights_only=True)
             name = content.get("config", {}).get("backbone", "")
             state = content.get("model_state_dict", content.get("state_dict", content))
+        if any(key.startswith("backbone.") for key in state):
+            prefix = "backbone."
+            state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
+        return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
     except Exception as error:  # torch and safetensors raise many kinds on damaged files
         raise MammoError(f"weights {path}: can't be read ({type(error).__name__}: {error})") from error
-    if any(key.startswith("backbone.") for key in state):
-        prefix = "backbone."
-        state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
-    return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
 
 
 def _load_state(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -2099,7 +2099,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        reason = error.strerror or f"{error}, is the disk full?"  # NumPy gives no number
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -3181,7 +3182,12 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     if config.freq_loss_weight:
         add_energy_head(run)
     if config.resume and (run.folder / "last.pth").is_file():
-        resume_run(run, load_checkpoint(run.folder / "last.pth"))
+        state = load_checkpoint(run.folder / "last.pth")
+        try:
+            resume_run(run, state)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = f"{run.folder / 'last.pth'} is no state of such a run ({type(error).__name__})"
+            raise MammoError(f"{reason}; --no_resume moves it aside") from error
     objective: nn.Module = Objective(model, run.energy_head)
     if world.size > 1:
         # Batch norm on the CPU can't be synchronised: its statistics are those of the first process.

@@ -375,15 +375,15 @@ def start_model(settings: Settings) -> tuple[mammo.MammogramBYOL, mammo.Config]:
         backbone = mammo.load_backbone(settings.weights)
     width = mammo.feature_width(backbone)
     known = {field.name for field in dataclasses.fields(mammo.Config)}
-    base = mammo.Config(**{key: value for key, value in recorded.items() if key in known})
-    model = mammo.MammogramBYOL(backbone, width, base.hidden_dim, base.proj_dim)
-    if recorded:
-        set_outputs(model, len(classes))
-        try:
+    try:
+        base = mammo.Config(**{key: value for key, value in recorded.items() if key in known})
+        model = mammo.MammogramBYOL(backbone, width, base.hidden_dim, base.proj_dim)
+        if recorded:
+            set_outputs(model, len(classes))
             model.load_state_dict(state["model_state_dict"])
-        except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise MammoError(f"{settings.weights} doesn't fit a {name}: {reason}") from error
+    except (RuntimeError, KeyError, TypeError) as error:  # the file may be a stranger's
+        reason = " ".join(str(error).split())[:200]
+        raise MammoError(f"{settings.weights} doesn't fit a {name}: {reason}") from error
     return model, tile_config(settings, dataclasses.replace(base, backbone=name, input_dim=width))
 
 
