@@ -1,6 +1,7 @@
 # make demo    phantoms -> tiles -> a small pre-trained backbone, minutes on two CPU cores
 # make test    all tests
 # make lint    formatter, linter, types
+# make audit   known weaknesses of the installed packages, secrets in the files; needs the internet
 # Each makes .venv and installs what it needs; VENV= (empty) uses the active environment instead.
 
 VENV ?= .venv
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := $(if $(VENV),$(VENV)/bin/,)
 RUN := $(BIN)$(if $(VENV),python,$(PYTHON))
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint audit clean
 
 demo: $(if $(VENV),$(VENV)/.installed)
 	$(RUN) synthetic_mammograms.py --output_dir demo/archive --studies 8 --height 1760 --width 1400
@@ -26,6 +27,10 @@ lint: $(if $(VENV),$(VENV)/.installed-dev)
 	$(BIN)ruff format --check .
 	$(BIN)ruff check .
 	$(RUN) -m mypy *.py
+
+audit: $(if $(VENV),$(VENV)/.installed-dev)
+	git ls-files -z | xargs -0 $(BIN)detect-secrets-hook
+	$(RUN) -m pip_audit --local
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

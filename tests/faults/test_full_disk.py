@@ -293,7 +293,9 @@ def test_a_cache_cut_short_during_the_run_leaves_the_last_state(whole, tmp_path)
     same_result(last.parent, run)
 
 
-def test_of_two_builders_the_second_waits_and_takes_over_where_the_first_is_killed(whole, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_two_builders_one_builds_and_the_other_waits(whole, tmp_path, killed):
+    """Where the first is killed, the second takes over."""
     data, run = whole
     flags = arguments(data, tmp_path, "--max_steps", "1")
     first = stages.start("train_byol_mammo", [*flags, "--run_name", "first"], tmp_path / "first.log")
@@ -301,16 +303,19 @@ def test_of_two_builders_the_second_waits_and_takes_over_where_the_first_is_kill
     while not list(tmp_path.glob("cache/.*.building/parts/*.json")) and time.monotonic() < until:
         time.sleep(0.002)
     second = stages.start("train_byol_mammo", [*flags, "--run_name", "second"], tmp_path / "second.log")
-    time.sleep(0.3)
-    os.kill(first.pid, signal.SIGKILL)
-    first.join(20)
+    if killed:
+        time.sleep(0.3)
+        os.kill(first.pid, signal.SIGKILL)
+    first.join(120)
     second.join(120)
-    assert (first.exitcode, second.exitcode) == (-signal.SIGKILL, 0), (
-        tmp_path / "second.log"
-    ).read_text()
+    printed = (tmp_path / "first.log").read_text() + (tmp_path / "second.log").read_text()
+    assert (first.exitcode, second.exitcode) == (-signal.SIGKILL if killed else 0, 0), printed
     caches = [next(folder.glob("cache/[!.]*")) for folder in (tmp_path, run.parents[1])]
     for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
         assert (caches[0] / name).read_bytes() == (caches[1] / name).read_bytes()
+    if not killed:
+        printed = (tmp_path / "second.log").read_text()
+        assert "tiles:" not in printed  # its progress bar: it read no image
 
 
 def test_a_half_written_part_of_a_killed_process_is_no_image(archive, tmp_path):

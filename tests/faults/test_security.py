@@ -1,4 +1,4 @@
-"""Files from strangers run nothing, nothing leaves its folder or the machine, nor identifiers a header."""
+"""Strangers' files run nothing; nothing leaves its folder, the machine or a DICOM header."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_something_else_is_refused(archive, tmp_path, capsys, co
 
 
 def test_paths_recorded_in_a_checkpoint_are_not_followed(archive, tmp_path):
-    """A stranger's checkpoint names folders; the classifier writes to those given on the command line."""
+    """A stranger's checkpoint names folders; the classifier writes to those it is given."""
     outside = tmp_path / "outside"
     flags = [
         f"--{name}={outside}" for name in ("output_dir", "cache_dir", "labels", "run_name", "data_dir")
