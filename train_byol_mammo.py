@@ -1371,9 +1371,9 @@ def merge_parts(building: Path, sources: pd.DataFrame, inputs: dict[str, Any], c
     if tiles.empty:
         raise MammoError(f"no tile was kept.\n{describe_funnel(rejections)}")
     images, tiles = _write_pixels(building, parts, records, tiles, sources, config)
-    images.to_csv(building / "images.csv", index=False)
-    tiles.to_csv(building / "tiles.csv", index=False)
-    rejections.to_csv(building / "rejections.csv", index=False)
+    write_atomic(building / "images.csv", images.to_csv(index=False))
+    write_atomic(building / "tiles.csv", tiles.to_csv(index=False))
+    write_atomic(building / "rejections.csv", rejections.to_csv(index=False))
     versions = {"numpy": np.__version__, "opencv": cv2.__version__}
     names = ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv")
     sizes = {name: (building / name).stat().st_size for name in names}
@@ -1472,13 +1472,11 @@ def _write_pixels(
         offset += height * width
     dtype = np.dtype(np.uint16 if any(row["bit_depth"] > 8 for row in rows) else np.uint8)
     header = {"descr": dtype.str, "fortran_order": False, "shape": (offset,)}
-    with (building / "pixels.npy").open("wb") as out:
+    with replacing(building / "pixels.npy") as temporary, temporary.open("wb") as out:
         np.lib.format.write_array_header_2_0(out, header)
         for index, inside in boxes:
             part = np.load(parts[index].with_suffix(".npy"))
             out.write(np.ascontiguousarray(part[inside], dtype).data)
-        out.flush()
-        os.fsync(out.fileno())
     position = {index: row for row, (index, _) in enumerate(boxes)}
     return pd.DataFrame(rows), tiles.assign(image=tiles["image"].map(position))
 
@@ -2082,10 +2080,7 @@ UNFINISHED = ".unfinished."  # how the name of a file begins until it is complet
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
-
-    An OSError, as on a full disk, names `path`.
-    """
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`."""
     path = Path(path)
     handle, name = tempfile.mkstemp(
         prefix=f"{UNFINISHED}{path.name}.", suffix=path.suffix, dir=path.parent
@@ -2093,16 +2088,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError inside, as that of a full disk, the name of the file that was to be written."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or f"{error}, is the disk full?"  # NumPy gives no number
         raise OSError(error.errno, reason, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sweep(folder: Path, name: str = "") -> None:
@@ -2489,7 +2492,7 @@ class MetricsFile:
         """Append one row; absent metrics stay empty."""
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
 
 
