@@ -838,9 +838,8 @@ class SpeckBand:
     """
 
     weaker: np.ndarray  # (h, w) float32, weaker curvature
-    squares: np.ndarray  # (bh, bw) float32, mean square of the mean curvature in the mask
     inner: np.ndarray  # (bh, bw) uint8, 1 in the mask without its rim
-    variance: np.ndarray  # (bh, bw) float32, the squares' mean over SPECK_WINDOW
+    variance: np.ndarray  # (bh, bw) float32, mean square of the mean curvature over SPECK_WINDOW
     factor: int  # px of the image in one of the grid
     sigma: float  # px of the grid, scale of the curvatures
     top: int
@@ -854,7 +853,7 @@ def speck_band(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SP
     small, inside, top, left = speck_grid(image, mask, factor)
     if not inside.any():
         empty = np.zeros((0, 0), np.float32)
-        return SpeckBand(empty, empty, empty.astype(np.uint8), empty, factor, sigma, top, left)
+        return SpeckBand(empty, empty.astype(np.uint8), empty, factor, sigma, top, left)
     weaker, mean = curvatures(small, sigma)
     height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
     rest = (0, height * SPECK_BLOCK - mean.shape[0], 0, width * SPECK_BLOCK - mean.shape[1])
@@ -869,7 +868,7 @@ def speck_band(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SP
     rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
     whole = (covered == 255).view(np.uint8)
     inner = cv2.erode(whole, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    return SpeckBand(weaker, squares, inner, variance, factor, sigma, top, left)
+    return SpeckBand(weaker, inner, variance, factor, sigma, top, left)
 
 
 def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
@@ -936,7 +935,6 @@ def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PI
 
 
 CRITERIA = ("breast_ratio", "mean_intensity", "non_zero_ratio", "freq_energy")
-SCORES = (*CRITERIA, "band_energy")  # columns of tiles.csv after image, x, y
 
 
 def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
@@ -963,8 +961,6 @@ def score_tiles(
     non_zero_ratio    share of the tile's breast pixels that are not 0
     freq_energy       see frequency_energy
     rejected_by       the first criterion that the tile fails; '' = kept
-    band_energy       RMS of the mean curvature at the specks' scale in units of the image's window; no
-                      criterion, a target of Objective
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
     and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
     search where it is known already.
@@ -980,8 +976,7 @@ def score_tiles(
             muscle = segment_pectoral_muscle(image, mask)
         tissue = mask & ~muscle if muscle.any() else mask
     spacing_mm = spacing_mm or config.pixel_spacing_mm
-    band = speck_band(image, mask, spacing_mm)
-    peaks = find_peaks(band, grey_step(image))
+    peaks = speck_peaks(image, mask, spacing_mm)
     grey, filled, breast, counted = tile_sums(image, mask, tissue, ys, xs, size)
     breast_or_1 = np.maximum(breast, 1)
     table = pd.DataFrame(
@@ -994,8 +989,7 @@ def score_tiles(
             "freq_energy": _tile_energies(peaks, y, x, size, spacing_mm),
         }
     )
-    band_energy = _tile_band_energies(band, y, x, size) / (high - low)
-    return table.assign(rejected_by=_first_failure(table, config), band_energy=band_energy)
+    return table.assign(rejected_by=_first_failure(table, config))
 
 
 def tile_sums(
@@ -1035,22 +1029,6 @@ def _tile_energies(
         tile_peaks = rows[inside], columns[inside], strengths[inside]
         energies[index] = energy_of_peaks(tile_peaks, spacing_mm)
     return energies
-
-
-def _tile_band_energies(band: SpeckBand, y: np.ndarray, x: np.ndarray, size: int) -> np.ndarray:
-    """RMS of the mean curvature in each tile, inside the mask; 0 where the tile holds none of it."""
-    height, width = band.inner.shape
-    block = band.factor * SPECK_BLOCK
-    rows = [np.clip((edge - band.top) // block, 0, height) for edge in (y, y + size)]
-    columns = [np.clip((edge - band.left) // block, 0, width) for edge in (x, x + size)]
-    sums = []
-    for values in (band.squares * band.inner, band.inner):
-        total = np.zeros((height + 1, width + 1))
-        if values.size:
-            total = cv2.integral(values, sdepth=cv2.CV_64F)
-        parts = [[total[row, column] for column in columns] for row in rows]
-        sums.append(parts[1][1] - parts[1][0] - parts[0][1] + parts[0][0])
-    return np.sqrt(np.maximum(sums[0], 0) / np.maximum(sums[1], 1))
 
 
 def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
@@ -1390,8 +1368,8 @@ def _choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame
         if record.get("tiles", {}).get("x")
     ]
     if not frames:
-        return pd.DataFrame(columns=["image", "x", "y", *SCORES])
-    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *SCORES]]
+        return pd.DataFrame(columns=["image", "x", "y", *CRITERIA])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *CRITERIA]]
     if config.max_tiles and len(tiles) > config.max_tiles:
         rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
         order = np.lexsort((-tiles["freq_energy"], rank))
@@ -1503,7 +1481,7 @@ class MammogramTiles:
         offset = np.cumsum(shape.prod(1)) - shape.prod(1)
         grey_scale = 256 if reduce > 1 and source.dtype == np.uint8 else 1
         array = source if reduce == 1 else self._reduced(source, shape, grey_scale)
-        # torch has few uint16 operations: the bits travel as int16, _bilinear reads them back.
+        # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
         self.pixels = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
         image = self.tiles["image"].to_numpy()
         origin = self.images[["x0", "y0"]].to_numpy()[image]
@@ -1626,17 +1604,16 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     window, 1 at its high end, more above it; 0 outside the breast and beyond the image.
     """
     device, count = tiles.pixels.device, len(ids)
-    # From the view's [-1, 1] to pixels: times the tile's half side, plus the tile's centre.
-    to_pixels = np.zeros((count, 3, 3))
-    to_pixels[:, 0, 0] = to_pixels[:, 1, 1] = tiles.tile_size / 2 / tiles.reduce
-    # float32 holds positions within the tile; whole pixels of its place in the image come as integers.
-    corner = np.floor(tiles.centre[ids])
-    to_pixels[:, :2, 2] = tiles.centre[ids] - corner
-    to_pixels[:, 2, 2] = 1
-    matrix = to_device((to_pixels @ homographies).astype(np.float32), device)
-    place = np.column_stack([tiles.layout[ids], corner.astype(np.int64)])
-    offset, height, width, corner_x, corner_y = to_device(place, device).T.unsqueeze(2)  # each (B, 1)
-    low, high = to_device(tiles.window[ids], device).T.unsqueeze(2)
+    half = tiles.tile_size / 2 / tiles.reduce
+    corners = homographies @ np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
+    reach = math.ceil(half * np.abs(corners[:, :2] / corners[:, 2:]).max()) + 1
+    # From the view's [-1, 1] to the region's: float32 holds positions within it.
+    to_region = np.zeros((count, 3, 3))
+    to_region[:, 0, 0] = to_region[:, 1, 1] = half / reach
+    to_region[:, :2, 2] = tiles.centre[ids] % 1 / reach
+    to_region[:, 2, 2] = 1
+    matrix = to_device((to_region @ homographies).astype(np.float32), device)
+    low, high = to_device(tiles.window[ids], device).T.reshape(2, count, 1, 1, 1)
 
     # Where the reduced copy is still finer than the view, average 2 x 2 samples for each view pixel.
     fine = 2 if tiles.tile_size / tiles.reduce / size > 1.25 else 1
@@ -1644,10 +1621,26 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     points = torch.stack([u.flatten(), v.flatten(), torch.ones_like(u).flatten()])  # (3, N)
     x, y, w = (matrix @ points).unbind(1)  # each (B, N)
-    value = _bilinear(tiles.pixels, x / w - 0.5, y / w - 0.5, corner_x, corner_y, offset, height, width)
-    value = ((value - low) / (high - low)).clamp_min(0)
-    view = value.view(count, 1, size * fine, size * fine)
+    grid = torch.stack([x / w, y / w], dim=-1).view(count, size * fine, size * fine, 2)
+    view = F.grid_sample(cut_regions(tiles, ids, reach), grid, align_corners=False)
+    view = ((view - low) / (high - low)).clamp_min(0)
     return F.avg_pool2d(view, fine) if fine > 1 else view
+
+
+def cut_regions(tiles: MammogramTiles, ids: np.ndarray, reach: int) -> Tensor:
+    """Grey values around tiles `ids` (B,): (B, 1, 2 reach, 2 reach) float32, 0 off the image."""
+    side = 2 * reach
+    regions = torch.zeros((len(ids), side, side), dtype=tiles.pixels.dtype, device=tiles.pixels.device)
+    corner = np.floor(tiles.centre[ids]).astype(int) - reach
+    for region, (x, y), (offset, height, width) in zip(
+        regions, corner.tolist(), tiles.layout[ids].tolist(), strict=True
+    ):
+        left, top, right, bottom = max(x, 0), max(y, 0), min(x + side, width), min(y + side, height)
+        crop = tiles.pixels[offset : offset + height * width].view(height, width)[top:bottom, left:right]
+        region[top - y : bottom - y, left - x : right - x] = crop
+    if regions.dtype == torch.int16:
+        regions = regions.int().bitwise_and_(0xFFFF)  # the bits of a uint16
+    return regions.float().unsqueeze(1)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -1656,43 +1649,6 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _bilinear(
-    pixels: Tensor,
-    x: Tensor,
-    y: Tensor,
-    corner_x: Tensor,
-    corner_y: Tensor,
-    offset: Tensor,
-    height: Tensor,
-    width: Tensor,
-) -> Tensor:
-    """Interpolate at (x, y) (B, N), px from the centre of the pixel at the corner; 0 beyond the crop."""
-    columns, weights_x = _neighbours(x, corner_x, width)
-    rows, weights_y = _neighbours(y, corner_y, height)
-    total = torch.zeros_like(x)
-    for row, weight_y in zip(rows, weights_y, strict=True):
-        start = row.mul_(width).add_(offset)
-        for column, weight_x in zip(columns, weights_x, strict=True):
-            grey = pixels[start + column]
-            if grey.dtype == torch.int16:
-                grey = grey.int().bitwise_and_(0xFFFF)  # the bits of a uint16
-            total.addcmul_(grey.float(), weight_y * weight_x)
-    return total
-
-
-def _neighbours(position: Tensor, corner: Tensor, length: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Indices of the two pixels beside each position along an axis, and the weights, 0 off the crop."""
-    lower = position.floor()
-    share = position - lower
-    first = lower.long() + corner
-    indices, weights = [], []
-    for index, weight in ((first, 1 - share), (first + 1, share)):
-        within = torch.minimum(index.clamp_min(0), length - 1)
-        indices.append(within)
-        weights.append(weight.mul_(within == index))
-    return indices, weights
 
 
 def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) -> Tensor:
@@ -1734,12 +1690,23 @@ def make_view(
 
     All random parameters follow from `key`, such as (seed, step, rank, view), and from nothing else.
     """
+    return make_sharp_and_view(tiles, ids, spec, size, key, device)[1]
+
+
+def make_sharp_and_view(
+    tiles: MammogramTiles,
+    ids: np.ndarray,
+    spec: ViewSpec,
+    size: int,
+    key: Sequence[int] = (0,),
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The view as gathered (see sample_tiles), and as make_view returns it: after photometry."""
     rng = np.random.default_rng(key)
-    view = sample_tiles(tiles, ids, random_homographies(spec, rng, len(ids)), size)
-    view = view.to(device or view.device, non_blocking=True)
-    if spec != PLAIN_VIEW:
-        view = adjust_photometry(view, spec, rng)
-    return (view - GREY_MEAN) / GREY_STD
+    sharp = sample_tiles(tiles, ids, random_homographies(spec, rng, len(ids)), size)
+    sharp = sharp.to(device or sharp.device, non_blocking=True)
+    view = sharp if spec == PLAIN_VIEW else adjust_photometry(sharp, spec, rng)
+    return sharp, (view - GREY_MEAN) / GREY_STD
 
 
 # ---- 7 Model ---------------------------------------------------------------------------------------
@@ -1876,12 +1843,25 @@ class MammogramBYOL(nn.Module):
 
     def get_features(self, x: Tensor) -> Tensor:
         """Online features: (B, 1 or 3, H, W) -> (B, input_dim)."""
+        return self._run_backbone(self.backbone, x).flatten(1)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Online features before pooling: (B, 1 or 3, H, W) -> (B, input_dim, H/32, W/32).
+
+        For torchvision models that end in `avgpool` and `fc`.
+        """
+        layers = list(self.backbone.children())[:-2]
+        return self._run_backbone(
+            lambda image: functools.reduce(lambda y, layer: layer(y), layers, image), x
+        )
+
+    def _run_backbone(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = _three_channels(x)
         if self.grad_checkpoint and torch.is_grad_enabled():
             # Chen et al. 2016 (arXiv:1604.06174): activations are computed again in the backward pass.
             contexts = lambda: (nullcontext(), statistics_frozen(self.backbone))  # noqa: E731
-            return checkpoint(self.backbone, x, use_reentrant=False, context_fn=contexts).flatten(1)
-        return self.backbone(x).flatten(1)
+            return checkpoint(layers, x, use_reentrant=False, context_fn=contexts)
+        return layers(x)
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Online projection and prediction of features, each (B, proj_dim)."""
@@ -1928,69 +1908,90 @@ def _three_channels(x: Tensor) -> Tensor:
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 
-def byol_loss(model: MammogramBYOL, view_1: Tensor, view_2: Tensor) -> tuple[Tensor, Tensor]:
+def byol_loss(
+    model: MammogramBYOL, view_1: Tensor, view_2: Tensor, features: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Symmetric BYOL loss, -1 at perfect agreement, and the online projection of view 1 (B, proj_dim).
 
     Eq. 2 of the paper is 2 + 2 times this. Each view passes alone, so that batch statistics belong to
-    one view (section 3.2); the loss is computed in fp32 under autocast.
+    one view (section 3.2); the loss is computed in fp32 under autocast. `features` are the online
+    features of both views, where they are known.
     """
-    loss, projection, _ = _byol_terms(model, view_1, view_2)
-    return loss, projection
-
-
-def _byol_terms(
-    model: MammogramBYOL, view_1: Tensor, view_2: Tensor
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Loss and projection of byol_loss, and the online features of both views (B, input_dim)."""
     criterion = NegativeCosineSimilarity()
-    features = model.get_features(view_1), model.get_features(view_2)
-    projection, prediction_1 = model.project(features[0])
-    _, prediction_2 = model.project(features[1])
+    features_1, features_2 = features or (model.get_features(view_1), model.get_features(view_2))
+    projection, prediction_1 = model.project(features_1)
+    _, prediction_2 = model.project(features_2)
     target_1, target_2 = model.forward_target(view_1), model.forward_target(view_2)
     loss = criterion(prediction_1.float(), target_2.float())
     loss = 0.5 * (loss + criterion(prediction_2.float(), target_1.float()))
-    return loss, projection.detach(), features
+    return loss, projection.detach()
 
 
 # What BYOL may ignore gets a target of its own: nothing in BYOL's loss asks for specks, which the blur
-# of one view hides from the other.
-ENERGY_LIMIT = 10.0  # standard deviations at which a target is cut: one odd tile must not rule a batch
-ENERGY_FLOOR = 0.75  # quantile up to which all freq_energy counts alike: plain tissue has none to learn
+# of one view hides from the other. One number for a whole tile is learnt too slowly (few tiles hold
+# specks, which are a thousandth of their pixels); one for each position of the last feature map is not.
+SPECK_QUANTITIES = 3
+FEATURE_STRIDE = 32  # px of the view for each position of a ResNet's last feature map
+PROMINENCE_RANGE = (0.5, 8.0)  # local deviations; a speck of more is as clear as it can be
+PLAIN_PROMINENCE = 3.0  # that plain tissue seldom reaches
 
 
-def energy_targets(tiles: pd.DataFrame) -> np.ndarray:
-    """(N, 2) float32: log freq_energy and log band_energy of each tile, standardised over all tiles.
+def speck_map(sharp: Tensor) -> Tensor:
+    """What the frequency target asks of each FEATURE_STRIDE px cell of views before photometry.
 
-    Below ENERGY_FLOOR freq_energy tells chance groups from none; left in, these would take the variance
-    and the network would learn them instead of specks.
+    (B, 1, S, S) in units of the window -> (B, SPECK_QUANTITIES, S/32, S/32): log of the cell's highest
+    prominence, its excess over PLAIN_PROMINENCE, and log of the mean curvature's deviation. Prominence
+    is what frequency_energy adds up: the weaker of the two curvatures over the local deviation of the
+    mean curvature, here at the scale of 3 px of the view.
     """
-    tail = tiles["freq_energy"].to_numpy()
-    tail = tail.clip(max(np.quantile(tail, ENERGY_FLOOR), 1e-3))
-    energies = np.log(np.column_stack([tail, tiles["band_energy"].to_numpy().clip(1e-6)]))
-    spread = np.maximum(energies.std(0), 1e-6)
-    return ((energies - energies.mean(0)) / spread).clip(-ENERGY_LIMIT, ENERGY_LIMIT).astype(np.float32)
+    taps = torch.tensor([0.054, 0.244, 0.404, 0.244, 0.054], device=sharp.device)  # Gaussian, 1 px
+    kernel = torch.outer(taps, taps)[None, None]
+    smooth = F.conv2d(F.pad(sharp, (3, 3, 3, 3), mode="replicate"), kernel)
+    right, left, below, above = (
+        smooth[:, :, 1:-1, 2:], smooth[:, :, 1:-1, :-2], smooth[:, :, 2:, 1:-1], smooth[:, :, :-2, 1:-1]
+    )  # fmt: skip
+    middle = smooth[:, :, 1:-1, 1:-1]
+    across, down = right + left - 2 * middle, below + above - 2 * middle
+    corners = (
+        smooth[:, :, 2:, 2:] + smooth[:, :, :-2, :-2] - smooth[:, :, 2:, :-2] - smooth[:, :, :-2, 2:]
+    )
+    mean = (across + down) / 2
+    weaker = -mean - torch.sqrt(((across - down) / 2) ** 2 + (corners / 4) ** 2)
+    around = F.pad(mean**2, (16, 16, 16, 16), mode="replicate")
+    deviation = F.avg_pool2d(around, 33, stride=1).sqrt() + 2e-4  # the floor stands for rounding
+    cells = -(-sharp.shape[-1] // FEATURE_STRIDE)
+    prominence = F.adaptive_max_pool2d(weaker / deviation, cells).clamp(*PROMINENCE_RANGE)
+    energy = F.adaptive_avg_pool2d(mean**2, cells)
+    excess = (prominence - PLAIN_PROMINENCE).clamp_min(0)
+    return torch.cat([prominence.log(), excess, (energy + 1e-7).log() / 2], dim=1)
 
 
 class Objective(nn.Module):
     """What a step minimises, as one module: DistributedDataParallel wants a single forward per step."""
 
-    def __init__(self, model: MammogramBYOL, energy_head: nn.Module | None = None) -> None:
+    def __init__(self, model: MammogramBYOL, speck_head: nn.Module | None = None) -> None:
         super().__init__()
-        self.model, self.energy_head = model, energy_head
+        self.model, self.speck_head = model, speck_head
 
     def forward(
-        self, view_1: Tensor, view_2: Tensor, energies: Tensor | None = None
+        self, view_1: Tensor, view_2: Tensor, specks: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """BYOL's loss and projection (see byol_loss), and the frequency loss, 0 without a head.
 
-        That is the mean squared error with which the linear head predicts each tile's `energies`
-        (B, 2) from the features of each view; it starts near 1, the targets' variance.
+        That is the squared error, summed over the quantities, with which a linear head predicts the
+        standardised speck_map of each view from its feature map; it starts near SPECK_QUANTITIES.
         """
-        loss, projection, features = _byol_terms(self.model, view_1, view_2)
-        if self.energy_head is None or energies is None:
+        if self.speck_head is None or specks is None:
+            loss, projection = byol_loss(self.model, view_1, view_2)
             return loss, projection, loss.new_zeros(())
-        errors = [F.mse_loss(self.energy_head(feature).float(), energies) for feature in features]
-        return loss, projection, (errors[0] + errors[1]) / 2
+        maps = self.model.feature_map(view_1), self.model.feature_map(view_2)
+        features = maps[0].mean((2, 3)), maps[1].mean((2, 3))
+        loss, projection = byol_loss(self.model, view_1, view_2, features)
+        errors = [
+            F.mse_loss(self.speck_head(found).float(), wanted)
+            for found, wanted in zip(maps, specks, strict=True)
+        ]
+        return loss, projection, SPECK_QUANTITIES * (errors[0] + errors[1]) / 2
 
 
 # ---- 8 Schedule ------------------------------------------------------------------------------------
@@ -2147,8 +2148,8 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["steps_per_epoch"] = run.steps_per_epoch
         content["best_rankme"] = run.best_rankme
         content["best_auroc"] = run.best_auroc
-        if run.energy_head is not None:  # not in model_state_dict: it is no part of the model
-            content["energy_head"] = run.energy_head.state_dict()
+        if run.speck_head is not None:  # not in model_state_dict: it is no part of the model
+            content["speck_head"] = run.speck_head.state_dict()
         content["healthy"] = run.healthy
         content["wandb_id"] = run.wandb_id
     write_checkpoint(path, content)
@@ -2210,8 +2211,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
         run.step = round(state["step"] / state["steps_per_epoch"] * run.steps_per_epoch)
     run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
     run.wandb_id, run.best_auroc = state["wandb_id"], state["best_auroc"]
-    if run.energy_head is not None:
-        run.energy_head.load_state_dict(state["energy_head"])
+    if run.speck_head is not None:
+        run.speck_head.load_state_dict(state["speck_head"])
 
 
 def move_aside(folder: Path) -> None:
@@ -2822,8 +2823,8 @@ class Run:
     best_rankme: float = 0.0
     best_auroc: float = 0.0
     probe: Probe | None = None
-    energy_head: nn.Linear | None = None  # of the frequency target
-    energies: Tensor | None = None  # (tiles, 2), its targets
+    speck_head: nn.Conv2d | None = None  # of the frequency target
+    speck_scale: tuple[Tensor, Tensor] | None = None  # mean and deviation of its quantities
     healthy: bool = True
     batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -2900,9 +2901,19 @@ def two_views(
     run: Run, tiles: MammogramTiles, ids: np.ndarray, key: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """The two views of tiles `ids`, each (B, 1, S, S) on the training device."""
+    (_, view_1), (_, view_2) = two_sharp_and_views(run, tiles, ids, key)
+    return view_1, view_2
+
+
+def two_sharp_and_views(
+    run: Run, tiles: MammogramTiles, ids: np.ndarray, key: tuple[int, ...]
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Both views of tiles `ids` as make_sharp_and_view gives them."""
     size = run.config.view_side
-    first = make_view(tiles, ids, VIEW_1, size, (*key, 1), run.device)
-    return first, make_view(tiles, ids, VIEW_2, size, (*key, 2), run.device)
+    return tuple(
+        make_sharp_and_view(tiles, ids, spec, size, (*key, number), run.device)
+        for number, spec in enumerate((VIEW_1, VIEW_2), 1)
+    )
 
 
 def train_step(run: Run, ids: np.ndarray, tiles: MammogramTiles | None = None) -> Tensor:
@@ -2914,10 +2925,14 @@ def train_step(run: Run, ids: np.ndarray, tiles: MammogramTiles | None = None) -
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config, processes)
     source, places = (run.tiles, ids) if tiles is None else (tiles, np.arange(len(ids)))
-    view_1, view_2 = two_views(run, source, places, (config.seed, run.step, run.world.rank))
-    energies = None if run.energies is None else run.energies[to_device(ids, run.device)]
+    key = (config.seed, run.step, run.world.rank)
+    (sharp_1, view_1), (sharp_2, view_2) = two_sharp_and_views(run, source, places, key)
+    specks = None
+    if run.speck_scale is not None:
+        mean, deviation = run.speck_scale
+        specks = (speck_map(sharp_1) - mean) / deviation, (speck_map(sharp_2) - mean) / deviation
     with run.autocast():
-        loss, projection, freq_loss = run.loss_function(view_1, view_2, energies)
+        loss, projection, freq_loss = run.loss_function(view_1, view_2, specks)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss + config.freq_loss_weight * freq_loss).backward()
     run.scaler.step(run.optimizer)
@@ -3020,7 +3035,7 @@ def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarra
         "tiles_per_s": speed,
         "breast_ratio": float(run.tiles.tiles["breast_ratio"].to_numpy()[ids].mean()),
     }
-    if run.energy_head is not None:
+    if run.speck_head is not None:
         row["freq_loss"] = means[2]
     if run.device.type == "cuda":
         row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
@@ -3183,7 +3198,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     )
     run.probe = prepare_probe(tiles, config)
     if config.freq_loss_weight:
-        add_energy_head(run)
+        add_speck_head(run)
     if config.resume and (run.folder / "last.pth").is_file():
         state = load_checkpoint(run.folder / "last.pth")
         try:
@@ -3191,7 +3206,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = f"{run.folder / 'last.pth'} is no state of such a run ({type(error).__name__})"
             raise MammoError(f"{reason}; --no_resume moves it aside") from error
-    objective: nn.Module = Objective(model, run.energy_head)
+    objective: nn.Module = Objective(model, run.speck_head)
     if world.size > 1:
         # Batch norm on the CPU can't be synchronised: its statistics are those of the first process.
         devices = [device.index] if device.type == "cuda" else None
@@ -3213,14 +3228,25 @@ def prepare_model(
     return model.to(device).to(memory_format=torch.channels_last).train()
 
 
-def add_energy_head(run: Run) -> None:
-    """Give the run the frequency target's linear head, which starts at zero, and its targets."""
-    head = nn.Linear(run.config.input_dim, 2).to(run.device)
+SPECK_SAMPLE = 256  # tiles that scale the quantities of speck_map
+
+
+def add_speck_head(run: Run) -> None:
+    """Give the run the frequency target's linear head, which starts at zero, and its targets' scale."""
+    head = nn.Conv2d(run.config.input_dim, SPECK_QUANTITIES, 1).to(run.device)
     nn.init.zeros_(head.weight)
+    assert head.bias is not None
     nn.init.zeros_(head.bias)
-    run.energy_head = head
-    run.energies = to_device(energy_targets(run.tiles.tiles), run.device)
+    run.speck_head = head
     run.optimizer.add_param_group({"params": list(head.parameters()), "weight_decay": 0.0})
+    ids = run.train_ids[:: -(-len(run.train_ids) // SPECK_SAMPLE)]
+    maps = [
+        speck_map(make_sharp_and_view(run.tiles, part, PLAIN_VIEW, run.config.view_side)[0].cpu())
+        for part in np.array_split(ids, -(-len(ids) // 32))
+    ]
+    quantities = torch.cat(maps)
+    mean, deviation = quantities.mean((0, 2, 3), True), quantities.std((0, 2, 3), keepdim=True)
+    run.speck_scale = mean.to(run.device), deviation.clamp_min(0.05).to(run.device)
 
 
 def hold_on_device(tiles: MammogramTiles, device: torch.device) -> None:

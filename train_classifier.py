@@ -910,6 +910,13 @@ def evaluation_table(
     return pd.DataFrame(rows)
 
 
+def located(tiles: pd.DataFrame, name: str) -> pd.Series:
+    """Per image with a tile that holds the finding: whether the tile of highest probability is one."""
+    groups = tiles.groupby("row")
+    highest = tiles.loc[groups[f"p_{name}"].idxmax()].set_index("row")[name] == 1
+    return highest[groups[name].max() == 1]
+
+
 # ---- 6 Pictures ------------------------------------------------------------------------------------
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe & Ito
@@ -1266,6 +1273,12 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     draw_curves(tables, data.names, folder)
     shown = table[table["group"] == "all"].drop(columns="group")
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    for name in data.names:
+        hits = located(tables["tile"], name)
+        if len(hits) and not settings.weak_labels:
+            print(
+                f"top tile  holds the {name} in {hits.sum()} of {len(hits)} images that have one boxed"
+            )
     print(f"open      {folder}: evaluation.csv predictions_*.csv roc.png pr.png reliability.png")
     return table
 

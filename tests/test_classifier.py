@@ -353,6 +353,19 @@ def test_resuming_with_other_settings_is_refused_by_name(trained, labelled, caps
 # ---- commands
 
 
+def test_located_asks_whether_the_top_tile_of_an_image_holds_the_finding():
+    tiles = pd.DataFrame(
+        {
+            "row": [0, 0, 1, 1, 2, 3, 3],
+            "mass": [1, 0, 1, 0, 0, 1, np.nan],
+            "p_mass": [0.9, 0.1, 0.2, 0.8, 0.99, 0.3, 0.4],
+        },
+        index=[7, 3, 4, 9, 1, 2, 0],
+    )
+    hits = classifier.located(tiles, "mass")
+    assert hits.to_dict() == {0: True, 1: False, 3: False}  # image 2 holds none
+
+
 def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, labelled, tmp_path):
     assert (
         run_main("evaluate", labelled, "--weights", trained / "classifier_best.pth", out=tmp_path) == 0

@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torchvision
 from conftest import small_config, write_images
 from test_training import open_run, weights_hash
 
@@ -40,32 +42,47 @@ def six(tmp_path_factory):
     return folder
 
 
-def test_energies_are_standardised_and_specks_stand_out():
-    rng = np.random.default_rng(0)
-    tiles = pd.DataFrame(
-        {"freq_energy": rng.uniform(0, 0.03, 500), "band_energy": rng.uniform(0.1, 0.2, 500)}
+def tissue_views(count=4, size=128, seed=0):
+    """Plain tissue as sample_tiles gives it: (count, 1, size, size), 0.3 +- 0.05, smooth and noise."""
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(2, count, size, size)).astype(np.float32)
+    smooth = np.stack([cv2.GaussianBlur(image, (0, 0), 4) for image in noise[0]])
+    return torch.from_numpy(0.3 + 0.35 * smooth + 0.01 * noise[1]).unsqueeze(1)
+
+
+def test_specks_stand_out_in_their_own_cell_and_lines_do_not():
+    plain = tissue_views()
+    speckled, lined = plain.clone(), plain.clone()
+    speckled[:, :, 42:45, 80:83] += 0.3
+    lined[:, :, 42:45, :] += 0.3
+    quiet, found, line = (mammo.speck_map(view) for view in (plain, speckled, lined))
+    assert found.shape == (4, mammo.SPECK_QUANTITIES, 4, 4)
+    excess = found[:, 1]
+    assert (excess[:, 1, 2] > 2).all()
+    assert quiet[:, 1].max() < 1
+    elsewhere = torch.ones(4, 4, dtype=torch.bool)
+    elsewhere[1, 2] = False
+    assert excess[:, elsewhere].max() < 1
+    assert line[:, 1].mean() < 0.1 * excess[:, 1, 2].mean()
+
+
+def test_prominence_ignores_gain_and_energy_follows_it():
+    view = tissue_views()
+    dim, bright = mammo.speck_map(view), mammo.speck_map(1.5 * view)
+    torch.testing.assert_close(dim[:, 0], bright[:, 0], atol=0.05, rtol=0)  # log; the floor costs 5 %
+    torch.testing.assert_close(
+        bright[:, 2] - dim[:, 2], torch.full((4, 4, 4), np.log(1.5)), atol=0.02, rtol=0
     )
-    tiles.loc[:9, "freq_energy"] = 0.08
-    targets = mammo.energy_targets(tiles)
-    np.testing.assert_allclose(targets.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(targets.std(0), 1, atol=1e-4)
-    assert targets[:10, 0].min() > 5
-    assert np.ptp(targets[10:, 0]) < 1.5  # plain tissue is alike
-    assert np.abs(mammo.energy_targets(tiles.assign(band_energy=0.0))[:, 1]).max() < 1e-5
+    assert torch.isfinite(mammo.speck_map(torch.zeros(2, 1, 64, 64))).all()  # air
 
 
-def test_band_energy_ignores_gain_and_grows_with_fine_detail():
-    rng = np.random.default_rng(1)
-    image = (1000 + 100 * rng.normal(size=(256, 256))).astype(np.uint16)
-    mask = np.ones_like(image, bool)
-    config = mammo.Config(tile_size=128, tile_stride=128, exclude_pectoral=False)
-    band = mammo.score_tiles(image, mask, config)["band_energy"].to_numpy()
-    louder = mammo.score_tiles(image * 4, mask, config)["band_energy"].to_numpy()
-    np.testing.assert_allclose(band, louder, rtol=0.01)
-    rough = image.copy()
-    rough[:128, :128] += (300 * rng.normal(size=(128, 128))).clip(0).astype(np.uint16)
-    scores = mammo.score_tiles(rough, mask, config).set_index(["x", "y"])["band_energy"]
-    assert scores[0, 0] > 1.3 * scores[128, 128]
+@pytest.mark.parametrize("size", [32, 64, 100, 129])
+def test_the_map_has_the_shape_of_the_feature_map_whose_mean_are_the_features(size):
+    model = mammo.MammogramBYOL(torchvision.models.resnet18(), 512, 64, 32).eval()
+    view = tissue_views(2, size)
+    found = model.feature_map(view)
+    assert found.shape[2:] == mammo.speck_map(view).shape[2:]
+    torch.testing.assert_close(found.mean((2, 3)), model.get_features(view), rtol=1e-4, atol=1e-5)
 
 
 def test_the_target_is_learnt_and_stays_out_of_the_model(archive):
@@ -82,14 +99,14 @@ def test_the_target_is_learnt_and_stays_out_of_the_model(archive):
     )
     plain = open_run(archive, "--run_name", "without")
     assert set(run.model.state_dict()) == set(plain.model.state_dict())
-    assert plain.energy_head is None
+    assert plain.speck_head is None
     ids = run.train_ids[:8]
     losses = [float(mammo.train_step(run, ids)[2]) for _ in range(24)]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     mammo.save_checkpoint(run.folder / "last.pth", run, resumable=True)
     mammo.save_checkpoint(run.folder / "plain.pth", run)
-    assert "energy_head" in torch.load(run.folder / "last.pth")
-    assert "energy_head" not in torch.load(run.folder / "plain.pth")
+    assert "speck_head" in torch.load(run.folder / "last.pth")
+    assert "speck_head" not in torch.load(run.folder / "plain.pth")
 
 
 def test_with_the_target_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
@@ -101,7 +118,7 @@ def test_with_the_target_stopped_and_resumed_equals_uninterrupted(archive, tmp_p
             mammo.train(small_config(tmp_path, *flags, *more, "--run_name", name))
     files = [tmp_path / "runs" / name / "last.pth" for name in ("whole", "parts")]
     assert weights_hash(files[0]) == weights_hash(files[1])
-    heads = [torch.load(file)["energy_head"]["weight"] for file in files]
+    heads = [torch.load(file)["speck_head"]["weight"] for file in files]
     assert torch.equal(*heads)
     assert heads[0].abs().max() > 0
     table = pd.read_csv(files[0].with_name("metrics.csv"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import train_byol_mammo as mammo
 
 CONFIG = mammo.Config(tile_size=128, tile_stride=64)
-COLUMNS = "x y breast_ratio mean_intensity non_zero_ratio freq_energy rejected_by band_energy".split()
+COLUMNS = "x y breast_ratio mean_intensity non_zero_ratio freq_energy rejected_by".split()
 
 
 @given(st.integers(1, 5000), st.integers(32, 600), st.integers(8, 600))
