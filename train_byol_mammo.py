@@ -1125,7 +1125,8 @@ def _read_manifest(root: Path) -> pd.DataFrame:
         manifest["path"] = [str(folder / name) for name in manifest["file"]]
         manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
-        manifest["spacing_mm"] = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
+        spacing = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
+        manifest["spacing_mm"] = spacing.where(spacing.between(*RANGES["pixel_spacing_mm"]))
         return manifest
     return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
 
@@ -2525,6 +2526,8 @@ class Tracker:
             self.thread.join(timeout)
 
     def _work(self, run_id: str, mode: str, config: Config) -> None:
+        # Otherwise wandb's own telemetry calls its makers, even offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
 

@@ -146,6 +146,10 @@ GUARDS = [
     Guard("text of pages is escaped", PREPARE, "{html.escape(str(v))}", "{str(v)}", f"{SECURITY} names_and_cells"),
     Guard("wandb stays here without a login", MAIN, 'or login else "offline"', 'or login else "online"',
           f"{SECURITY} without_network"),
+    Guard("wandb's telemetry", MAIN, 'os.environ.setdefault("WANDB_ERROR_REPORTING", "false")', "pass",
+          f"{SECURITY} without_network"),
+    Guard("spacing that cannot be", MAIN, 'spacing.where(spacing.between(*RANGES["pixel_spacing_mm"]))',
+          "spacing", f"{TABLES} points_elsewhere"),
     Guard("header values stay in the header (one is let out)", DICOM, '"view": view,',
           '"view": str(dataset.get("PatientName")),', f"{SECURITY} no_identifier"),
 ]  # fmt: skip

@@ -31,7 +31,8 @@ SECONDS = 5  # CPU time that a script may take for one file
 MEGABYTES = 2048  # peak of the child, with the libraries it has loaded
 SILENCE = 60  # s without an answer that count as a hang, on a busy machine too
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
-EXAMPLES = {"png": 3200, "tiff": 2800, "jpeg": 1400, "pgm": 1000, "dicom": 2600}  # of the slow version
+# Of the slow version; about a fifth of them are drawn twice, the different ones are counted.
+EXAMPLES = {"png": 4000, "tiff": 3500, "jpeg": 1900, "pgm": 1300, "dicom": 3400}
 
 
 class Reader:
@@ -195,7 +196,7 @@ def test_damaged_files_are_kept_or_named(reader, tmp_path, kind):
 @pytest.mark.parametrize("kind", sorted(EXAMPLES))
 def test_thousands_of_damaged_files_are_kept_or_named(reader, tmp_path, kind):
     fuzz(reader, tmp_path, kind, EXAMPLES[kind])
-    assert sum(EXAMPLES.values()) >= 10_000
+    assert len(reader.seen) > 10_000 * EXAMPLES[kind] / sum(EXAMPLES.values())
 
 
 # Good files whose grey values the scripts must take, or refuse for a reason.
@@ -231,7 +232,13 @@ def test_exif_rotation_is_left_alone(tmp_path):
         assert mammo.read_mammogram(path).shape == prep.decode_raster(path).shape[:2] == (96, 80)
 
 
-@pytest.mark.parametrize("name", sorted(broken_files.BOMBS))
+LARGEST = {name for name in broken_files.BOMBS if name.startswith("largest")}  # seconds each
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGEST)) for n in sorted(broken_files.BOMBS)],
+)
 def test_bombs_take_no_more_than_time_and_memory_allow(reader, tmp_path, name):
     suffix, make = broken_files.BOMBS[name]
     path = tmp_path / f"bomb{suffix}"

@@ -128,7 +128,7 @@ def edited(header: str, rows: list[str], edits: list, encoding: str, mark: str, 
             lines[row][column % len(lines[row])] = cell
         elif how == "row":
             lines.insert(row, [cell] * (column + 1))
-        elif how == "drop":
+        elif how == "drop" and lines[0]:
             for line in lines:
                 del line[column % len(lines[0]) : column % len(lines[0]) + 1]
         elif how == "twice":

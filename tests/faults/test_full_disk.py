@@ -24,7 +24,7 @@ from test_training import weights_hash
 import prepare_dataset as prep
 import train_byol_mammo as mammo
 
-QUICK = ("--epochs", "2", "--checkpoint_every", "1", "--save_every", "0")
+QUICK = ("--epochs", "2", "--save_every", "0")
 
 
 def mount(*words: object) -> None:
@@ -36,10 +36,10 @@ def mount(*words: object) -> None:
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk of its own: 512 MB of memory, mounted at tmp_path/disk."""
+    """A small disk of its own: 1 GB of memory, mounted at tmp_path/disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount("-t", "tmpfs", "-o", "size=512m", "tmpfs", folder)
+    mount("-t", "tmpfs", "-o", "size=1g", "tmpfs", folder)
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=False)
 

@@ -19,7 +19,7 @@ STEPS = 8  # of the runs below: two epochs of four
 
 def train_with(archive, tmp_path, *flags):
     """Train on the archive's cache, results in tmp_path."""
-    words = ["--output_dir", str(tmp_path / "runs"), "--epochs", "2", "--save_every", "0", *flags]
+    words = ["--output_dir", str(tmp_path / "runs"), "--epochs", "2", *flags]
     return mammo.train(small_config(archive, *words))
 
 
@@ -57,16 +57,19 @@ def test_a_number_that_is_none_in_a_batch_stops_the_run_and_names_its_tiles(
     archive, tmp_path, monkeypatch, value, step
 ):
     """Losses are looked at every 4 steps: the tiles named are those of the bad one, not of the last."""
-    real = mammo.two_views
+    real = mammo.byol_loss
 
-    def spoilt(run, tiles, ids, key):
-        views = real(run, tiles, ids, key)
-        if run.step + 1 == step:
-            views[0][0, 0, 3, 3] = value
-        return views
+    def spoil(run, train):
+        def spoilt(model, view_1, view_2):
+            view_1[0, 0, 3, 3] = value
+            return real(model, view_1, view_2)
 
-    monkeypatch.setattr(mammo, "two_views", spoilt)
-    batches = Batches(monkeypatch, lambda run, train: train())
+        with monkeypatch.context() as patch:
+            if run.step + 1 == step:
+                patch.setattr(mammo, "byol_loss", spoilt)
+            return train()
+
+    batches = Batches(monkeypatch, spoil)
     with pytest.raises(mammo.MammoError, match=f"the loss is not a number at step {step} ") as caught:
         train_with(archive, tmp_path, "--log_every", "4")
     assert named_tiles(str(caught.value)) == batches.ids[step]
@@ -87,7 +90,7 @@ def test_a_state_spoilt_behind_a_sound_loss_is_never_saved(archive, tmp_path, mo
                 elif what == "statistic":
                     run.model.backbone.bn1.running_var[0] = torch.inf
                 else:
-                    next(iter(run.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = torch.inf
+                    next(iter(run.optimizer.state.values()))["exp_avg_sq"].fill_(torch.inf)
         return out
 
     batches = Batches(monkeypatch, spoil)
@@ -131,6 +134,13 @@ def test_a_gradient_that_overflows_skips_the_step_and_lowers_the_scale(archive, 
     """The loop's own GradScaler, which PyTorch has for the CPU too, at a scale beyond float32."""
     run = open_run(archive, "--output_dir", str(tmp_path), "--run_name", "scaler")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
+    real = run.loss_function
+
+    def steep(*views):  # gradients of a million times the usual ones
+        loss, *others = real(*views)
+        return loss * 2.0**20, *others
+
+    run.loss_function = steep
     before = run.model.backbone.conv1.weight.detach().clone()
     ids, scales, moved = run.train_ids[:8], [], []
     for _ in range(4):
