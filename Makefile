@@ -4,6 +4,7 @@
 #              on two CPU cores (PRECISION=bf16 halves it where the CPU has bf16 instructions)
 # make lint    formatter, linter, types
 # make docs    the notebook's outputs, the README's picture and its settings table
+# make audit   known weaknesses of the installed packages, secrets in the files; needs the internet
 # Each makes .venv and installs what it needs; VENV= (empty) uses the active environment instead.
 
 VENV ?= .venv
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := $(if $(VENV),$(VENV)/bin/,)
 RUN := $(BIN)$(if $(VENV),python,$(PYTHON))
 
-.PHONY: demo compare test lint docs clean
+.PHONY: demo compare test lint docs audit clean
 
 CLASSIFY := --data_dir demo/split_images --labels demo/split_images/labels.csv --cache_dir demo/cache \
     --output_dir demo/runs/byol_resnet18
@@ -61,6 +62,10 @@ lint: $(if $(VENV),$(VENV)/.installed-dev)
 
 docs: $(if $(VENV),$(VENV)/.installed-dev)
 	$(RUN) tests/update_docs.py
+
+audit: $(if $(VENV),$(VENV)/.installed-dev)
+	git ls-files -z | xargs -0 $(BIN)detect-secrets-hook
+	$(RUN) -m pip_audit --local
 
 clean:
 	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -9,7 +9,7 @@ Only the keys of HEADER leave the file: no name, number, date or institution get
 message. Sections of the DICOM standard (PS3.3) are named where a rule comes from.
 
 Contents
-    1 Opening    open_dicom, check_is_mammogram
+    1 Opening    open_dicom, check_inflation, check_is_mammogram
     2 Header     laterality, view, spacing, implant
     3 Pixels     padding, rescale, window, polarity: one table from stored to grey value
     4 Reading    read_dicom
@@ -18,14 +18,19 @@ Contents
 from __future__ import annotations
 
 import logging
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 from pydicom import Dataset, dcmread
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, get_decoder, pixel_array
 from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -66,6 +71,7 @@ def open_dicom(path: str | Path) -> Dataset:
     Raises DicomError where it holds no image, and what pydicom raises on damaged bytes.
     """
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote header values
+    check_inflation(path)
     try:
         dataset = dcmread(path)
     except InvalidDicomError:  # no preamble: only an image passes, not any file
@@ -77,6 +83,24 @@ def open_dicom(path: str | Path) -> Dataset:
         uncompressed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else uncompressed
     return dataset
+
+
+def check_inflation(path: str | Path) -> None:
+    """Refuse a deflated file that would fill the memory: pydicom inflates it as a whole.
+
+    Raises DicomError.
+    """
+    with open(path, "rb") as file:
+        head = file.read(1024)
+        if DeflatedExplicitVRLittleEndian.encode() not in head:
+            return
+        if head[128:132] != b"DICM":
+            raise DicomError("deflated, but without the preamble of a DICOM file")
+        meta = read_file_meta_info(path)
+        file.seek(144 + int(meta.FileMetaInformationGroupLength))  # behind preamble and meta group
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), 2 * MAX_PIXELS + 1)
+    if len(inflated) > 2 * MAX_PIXELS:
+        raise DicomError(f"inflates to more than {2 * MAX_PIXELS} bytes")
 
 
 def check_is_mammogram(dataset: Dataset) -> None:
@@ -189,6 +213,9 @@ def read_header(dataset: Dataset) -> dict[str, str]:
     }
 
 
+# SOF markers of JPEG (without DHT, JPG and DAC, which lie between them) and of JPEG-LS.
+FRAME_HEADERS = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}
+
 # 3 Pixels -----------------------------------------------------------------------------------------
 # Padding, rescale, window and inversion each map one stored value to another. They are worked out
 # once for every value between the image's extremes; the image is then a single look-up.
@@ -272,6 +299,8 @@ def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, flo
         decoder = get_decoder(syntax)
         if not decoder.is_available:
             raise DicomError(f"no decoder for {syntax.name}; pip install -r requirements.txt")
+        if syntax.is_encapsulated:
+            check_frame(dataset)
         # gdcm ends the whole process at some damaged files, so it comes last.
         names = [name for name in ("pyjpegls", "pylibjpeg") if name in decoder.available_plugins]
         stored = pixel_array(dataset, raw=True, decoding_plugin=names[0] if names else "")
@@ -303,6 +332,31 @@ def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, flo
         raise DicomError("grey values need more than 16 bits")
     narrow = dataset.BitsStored <= 8 and table.max() <= 255
     return look_up(stored, low, table).astype(np.uint8 if narrow else np.uint16, copy=False), share
+
+
+def check_frame(dataset: Dataset) -> None:
+    """Refuse a compressed image that is not of the header's size, before its decoder makes room for it.
+
+    Raises DicomError; a frame whose own header is not found is left to the decoder.
+    """
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    found: tuple[int, ...] = ()
+    if (start := frame.find(b"\xff\x4f\xff\x51")) >= 0:  # JPEG 2000: SOC and SIZ, ISO 15444-1 A.5.1
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        found = (bottom - top, right - left, *struct.unpack_from(">H", frame, start + 40))
+    elif (
+        frame[:2] == b"\xff\xd8"
+    ):  # JPEG and JPEG-LS: segments up to the frame header, ISO 10918-1 B.2.2
+        at = 2
+        while at + 10 <= len(frame) and not found:
+            marker, length, _, height, width, components = struct.unpack_from(">HHBHHB", frame, at)
+            if (
+                0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)
+            ) or marker == 0xFFF7:
+                found = (height, width, components)
+            at += 2 + length
+    if found and found != (dataset.Rows, dataset.Columns, 1):
+        raise DicomError("its compressed image is not of the size that the header says")
 
 
 def look_up(stored: np.ndarray, low: int, table: np.ndarray) -> np.ndarray:

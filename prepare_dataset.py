@@ -97,7 +97,7 @@ SPLIT = "csv"  # csv (refused where a patient is in two), test_wins (such a pati
 TEST_SHARE = 0.2  # of patients, where the table has no split or --split patient
 NUM_WORKERS = 16  # processes that decode; never more than the cores there are
 
-MAX_PIXELS = 150_000_000  # larger images are skipped: a mammogram has some 10-30 million
+MAX_PIXELS = 150_000_000  # times channels; larger images are skipped: a mammogram has 10-30 million
 MAX_ID_LENGTH = 100  # characters; keeps <study_id>_<image_id>.png inside every file system's 255
 SHOWN = 10  # names shown per warning; the full lists are in the CSV files
 REPORTED = 200  # problems shown per check in the HTML report
@@ -608,11 +608,16 @@ def adapt_rsna(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
 def adapt_folder(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
     """No table: each image below the folder; the first folder's name is study and patient."""
     rows = []
-    for name in index.get("all", []):
-        place = without_suffix(name)
+    for place in dict.fromkeys(map(without_suffix, index.get("all", []))):
         study, _, image = place.partition("/")
         study, image = safe_name(study), safe_name(image or study)
         rows.append({"study_id": study, "patient_id": study, "image_id": image, "places": place})
+    # Names of which no letter is safe, such as two in Chinese, would be one.
+    names = Counter(f"{row['study_id']}_{row['image_id']}".lower() for row in rows)
+    for row in rows:
+        if names[f"{row['study_id']}_{row['image_id']}".lower()] > 1:
+            digest = hashlib.sha256(os.fsencode(row["places"])).hexdigest()[:8]
+            row["image_id"] = f"{row['image_id'][:80]}_{digest}"
     if not rows:
         raise RefusedError("there is no image below --images_root")
     return pd.DataFrame(rows)
@@ -774,6 +779,7 @@ def suffix_rank(name: str) -> int:
 # 5 Image formats ----------------------------------------------------------------------------------
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHANNELS = {2: 3, 3: 3, 4: 2, 6: 4}  # by colour type, as decoded; a palette becomes RGB
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 RASTER = (".tif", ".tiff", ".jpg", ".jpeg")
 DICOM = (".dcm", ".dicom", ".dic")
@@ -791,8 +797,8 @@ def read_png_header(path: Path) -> tuple[int, int, int]:
             raise SkipImageError("the file is empty" if not head else "not a PNG file inside")
         if zlib.crc32(head[12:29]) != struct.unpack(">I", head[29:])[0]:
             raise SkipImageError("the PNG header is damaged (checksum)")
-        width, height, bit_depth = struct.unpack(">IIB", head[16:25])
-        check_size(height, width)
+        width, height, bit_depth, colour = struct.unpack(">IIBB", head[16:26])
+        check_size(height, width, PNG_CHANNELS.get(colour, 1))
         # The commonest damage is a download cut short; some writers put bytes after the end.
         file.seek(-min(1024, os.fstat(file.fileno()).st_size), os.SEEK_END)
         if PNG_END not in file.read():
@@ -800,9 +806,9 @@ def read_png_header(path: Path) -> tuple[int, int, int]:
     return height, width, bit_depth
 
 
-def check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int, channels: int = 1) -> None:
     """Refuse an image that is empty or would fill the memory when decoded."""
-    if not 0 < height * width <= MAX_PIXELS:
+    if not 0 < height * width * channels <= MAX_PIXELS:
         raise SkipImageError(f"declares {height} x {width} pixels, more than {MAX_PIXELS} or none")
 
 
@@ -854,9 +860,10 @@ def decode_raster(path: Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                check_size(image.height, image.width)
+                check_size(image.height, image.width, 3 if image.mode == "P" else len(image.getbands()))
                 pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
                 image.load()
+        del image  # its pixels are not needed again
         pixels = cv2.imdecode(np.frombuffer(read_source(path), np.uint8), cv2.IMREAD_UNCHANGED)
     except SkipImageError:
         raise

@@ -43,6 +43,7 @@ import difflib
 import functools
 import hashlib
 import html
+import io
 import json
 import math
 import multiprocessing
@@ -60,6 +61,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -79,7 +81,9 @@ from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -321,6 +325,9 @@ def _underscores(word: str) -> str:
 # ---- 2 Image ---------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
+MAX_SAMPLES = (
+    150_000_000  # pixels times channels of the largest image read: a mammogram has 10-30 million
+)
 
 
 class ImageReadError(MammoError):
@@ -332,11 +339,14 @@ class ImageReadError(MammoError):
 
 
 def find_images(data_dir: str | Path) -> list[Path]:
-    """All images under a folder in sorted order. Raises MammoError where there is none."""
+    """All images under a folder in sorted order. Raises MammoError where there is none.
+
+    Links that lead nowhere are among them: they are skipped by name later, not lost in silence.
+    """
     root = Path(data_dir)
     if not root.is_dir():
         raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
     if not paths:
         raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it")
     return paths
@@ -365,9 +375,12 @@ def decode(path: str | Path) -> np.ndarray:
     """The grey levels of an image file as they are: (H, W) uint8 or uint16. Raises ImageReadError."""
     if not Path(path).is_file():
         raise ImageReadError(path, "no such file" if not Path(path).exists() else "not a file")
+    if (samples := declared_samples(path)) > MAX_SAMPLES:
+        raise ImageReadError(path, f"declares {samples:,} values, more than a mammogram has")
     try:
-        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:  # more pixels than OpenCV reads, or no memory for them
+        # cv2.imread would crash at a name that is not UTF-8.
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:  # no memory for its pixels, for one
         raise ImageReadError(path, f"can't be decoded ({error.err})") from error
     if image is None:
         raise ImageReadError(path, "can't be decoded: damaged, or not an image")
@@ -378,6 +391,24 @@ def decode(path: str | Path) -> np.ndarray:
     if min(image.shape) < 2:
         raise ImageReadError(path, f"only {image.shape[1]} x {image.shape[0]} px")
     return image
+
+
+def declared_samples(path: str | Path) -> int:
+    """Pixels times channels by a file's header, read before any pixel. Raises ImageReadError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images and of odd tags
+            with Image.open(path, formats=("PNG", "TIFF", "JPEG", "PPM")) as image:
+                channels = 3 if image.mode == "P" else len(image.getbands())
+                return image.width * image.height * channels
+    except Image.DecompressionBombError:
+        return sys.maxsize
+    except OSError as error:
+        if error.errno:
+            raise ImageReadError(path, f"can't be read: {error.strerror}") from error
+        raise ImageReadError(path, "can't be decoded: damaged, or not an image") from error
+    except Exception as error:  # Pillow raises almost anything on damaged headers
+        raise ImageReadError(path, "can't be decoded: its header is damaged") from error
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -1045,6 +1076,7 @@ def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
 # breast mask are 0: labels, markers and film edges never reach a view.
 
 EXTRACTION_PICTURES = ("segmentation.png", "grid.png", "tiles.png")
+NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
 
 
@@ -1056,11 +1088,14 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     """
     root = Path(data_dir).resolve()
     paths = find_images(root)
-    stats = [path.stat() for path in paths]
+    stats = [path.stat() if path.is_file() else path.lstat() for path in paths]
     sources = pd.DataFrame(
         {
             "path": [str(path) for path in paths],
-            "image": [path.relative_to(root).as_posix() for path in paths],
+            # Names may hold any byte; in tables those that are no text stand as \\x..
+            "image": [
+                os.fsencode(path.relative_to(root)).decode(errors="backslashreplace") for path in paths
+            ],
             "size": [stat.st_size for stat in stats],
             "mtime_ns": [stat.st_mtime_ns for stat in stats],
         }
@@ -1074,17 +1109,37 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     return sources
 
 
+def read_table(path: Path, columns: Sequence[str], remedy: str) -> pd.DataFrame:
+    """A CSV as text, '' where empty. Raises MammoError where it is no table with `columns` once each."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            options = {"dtype": str, "keep_default_na": False, "index_col": False}
+            table = pd.read_csv(path, encoding="utf-8-sig", **options)
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' and Unicode errors are these
+        reason = " ".join(str(error).split())
+        raise MammoError(f"{path} is not a comma-separated UTF-8 table ({reason}); {remedy}") from error
+    missing = [name for name in columns if name not in table]
+    if missing:
+        there = ", ".join(map(str, table))[:200]
+        raise MammoError(f"{path}: no column {', '.join(missing)} (there is {there}); {remedy}")
+    twice = [name for name in columns if f"{name}.1" in table]  # as pandas renames it
+    if twice:
+        raise MammoError(f"{path}: the column {twice[0]} is there twice; keep one of them")
+    return table
+
+
 def _read_manifest(root: Path) -> pd.DataFrame:
     columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
     for folder in (root, root.parent):
         if not (folder / "manifest.csv").is_file():
             continue
-        manifest = pd.read_csv(folder / "manifest.csv", dtype=str, encoding="utf-8-sig")
-        if "file" not in manifest:
-            raise MammoError(f"{folder / 'manifest.csv'}: no column 'file'; rerun prepare_dataset.py")
+        manifest = read_table(folder / "manifest.csv", ["file"], "rerun prepare_dataset.py")
         manifest["path"] = [str(folder / name) for name in manifest["file"]]
+        manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
-        manifest["spacing_mm"] = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
+        spacing = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
+        manifest["spacing_mm"] = spacing.where(spacing.between(*RANGES["pixel_spacing_mm"]))
         return manifest
     return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
 
@@ -1198,7 +1253,8 @@ def _extract_to_part(index: int, path: str, spacing_mm: float, config: Config, p
         record, pixels = extract_image(path, spacing_mm, config)
     except ImageReadError as error:
         record, pixels = {"error": error.reason}, np.zeros((0, 0), np.uint8)
-    np.save(stem.with_suffix(".npy"), pixels)
+    with replacing(stem.with_suffix(".npy")) as temporary:
+        np.save(temporary, pixels)
     write_atomic(stem.with_suffix(".json"), json.dumps(record))  # last: it marks the part as done
     return str(record.get("error", ""))
 
@@ -1213,18 +1269,32 @@ def build_cache(config: Config) -> Path:
     sources = list_sources(config.data_dir)
     inputs = cache_inputs(sources, config)
     final = Path(config.cache_dir) / cache_key(inputs)
-    if (final / "cache.json").is_file():
+    if is_finished(final):
         return final
     building = final.with_name(f".{final.name}.building")
     building.mkdir(parents=True, exist_ok=True)
     with FileLock(building.with_suffix(".lock")):
-        if not (final / "cache.json").is_file():
-            (building / "parts").mkdir(parents=True, exist_ok=True)
-            extract_all(sources, config, building / "parts")
-            merge_parts(building, sources, inputs, config)
+        if not is_finished(final):
+            if final.exists():
+                print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
+                move_aside(final)
+            if not is_finished(building):  # else the last run was killed while it drew
+                (building / "parts").mkdir(parents=True, exist_ok=True)
+                extract_all(sources, config, building / "parts")
+                merge_parts(building, sources, inputs, config)
             draw_extraction(config, building)
+            sweep(building)
             os.replace(building, final)
     return final
+
+
+def is_finished(cache: Path) -> bool:
+    """Whether a cache is complete: all its files are there and as long as they were written."""
+    try:
+        sizes = json.loads((cache / "cache.json").read_text())["sizes"]
+        return all((cache / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
@@ -1246,20 +1316,38 @@ def extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
                 _extract_to_part(*job)
                 bar.update()
             return
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
             futures = [pool.submit(_extract_to_part, *job) for job in jobs]
             try:
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
             except BrokenProcessPool as error:
+                left = [job[1] for job in jobs if not (parts / f"{job[0]:07d}.json").is_file()]
                 raise MammoError(
-                    "an extraction process was killed, out of memory perhaps; lower --num_workers and "
-                    "start again: finished images are kept"
+                    f"an extraction process was killed at one of {', '.join(left[:workers])}, for want "
+                    "of memory perhaps; lower --num_workers and start again: finished images are kept. "
+                    "If it ends there again, one of these files crashes its decoder: move it away"
                 ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def start_worker() -> None:
+    """Let an extraction process leave Ctrl-C to its parent and end with it.
+
+    A killed run must not leave processes behind that write into what the next one builds.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def merge_parts(building: Path, sources: pd.DataFrame, inputs: dict[str, Any], config: Config) -> None:
@@ -1267,23 +1355,23 @@ def merge_parts(building: Path, sources: pd.DataFrame, inputs: dict[str, Any], c
 
     One part at a time is in memory. Raises MammoError where no tile was kept.
     """
-    parts = sorted((building / "parts").glob("*.json"))
+    # By number: a killed process may have left a half-written file among them.
+    parts = [building / "parts" / f"{index:07d}.json" for index in range(len(sources))]
     records = [json.loads(part.read_text()) for part in parts]
     tiles = _choose_tiles(records, config)
     rejections = _funnel(records, tiles, sources)
     if tiles.empty:
         raise MammoError(f"no tile was kept.\n{describe_funnel(rejections)}")
     images, tiles = _write_pixels(building, parts, records, tiles, sources, config)
-    images.to_csv(building / "images.csv", index=False)
-    tiles.to_csv(building / "tiles.csv", index=False)
-    rejections.to_csv(building / "rejections.csv", index=False)
-    for part in parts:
-        part.unlink()
-        part.with_suffix(".npy").unlink()
-    (building / "parts").rmdir()
+    write_atomic(building / "images.csv", images.to_csv(index=False))
+    write_atomic(building / "tiles.csv", tiles.to_csv(index=False))
+    write_atomic(building / "rejections.csv", rejections.to_csv(index=False))
     versions = {"numpy": np.__version__, "opencv": cv2.__version__}
-    summary = {"inputs": inputs, "versions": versions, "finished": True}
+    names = ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv")
+    sizes = {name: (building / name).stat().st_size for name in names}
+    summary = {"inputs": inputs, "versions": versions, "sizes": sizes, "finished": True}
     write_atomic(building / "cache.json", json.dumps(summary, indent=2))
+    shutil.rmtree(building / "parts")
 
 
 def _choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
@@ -1376,13 +1464,11 @@ def _write_pixels(
         offset += height * width
     dtype = np.dtype(np.uint16 if any(row["bit_depth"] > 8 for row in rows) else np.uint8)
     header = {"descr": dtype.str, "fortran_order": False, "shape": (offset,)}
-    with (building / "pixels.npy").open("wb") as out:
+    with replacing(building / "pixels.npy") as temporary, temporary.open("wb") as out:
         np.lib.format.write_array_header_2_0(out, header)
         for index, inside in boxes:
             part = np.load(parts[index].with_suffix(".npy"))
             out.write(np.ascontiguousarray(part[inside], dtype).data)
-        out.flush()
-        os.fsync(out.fileno())
     position = {index: row for row, (index, _) in enumerate(boxes)}
     return pd.DataFrame(rows), tiles.assign(image=tiles["image"].map(position))
 
@@ -1408,7 +1494,7 @@ class MammogramTiles:
         shape = -(-self.images[["height", "width"]].to_numpy() // reduce)
         offset = np.cumsum(shape.prod(1)) - shape.prod(1)
         grey_scale = 256 if reduce > 1 and source.dtype == np.uint8 else 1
-        array = source if reduce == 1 else self._reduced(source, shape, offset, grey_scale)
+        array = source if reduce == 1 else self._reduced(source, shape, grey_scale)
         # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
         self.pixels = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
         image = self.tiles["image"].to_numpy()
@@ -1450,26 +1536,30 @@ class MammogramTiles:
             out.pixels[start : start + h * w].view(h, w).copy_(crop)
         return out
 
-    def _reduced(
-        self, source: np.ndarray, shape: np.ndarray, offset: np.ndarray, grey_scale: int
-    ) -> np.ndarray:
+    def _reduced(self, source: np.ndarray, shape: np.ndarray, grey_scale: int) -> np.ndarray:
         """Open the averaged copy, written once; beyond an image's pixels lies 0, as for every view."""
         path, side = self.cache / f"pixels_reduced_{self.reduce}.npy", self.reduce
+        total = int(shape.prod(1).sum())
+
+        def is_whole() -> bool:
+            return path.is_file() and path.stat().st_size == NPY_HEADER + 2 * total
+
+        if is_whole():  # also in a folder that can't be written
+            return np.load(path, mmap_mode="c")
         with FileLock(path.with_suffix(".lock")):
-            if not path.is_file():
-                with replacing(path) as temporary:
-                    total = (int(shape.prod(1).sum()),)
-                    out = np.lib.format.open_memmap(temporary, "w+", np.uint16, total)
-                    for image, (h, w), start in zip(
-                        self.images.itertuples(), shape, offset, strict=True
-                    ):
+            if not is_whole():
+                sweep(self.cache, path.name)
+                # Written, not mapped: a full disk is an error then, and no crash.
+                with replacing(path) as temporary, temporary.open("wb") as out:
+                    header = {"descr": "<u2", "fortran_order": False, "shape": (total,)}
+                    np.lib.format.write_array_header_2_0(out, header)
+                    for image, (h, w) in zip(self.images.itertuples(), shape, strict=True):
                         stop = image.offset + image.height * image.width
                         crop = source[image.offset : stop].reshape(image.height, image.width)
                         padded = np.zeros((h * side, w * side), np.float32)
                         padded[: image.height, : image.width] = crop
                         small = cv2.resize(padded, (int(w), int(h)), interpolation=cv2.INTER_AREA)
-                        out[start : start + h * w] = np.round(small * grey_scale).ravel()
-                    out.flush()
+                        out.write(np.round(small * grey_scale).astype(np.uint16).data)
         return np.load(path, mmap_mode="c")
 
 
@@ -1694,12 +1784,12 @@ def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
             content = torch.load(path, map_location="cpu", weights_only=True)
             name = content.get("config", {}).get("backbone", "")
             state = content.get("model_state_dict", content.get("state_dict", content))
+        if any(key.startswith("backbone.") for key in state):
+            prefix = "backbone."
+            state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
+        return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
     except Exception as error:  # torch and safetensors raise many kinds on damaged files
         raise MammoError(f"weights {path}: can't be read ({type(error).__name__}: {error})") from error
-    if any(key.startswith("backbone.") for key in state):
-        prefix = "backbone."
-        state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
-    return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
 
 
 def _load_state(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -2000,22 +2090,43 @@ def target_momentum(step: int, total_steps: int, config: Config) -> float:
 
 # ---- 9 Checkpoint ----------------------------------------------------------------------------------
 
+UNFINISHED = ".unfinished."  # how the name of a file begins until it is complete
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f"{UNFINISHED}{path.name}.", suffix=path.suffix, dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError inside, as that of a full disk, the name of the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or f"{error}, is the disk full?"  # NumPy gives no number
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what a killed process left half-written in a folder, of one file or of all."""
+    for leftover in folder.glob(f"{UNFINISHED}{name}*"):
+        leftover.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -2031,7 +2142,10 @@ def write_atomic(path: str | Path, text: str) -> None:
 
 
 def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
-    """Write the model and its settings as plain types; with `resumable` all that a restart needs."""
+    """Write the model and its settings as plain types; with `resumable` all that a restart needs.
+
+    Raises MammoError, and leaves the file as it is, where a value is not a number.
+    """
     content: dict[str, Any] = {
         "model_state_dict": run.model.state_dict(),
         "config": dataclasses.asdict(run.config),
@@ -2053,18 +2167,43 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
             content["speck_head"] = run.speck_head.state_dict()
         content["healthy"] = run.healthy
         content["wandb_id"] = run.wandb_id
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write plain types and tensors for load_checkpoint. Raises MammoError where one is no number."""
+    if not all_finite(content):
+        raise MammoError(f"{path} is not written: its values are no numbers; the file before it stays")
+    buffer = io.BytesIO()  # torch.save to a full disk would raise a RuntimeError that says nothing of it
+    torch.save(content, buffer)
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def all_finite(content: Any) -> bool:
+    """Whether no tensor in nested dicts and lists holds NaN or infinity; waits for the device once."""
+
+    def find(part: Any) -> Iterator[Tensor]:
+        if isinstance(part, Tensor) and part.ndim:  # counters of steps stay on the CPU
+            yield part.isfinite().all()
+        elif isinstance(part, dict | list | tuple):
+            for item in part.values() if isinstance(part, dict) else part:
+                yield from find(item)
+
+    return bool(torch.stack(list(find(content))).all())
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint with weights_only=True. Raises MammoError where it is missing or damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise MammoError(f"checkpoint {path}: no such file") from error
     except Exception as error:  # damaged archives raise many kinds
         raise MammoError(f"checkpoint {path}: can't be read ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise MammoError(f"checkpoint {path}: can't be read (it holds no dict)")
+    return content
 
 
 def resume_run(run: Run, state: dict[str, Any]) -> None:
@@ -2112,7 +2251,7 @@ def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
     state = {key: value.contiguous() for key, value in state.items()}
     metadata = {"backbone": config.backbone, "grey_mean": str(GREY_MEAN), "grey_std": str(GREY_STD)}
     with replacing(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
+        temporary.write_bytes(to_safetensors(state, metadata))
 
 
 # ---- 10 Monitoring ---------------------------------------------------------------------------------
@@ -2177,10 +2316,7 @@ def read_labels(path: str | Path, findings: Sequence[str] = CLASSES) -> pd.DataF
     path = Path(path)
     if not path.is_file():
         raise MammoError(f"labels {path}: no such file; prepare_dataset.py --findings_csv writes it")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    missing = [name for name in ("image", *findings) if name not in table]
-    if missing:
-        raise MammoError(f"labels {path}: no column {', '.join(missing)} (there is {', '.join(table)})")
+    table = read_table(path, ["image", *findings], "prepare_dataset.py --findings_csv writes it")
     twice = table["image"][table["image"].duplicated()]
     if len(twice):
         raise MammoError(f"labels {path}: {twice.iloc[0]} has more than one row")
@@ -2212,7 +2348,7 @@ def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
             edges = [float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
             if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:
                 raise ValueError(f"box {edges} has no area")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise MammoError(f"labels {path}: boxes of {image} can't be read ({error!r})") from error
     return boxes
 
@@ -2403,7 +2539,8 @@ class MetricsFile:
             return
         kept = pd.DataFrame(columns=METRICS)
         if path.is_file() and step:
-            kept = pd.read_csv(path).reindex(columns=METRICS)
+            whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a full disk cuts the last row
+            kept = pd.read_csv(io.StringIO(whole)).reindex(columns=METRICS)
             kept = kept[kept["step"] <= step]
         write_atomic(path, kept.to_csv(index=False))
 
@@ -2411,7 +2548,7 @@ class MetricsFile:
         """Append one row; absent metrics stay empty."""
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
 
 
@@ -2447,6 +2584,8 @@ class Tracker:
             print(f"tracking  wandb was offline; to upload this run: wandb sync {runs}", flush=True)
 
     def _work(self) -> None:
+        # Otherwise wandb's own telemetry calls its makers, even offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
 
@@ -3247,8 +3386,10 @@ def train_one_epoch(
     config = run.config
     saved = logged = time.monotonic()
     pending: list[Tensor] = []
+    recent: list[np.ndarray] = []
     for ids, tiles in batches(run):
         pending.append(train_step(run, ids, tiles))
+        recent.append(ids)
         bar.update()
         last = run.step % run.steps_per_epoch == 0 or run.step == config.max_steps
         due = time.monotonic() - saved > 60 * config.save_every
@@ -3257,7 +3398,7 @@ def train_one_epoch(
         if run.step % config.log_every == 0 or last or (alone and (stop.requested or due)):
             # The only place that waits for the device: LOG_EVERY steps are read at once.
             means = read_metrics(run, pending, stop)
-            check_finite(means[0], run, ids)
+            check_finite(run, means, pending, recent, saving=bool(last or due or stop.requested))
             run.batch_std = means[1]
             row = describe_step(run, means, len(pending) / (time.monotonic() - logged), ids)
             bar.set_postfix_str(describe_row(row, run.monitor))
@@ -3268,7 +3409,7 @@ def train_one_epoch(
                 saved = time.monotonic()
             if report_is_due(run) and not (stop.requested or last):
                 show_run(run, tracker)
-            pending, logged = [], time.monotonic()
+            pending, recent, logged = [], [], time.monotonic()
             if stop.requested or last:
                 return
 
@@ -3328,13 +3469,28 @@ def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarra
     return row
 
 
-def check_finite(loss: float, run: Run, ids: np.ndarray) -> None:
-    """Raise MammoError on a loss that is not a number; the checkpoints on disk are from before it."""
-    if not math.isfinite(loss):
-        raise MammoError(
-            f"the loss is {loss} at step {run.step} (tiles {ids[:8].tolist()} ...); "
-            "lower --lr or use --precision fp32, then start again: the run resumes from last.pth"
-        )
+def check_finite(
+    run: Run, means: list[float], pending: list[Tensor], recent: list[np.ndarray], saving: bool
+) -> None:
+    """Raise MammoError, naming the tiles, where a loss or a weight about to be saved is not a number.
+
+    `pending` and `recent`: losses and tiles of the steps since the last look. A weight that is spoilt
+    while all losses are sound was spoilt by the last step: any later loss would have told.
+    """
+    what, index = "loss", len(recent) - 1
+    if not all(map(math.isfinite, means)):
+        sound = torch.stack(pending).isfinite().all(1).tolist()
+        index = sound.index(False) if False in sound else index  # else it was another process's
+    elif saving and not all_finite([run.model.state_dict(), run.optimizer.state_dict()]):
+        what = "network's state"
+    else:
+        return
+    step = run.step - len(recent) + index + 1
+    raise MammoError(
+        f"the {what} is not a number at step {step} (rows of tiles.csv: {recent[index].tolist()}); "
+        "lower --lr or use --precision fp32, then start again: the run resumes from last.pth, which is "
+        "from before it"
+    )
 
 
 def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
@@ -3465,7 +3621,12 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     if config.freq_loss_weight:
         add_speck_head(run)
     if config.resume and (run.folder / "last.pth").is_file():
-        resume_run(run, load_checkpoint(run.folder / "last.pth"))
+        state = load_checkpoint(run.folder / "last.pth")
+        try:
+            resume_run(run, state)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = f"{run.folder / 'last.pth'} is no state of such a run ({type(error).__name__})"
+            raise MammoError(f"{reason}; --no_resume moves it aside") from error
     objective: nn.Module = Objective(model, run.speck_head)
     if world.size > 1:
         # Batch norm on the CPU can't be synchronised: its statistics are those of the first process.
@@ -3569,6 +3730,8 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=config.run_dir).close()  # a folder that can't be written is known by now
     cache = build_cache(config)  # one process builds, the others wait at its lock
     join_world(world, device)
     run = prepare_run(config, backbone, cache)
@@ -3636,7 +3799,7 @@ def describe_device(run: Run) -> str:
 
 def start_folder(run: Run) -> None:
     """Create the run's folder: settings, environment, the extraction's pictures, a calm summary."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    sweep(run.folder)
     record = {"config": dataclasses.asdict(run.config), "environment": environment()}
     write_atomic(run.folder / "config.json", json.dumps(record, indent=2))
     for name in EXTRACTION_PICTURES:
@@ -3722,7 +3885,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'file'}: {error.strerror or error}; once that is mended the "
+            "same command goes on where it stopped",
+            file=sys.stderr,
+        )
         return 2
     except RuntimeError as error:
         if not distributed.is_available() or not distributed.is_initialized():

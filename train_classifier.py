@@ -375,15 +375,15 @@ def start_model(settings: Settings) -> tuple[mammo.MammogramBYOL, mammo.Config]:
         backbone = mammo.load_backbone(settings.weights)
     width = mammo.feature_width(backbone)
     known = {field.name for field in dataclasses.fields(mammo.Config)}
-    base = mammo.Config(**{key: value for key, value in recorded.items() if key in known})
-    model = mammo.MammogramBYOL(backbone, width, base.hidden_dim, base.proj_dim)
-    if recorded:
-        set_outputs(model, len(classes))
-        try:
+    try:
+        base = mammo.Config(**{key: value for key, value in recorded.items() if key in known})
+        model = mammo.MammogramBYOL(backbone, width, base.hidden_dim, base.proj_dim)
+        if recorded:
+            set_outputs(model, len(classes))
             model.load_state_dict(state["model_state_dict"])
-        except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise MammoError(f"{settings.weights} doesn't fit a {name}: {reason}") from error
+    except (RuntimeError, KeyError, TypeError) as error:  # the file may be a stranger's
+        reason = " ".join(str(error).split())[:200]
+        raise MammoError(f"{settings.weights} doesn't fit a {name}: {reason}") from error
     return model, tile_config(settings, dataclasses.replace(base, backbone=name, input_dim=width))
 
 
@@ -593,6 +593,7 @@ def prepare_job(settings: Settings) -> Job:
     if not settings.resume and folder.exists():
         mammo.move_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    mammo.sweep(folder)
     drawn = draw_tiles(data, validation_ids, settings)
     return Job(settings, engine, data, folder, train_ids, drawn, shift)
 
@@ -700,7 +701,14 @@ def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
         bar.update()
         if stop.requested:
             raise mammo.StoppedError(stop.requested, job.folder)
-    return float(torch.stack(losses).mean())
+    means = torch.stack(losses)
+    if not means.isfinite().all():
+        first = means.isfinite().tolist().index(False)
+        raise MammoError(
+            f"the loss is not a number at step {job.epoch * steps + first + 1} (rows of tiles.csv: "
+            f"{np.array_split(ids, steps)[first].tolist()}): lower --lr or use --precision fp32"
+        )
+    return float(means.mean())
 
 
 def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
@@ -722,8 +730,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
-    with mammo.replacing(job.folder / name) as temporary:
-        torch.save(content, temporary)
+    mammo.write_checkpoint(job.folder / name, content)
 
 
 def resume_job(job: Job) -> None:
@@ -753,8 +760,6 @@ def resume_job(job: Job) -> None:
 def record_epoch(job: Job, loss: float, tracker: mammo.Tracker) -> None:
     """Validate, write metrics.csv, keep the best checkpoint and the state to resume."""
     row = {"epoch": job.epoch, "loss": loss, **validate(job)}
-    if not np.isfinite(loss):
-        raise MammoError(f"the loss is {loss} in epoch {job.epoch}: lower --lr or use --precision fp32")
     job.rows.append(row)
     tracker.log(row)
     mammo.write_atomic(job.folder / "metrics.csv", pd.DataFrame(job.rows).to_csv(index=False))
@@ -1401,7 +1406,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'file'}: {error.strerror or error}; once that is mended the "
+            "same command goes on where it stopped",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

@@ -281,7 +281,7 @@ def test_accepted_names_stay_inside(names: tuple[str, str, str]) -> None:
 
 
 def test_ordinary_names_are_accepted() -> None:
-    for name in ["0025a5dc99fd5c742026f0b2b030d3e9", "1.2.840.113", "P_001-L", "_x", "x" * 100]:
+    for name in ["0025a5dc" * 4, "1.2.840.113", "P_001-L", "_x", "x" * 100]:
         assert prep.is_safe_name(name)
 
 

@@ -269,14 +269,6 @@ def test_a_finished_run_says_so(archive, tmp_path, capsys):
     assert all(torch.equal(value, again[name]) for name, value in exported.items())
 
 
-def test_a_loss_that_is_no_number_stops_the_run(archive, monkeypatch):
-    run = open_run(archive, "--run_name", "nan")
-    run.step = 7
-    with pytest.raises(mammo.MammoError, match="the loss is nan at step 7"):
-        mammo.check_finite(math.nan, run, run.train_ids)
-    mammo.check_finite(-0.5, run, run.train_ids)
-
-
 def test_too_few_tiles_for_a_batch_is_named(archive):
     with pytest.raises(mammo.MammoError, match="lower --batch_size"):
         open_run(archive, "--batch_size", "4096")

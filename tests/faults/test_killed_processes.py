@@ -1,0 +1,324 @@
+"""SIGKILL at random moments of every stage, killed workers, Ctrl-C: the same command ends all the same.
+
+Five kills by default, fifty with -m slow (FAULTS_KILLS sets their number), FAULTS_SEED other moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import stages
+import torch
+from conftest import write_images
+from test_classifier import TILES, labelled, settings_of  # noqa: F401
+from test_full_disk import all_whole, arguments, same_result, whole  # noqa: F401
+from test_prepare_runs import good_file, tree
+from test_training import weights_hash
+
+import train_byol_mammo as mammo
+
+SEED = int(os.environ.get("FAULTS_SEED", "0"))
+KILLS = int(os.environ.get("FAULTS_KILLS", "50"))
+
+
+@dataclass
+class Stage:
+    """A script with its flags for a folder, what must be the same in the end, and when it is killed."""
+
+    script: str
+    flags: Callable[[Path], list]
+    compare: Callable[[Path, Path], None]
+    truth: Path  # folder of a run that nothing disturbed
+    seconds: float = 0.0  # its time
+    moment: Callable[[Path], bool] | None = None  # what must be seen first
+    code: int = 0
+
+    def start(self, folder: Path):
+        """A process of the stage in a folder."""
+        folder.mkdir(exist_ok=True)
+        return stages.start(self.script, self.flags(folder), folder / "log")
+
+    def finish(self, folder: Path) -> None:
+        """Run the stage to its end and compare."""
+        folder.mkdir(exist_ok=True)
+        code, printed = stages.finish(self.script, self.flags(folder), folder / "log")
+        assert code == self.code, printed
+        if folder != self.truth:
+            self.compare(folder, self.truth)
+
+
+def undisturbed(stage: Stage) -> Stage:
+    """Run the stage in its own folder and take its time."""
+    begin = time.monotonic()
+    stage.finish(stage.truth)
+    stage.seconds = time.monotonic() - begin
+    return stage
+
+
+def same_cache(folder: Path, truth: Path) -> None:
+    """Both folders hold one finished cache of the same bytes."""
+    caches = [next(place.glob("cache/[!.]*")) for place in (folder, truth)]
+    assert caches[0].name == caches[1].name
+    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
+        assert (caches[0] / name).read_bytes() == (caches[1] / name).read_bytes()
+
+
+def same_runs(folder: Path, truth: Path) -> None:
+    """The same cache, weights and metrics; nothing half-written is left."""
+    same_cache(folder, truth)
+    same_result(folder / "runs" / "byol_resnet18", truth / "runs" / "byol_resnet18")
+    assert not list((folder / "runs").rglob(f"{mammo.UNFINISHED}*"))
+
+
+@pytest.fixture(scope="module")
+def prepare(tmp_path_factory):
+    """Laying 45 files of nine kinds out, in a process."""
+    root = tmp_path_factory.mktemp("prepare")
+    for number in range(45):
+        good_file(root / f"in/p{number % 9}/i{number}", number)
+
+    def flags(folder: Path) -> list:
+        return [
+            "--csv_path",
+            "none",
+            "--images_root",
+            root / "in",
+            "--output_dir",
+            folder / "out",
+            "--verify",
+        ]
+
+    def compare(folder: Path, truth: Path) -> None:
+        assert tree(folder / "out") == tree(truth / "out")
+
+    return undisturbed(Stage("prepare_dataset", flags, compare, root / "truth"))
+
+
+@pytest.fixture(scope="module")
+def extraction(whole, tmp_path_factory):  # noqa: F811
+    """Building the cache of four images, then one step."""
+    data = whole[0]
+    root = tmp_path_factory.mktemp("extraction")
+
+    def flags(folder: Path) -> list:
+        return arguments(data, folder, "--max_steps", "1")
+
+    return undisturbed(Stage("train_byol_mammo", flags, same_cache, root / "truth"))
+
+
+@pytest.fixture(scope="module")
+def training(whole, tmp_path_factory):  # noqa: F811
+    """Two epochs that write last.pth after every step."""
+    data, run = whole
+    flags = lambda folder: arguments(data, folder)  # noqa: E731
+    stage = Stage("train_byol_mammo", flags, same_runs, run.parents[1])
+    copy = tmp_path_factory.mktemp("training") / "copy"
+    shutil.copytree(run.parents[1] / "cache", copy / "cache")
+    begin = time.monotonic()
+    stage.finish(copy)
+    stage.seconds = time.monotonic() - begin
+    return stage
+
+
+@pytest.fixture(scope="module")
+def checkpoint(training):
+    """The same, killed while a checkpoint is being written."""
+
+    def is_writing(folder: Path) -> bool:
+        return bool(list((folder / "runs").rglob(f"{mammo.UNFINISHED}*.pth")))
+
+    return Stage(training.script, training.flags, training.compare, training.truth, 0.05, is_writing)
+
+
+@pytest.fixture(scope="module")
+def classifier(labelled, tmp_path_factory):  # noqa: F811
+    """Fine-tuning a classifier for two epochs."""
+    root = tmp_path_factory.mktemp("classifier")
+    words = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
+
+    def compare(folder: Path, truth: Path) -> None:
+        weights = [weights_hash(place / "tuned" / "classifier_best.pth") for place in (folder, truth)]
+        assert weights[0] == weights[1]
+        tables = [(place / "tuned" / "metrics.csv").read_bytes() for place in (folder, truth)]
+        assert tables[0] == tables[1]
+        assert not list(folder.rglob(f"{mammo.UNFINISHED}*"))
+
+    def flags(folder: Path) -> list:
+        return ["train", *settings_of(labelled, *words, out=folder)]
+
+    return undisturbed(Stage("train_classifier", flags, compare, root / "truth"))
+
+
+def check_files(folder: Path) -> None:
+    """After a kill: whatever has its final name is whole."""
+    all_whole(folder)
+    for path in folder.rglob("classifier_*.pth"):
+        torch.load(path)
+
+
+def kill_at_random(stage: Stage, folder: Path, kills: int, rng: random.Random) -> int:
+    """Kill the stage `kills` times at random moments, running on from where it stopped; then finish it.
+
+    Where it ends before its moment, what it made is compared and the next kill finds an empty folder.
+    Returns how often it ended first.
+    """
+    landed = ended = 0
+    while landed < kills:
+        process = stage.start(folder)
+        while stage.moment and process.is_alive() and not stage.moment(folder):
+            time.sleep(0.001)
+        process.join(rng.uniform(0, stage.seconds))
+        if process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        if process.exitcode == -signal.SIGKILL:
+            landed += 1
+            check_files(folder)
+        else:
+            ended += 1
+            assert ended < 10 * kills + 10, "no moment of the stage could be hit"
+            assert process.exitcode == stage.code, (folder / "log").read_text()
+            stage.compare(folder, stage.truth)
+            shutil.rmtree(folder)
+    stage.finish(folder)
+    return ended
+
+
+NAMES = ["prepare", "extraction", "training", "checkpoint", "classifier"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "kills", [1, pytest.param(-(-KILLS // len(NAMES)), marks=pytest.mark.slow)], ids=["one", "many"]
+)
+def test_killed_at_random_and_repeated_ends_the_same(name, kills, tmp_path, request):
+    stage = request.getfixturevalue(name)
+    ended = kill_at_random(stage, tmp_path / "killed", kills, random.Random(f"{SEED} {name}"))
+    print(f"{name}: {kills} kills landed, {ended} times it ended first, nothing lost (seed {SEED})")
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Processes below one, by their command lines."""
+    found, parents = {}, {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    level = {pid}
+    while level := {child for child, parent in parents.items() if parent in level}:
+        for child in level:
+            with contextlib.suppress(OSError):
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def extraction_workers(pid: int) -> list[int]:
+    """The extraction processes of a run: the children of its fork server."""
+    below = descendants(pid)
+    servers = [child for child, command in below.items() if "forkserver" in command]
+    return sorted(set().union(*(descendants(server) for server in servers)) if servers else [])
+
+
+def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
+    """Wait for something that must come."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.005)
+
+
+def test_killed_workers_are_named_and_a_killed_run_leaves_none(tmp_path):
+    data = write_images(tmp_path / "images", 24, bits=12)
+    flags = arguments(data, tmp_path, "--max_steps", "1", "--num_workers", "2")
+    process = stages.start("train_byol_mammo", flags, tmp_path / "log")
+    parts = lambda: len(list(tmp_path.glob("cache/.*.building/parts/[!.]*.json")))  # noqa: E731
+    wait_until(parts)
+    os.kill(extraction_workers(process.pid)[-1], signal.SIGKILL)
+    process.join(60)
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 2, printed
+    assert "an extraction process was killed at one of" in printed
+    assert str(data) in printed.split("killed at one of")[1]
+    assert "--num_workers" in printed
+    before = parts()
+    assert 1 <= before < 24
+
+    process = stages.start("train_byol_mammo", flags, tmp_path / "log")
+    wait_until(lambda: parts() > before)
+    workers = extraction_workers(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert workers
+    wait_until(lambda: not [pid for pid in workers if is_running(pid)], 20)
+    assert parts() < 24
+    code, printed = stages.finish("train_byol_mammo", flags, tmp_path / "log")
+    assert code == 0, printed
+    assert not list(tmp_path.rglob(f"{mammo.UNFINISHED}*"))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def interrupt(stage: Stage, folder: Path, ready: Callable[[], object]) -> str:
+    """Ctrl-C once the stage is at work; it must end within 5 s (or longer where the machine is busy)."""
+    process = stage.start(folder)
+    wait_until(lambda: ready() or not process.is_alive())
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(60)
+    seconds = time.monotonic() - begin
+    printed = (folder / "log").read_text()
+    print(f"{stage.script}: ended {seconds:.1f} s after Ctrl-C")
+    assert process.exitcode == (3 if stage.script == "prepare_dataset" else 130), printed
+    assert "Traceback" not in printed
+    assert seconds < 5 or os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
+    return printed
+
+
+def test_ctrl_c_in_training_saves_the_state_within_five_seconds(training, tmp_path):
+    folder = tmp_path / "stopped"
+    shutil.copytree(training.truth / "cache", folder / "cache")
+    last = folder / "runs" / "byol_resnet18" / "last.pth"
+    printed = interrupt(training, folder, last.exists)
+    assert "the same command goes on from" in printed
+    assert torch.load(last)["step"] >= 1
+    training.finish(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prepare", "extraction", "classifier"])
+def test_ctrl_c_elsewhere_ends_within_five_seconds(name, tmp_path, request):
+    stage, folder = request.getfixturevalue(name), tmp_path / "stopped"
+    signs = {
+        "prepare": "out/.prepare_dataset.journal.jsonl",
+        "extraction": "cache/.*.building/parts/*.json",
+        "classifier": "tuned/last.pth",
+    }
+    printed = interrupt(stage, folder, lambda: list(folder.glob(signs[name])))
+    assert "same command" in printed
+    stage.finish(folder)
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_extraction_processes_and_all_end(tmp_path):
+    """A terminal sends it to the whole group: parent, fork server and workers."""
+    data = write_images(tmp_path / "images", 24, bits=12)
+    flags = lambda folder: arguments(data, folder, "--max_steps", "1", "--num_workers", "2")  # noqa: E731
+    stage = Stage("train_byol_mammo", flags, lambda *_: None, tmp_path / "none")
+    sign = lambda: list(tmp_path.glob("run/cache/.*.building/parts/[!.]*.json"))  # noqa: E731
+    printed = interrupt(stage, tmp_path / "run", sign)
+    assert "interrupted; the same command goes on where it stopped" in printed
+    stage.finish(tmp_path / "run")
