@@ -120,7 +120,7 @@ def test_one_fixed_batch_is_overfitted_without_collapse(archive):
 
 def test_without_the_predictor_the_collapse_warning_fires(archive, capfd):
     """Views that share nothing can only be agreed on by collapse; the predictor holds it off."""
-    run = open_run(archive, "--run_name", "collapse")
+    run = open_run(archive, "--run_name", "collapse", "--report_every", "0")
     metrics = mammo.MetricsFile(run.folder / "metrics.csv", 0)
     tracker = mammo.Tracker("id", run.config)
 
