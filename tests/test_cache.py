@@ -34,7 +34,7 @@ def test_pixels_are_the_masked_originals(archive, tiles):
 def test_tables_hold_the_contract_and_agree(tiles):
     columns = "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm"
     assert list(tiles.images.columns) == columns.split()
-    assert list(tiles.tiles.columns) == ["image", "x", "y", *mammo.SCORES]
+    assert list(tiles.tiles.columns) == ["image", "x", "y", *mammo.CRITERIA]
     funnel = pd.read_csv(tiles.cache / "rejections.csv", keep_default_na=False)
     rejected = funnel[[*mammo.CRITERIA, "capped"]].sum(axis=1)
     assert (funnel["positions"] == funnel["kept"] + rejected).all()
