@@ -39,7 +39,7 @@ IMAGES, TABLES, DISK = "test_broken_images.py", "test_broken_tables.py", "test_f
 PROCESSES, NUMBERS, SECURITY = "test_killed_processes.py", "test_wrong_numbers.py", "test_security.py"
 
 GUARDS = [
-    Guard("size of an image before it is decoded", MAIN, "> MAX_SAMPLES:", "> 10**18:", f"{IMAGES} bombs 30"),
+    Guard("size of an image before it is decoded", MAIN, "> MAX_SAMPLES:", "> 10**18:", f"{IMAGES} RGBA bombs"),
     Guard("names that are not UTF-8", MAIN, "cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)",
           "cv2.imread(str(path), cv2.IMREAD_UNCHANGED)", f"{IMAGES} main_script"),
     Guard("links that lead nowhere are named", MAIN, "and not p.is_dir())", "and p.is_file())",
