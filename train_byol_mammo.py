@@ -3757,6 +3757,8 @@ def train(config: Config) -> Path:
                 if run.step % run.steps_per_epoch == 0:
                     end_epoch(run, metrics, tracker)
             if run.step < limit:
+                if not (run.folder / "last.pth").is_file():  # stopped before the first step
+                    save_state(run)
                 raise StoppedError(stop.requested, run.folder)
         except Exception as error:
             if world.leads:

@@ -171,11 +171,11 @@ def test_an_error_is_told_by_the_report(archive, tmp_path, monkeypatch):
     shutil.copytree(archive, tmp_path / "a")
     monkeypatch.setattr(mammo, "read_metrics", lambda *_: [float("nan")] * 3)
     config = small_config(tmp_path / "a", "--epochs", "1")
-    with pytest.raises(mammo.MammoError, match="the loss is nan"):
+    with pytest.raises(mammo.MammoError, match="the loss is not a number"):
         mammo.train(config)
     page = Page((config.run_dir / "report.html").read_text())
     assert "Stopped" in page.text
-    assert "the loss is nan at step 2" in page.text
+    assert "the loss is not a number at step 2" in page.text
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(archive, tmp_path):
