@@ -212,6 +212,7 @@ LABELS_SPOILT = {
     "mass twice": (LABELS.replace("breast_birads", "mass"), LABEL_ROWS, "mass is there twice"),
     "semicolons": (LABELS.replace(",", ";"), [LABEL_ROWS[0].replace(",", ";")], "no column image"),
     "row too long": (LABELS, [*LABEL_ROWS, LABEL_ROWS[0] + ",,"], "not a comma-separated"),
+    "rows too long": (LABELS, [f"{row},more" for row in LABEL_ROWS], "not a comma-separated"),
     "image twice": (LABELS, [*LABEL_ROWS, LABEL_ROWS[0]], "more than one row"),
     "no number": (LABELS, [LABEL_ROWS[0].replace(",0,0,", ",yes,0,")], "not 0, 1 or empty"),
     "deep boxes": (LABELS, [LABEL_ROWS[0] + "[" * 100_000], "boxes of training/s0_i0.png"),
