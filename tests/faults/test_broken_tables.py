@@ -129,8 +129,9 @@ def edited(header: str, rows: list[str], edits: list, encoding: str, mark: str, 
         elif how == "row":
             lines.insert(row, [cell] * (column + 1))
         elif how == "drop" and lines[0]:
+            place = column % len(lines[0])
             for line in lines:
-                del line[column % len(lines[0]) : column % len(lines[0]) + 1]
+                del line[place : place + 1]
         elif how == "twice":
             for line in lines:
                 line.append(line[column % len(line)] if line else cell)
