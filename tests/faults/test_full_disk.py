@@ -149,7 +149,9 @@ def test_a_row_of_metrics_that_a_full_disk_cut_is_left_out(disk):
         while written < 1000:
             metrics.write({**row, "step": written + 1})
             written += 1
-    assert not path.read_bytes().endswith(b"\n")  # the case is there
+    content = path.read_bytes()
+    assert not content.endswith(b"\n")  # the case is there
+    os.truncate(path, content.rindex(b"\n") + 2)  # at its worst: of step 123 there is a step 1 left
     mammo.MetricsFile(path, written)
     table = pd.read_csv(path)
     assert table["step"].tolist() == list(range(1, written + 1))
