@@ -109,8 +109,7 @@ GUARDS = [
           f"{PROCESSES} training and many"),
     Guard("prepare's files get their name when complete", PREPARE,
           "    temporary = temporary_name(item.output)\n    temporary.write_bytes(content)",
-          "    temporary = item.output\n    temporary.write_bytes(content[:9])\n"
-          "    temporary.write_bytes(content)", "../test_prepare_dataset.py half_written"),
+          "    temporary = item.output\n    temporary.write_bytes(content)", f"{DISK} prepare_on_a_full"),
     Guard("extraction processes end with their parent", MAIN, "            os._exit(1)", "            return",
           f"{PROCESSES} killed_workers"),
     Guard("a killed worker is told", MAIN, "except BrokenProcessPool as error:",
