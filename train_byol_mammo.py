@@ -1972,7 +1972,8 @@ def speck_map(sharp: Tensor) -> Tensor:
     mean = (across + down) / 2
     weaker = -mean - torch.sqrt(((across - down) / 2) ** 2 + (corners / 4) ** 2)
     around = F.pad(mean**2, (16, 16, 16, 16), mode="replicate")
-    deviation = F.avg_pool2d(around, 33, stride=1).sqrt() + 2e-4  # the floor stands for rounding
+    around = F.avg_pool2d(F.avg_pool2d(around, (33, 1), stride=1), (1, 33), stride=1)
+    deviation = around.sqrt() + 2e-4  # the floor stands for rounding
     cells = -(-sharp.shape[-1] // FEATURE_STRIDE)
     prominence = F.adaptive_max_pool2d(weaker / deviation, cells).clamp(*PROMINENCE_RANGE)
     energy = F.adaptive_avg_pool2d(mean**2, cells)
@@ -2814,10 +2815,11 @@ def draw_curves(metrics: pd.DataFrame, path: Path) -> None:
             axes.plot(line["step"], line[name], marker=marker, color=colour, label=label)
         if "std" in title:
             axes.axhline(COLLAPSE_STD, color=OKABE_ITO[0], linestyle="--", label="collapse")
-        if len(lines) > 1:
-            axes.legend(fontsize=8)
         if "std" in title or "RankMe" in title or "speed" in title:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        if len(lines) > 1:  # above the curves: a dip below the line of collapse must be seen
+            axes.set_ylim(top=axes.get_ylim()[1] + 0.45 * np.ptp(axes.get_ylim()))
+            axes.legend(fontsize=8, loc="upper center", ncols=2)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=9)

@@ -149,7 +149,7 @@ def test_without_internet_and_weights_the_remedy_is_named(tmp_path):
 def demo_commands():
     """The commands of `make demo`, as a user could type them."""
     printed = subprocess.run(
-        ["make", "-n", "demo", "VENV=", "PYTHON=python"],
+        ["make", "--no-print-directory", "-n", "demo", "VENV=", "PYTHON=python"],
         cwd=ROOT,
         capture_output=True,
         text=True,

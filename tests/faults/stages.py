@@ -6,17 +6,19 @@ prints to a file; killing it is killing the program in the middle of its work in
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 SCRIPTS = ("train_byol_mammo", "train_classifier", "prepare_dataset")
 HEAVY = (*SCRIPTS, "matplotlib.backends.backend_agg", "sklearn.linear_model", "sklearn.model_selection")
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 def preload() -> None:
@@ -31,12 +33,12 @@ def preload() -> None:
 
 
 if multiprocessing.current_process().name == "MainProcess" and "pytest" not in sys.modules:
-    with contextlib.suppress(ImportError):
-        preload()  # here the server imports this module
+    preload()  # here the server imports this module
 
 
 def run(script: str, arguments: list[str], output: str) -> None:
     """Body of the process: main() of a script with its output in a file."""
+    preload()  # done in the server, whose imports fail in silence; the number of threads must be one
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = open(output, "a", buffering=1)  # noqa: SIM115
@@ -50,6 +52,8 @@ def start(script: str, arguments: list[str], output: Path) -> multiprocessing.Pr
     """A started process; `exitcode` is main()'s, or minus the number of the signal that ended it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stages"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (HERE, ROOT)))):
+        forkserver.ensure_running()  # it is not told this sys.path
     process = context.Process(target=run, args=(script, list(map(str, arguments)), str(output)))
     process.start()
     return process

@@ -63,17 +63,15 @@ def stranger(request, tmp_path):
     return path, marker
 
 
+def training_flags(archive, output):
+    """A small training on the shared archive and cache."""
+    places = {"data_dir": archive / "images", "cache_dir": archive / "cache", "output_dir": output}
+    return [word for name, path in places.items() for word in (f"--{name}", str(path))] + SMALL
+
+
 def test_a_malicious_checkpoint_runs_nothing_in_the_main_script(stranger, archive, tmp_path, capsys):
     path, marker = stranger
-    places = [
-        "--data_dir",
-        archive / "images",
-        "--cache_dir",
-        archive / "cache",
-        "--output_dir",
-        tmp_path,
-    ]
-    flags = [str(word) for word in (*places, *SMALL)]
+    flags = training_flags(archive, tmp_path)
     assert mammo.main([*flags, "--weights", str(path)]) == 2
     assert "can't be read" in capsys.readouterr().err
     (tmp_path / "byol_resnet18").mkdir(exist_ok=True)
@@ -115,17 +113,9 @@ def test_a_checkpoint_of_something_else_is_refused(archive, tmp_path, capsys, co
     ]
     assert classifier.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
     assert str(tmp_path / "odd.pth") in capsys.readouterr().err
-    places = [
-        "--data_dir",
-        archive / "images",
-        "--cache_dir",
-        archive / "cache",
-        "--output_dir",
-        tmp_path,
-    ]
     (tmp_path / "byol_resnet18").mkdir()
     shutil.copyfile(tmp_path / "odd.pth", tmp_path / "byol_resnet18" / "last.pth")
-    assert mammo.main([str(word) for word in (*places, *SMALL)]) == 2
+    assert mammo.main(training_flags(archive, tmp_path)) == 2
     assert "last.pth" in capsys.readouterr().err
 
 
