@@ -439,7 +439,7 @@ FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the b
 OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
 LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
 LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
-LABEL_PERCENTILE = 99.5  # a label is brighter than this percentile of the breast
+LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
 MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
 
 
@@ -647,17 +647,21 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
     """A breast mask without the labels and markers that touch the skin, where they cover it too.
 
     What a large disc can't reach sticks out of the breast: nipple, folds, labels. The last are the
-    brightest thing in the image, skin is among the darkest.
+    brightest thing in the image, skin is among the darkest. Their rims share blocks of the reduced
+    copy with what lies beside them; those blocks go as well.
     """
     pad = LABEL_SIZE
     padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
     body = opened_by_disc(padded, LABEL_SIZE / 2)[pad:-pad, pad:-pad]
+    if not body.any():
+        return body
     outside = breast & ~body
-    bright = area > np.percentile(area[body], LABEL_PERCENTILE) if body.any() else outside
+    faint, bright = (area > level for level in np.percentile(area[body], LABEL_PERCENTILES))
+    rim = cv2.dilate((bright & ~breast).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
     seeds = cv2.connectedComponentsWithStats(outside.view(np.uint8), connectivity=8)[1]
     labels = np.unique(seeds[outside & bright])
     if not labels.size:
-        return breast
+        return largest_component(breast & ~rim)
     sticking = np.isin(seeds, labels)
     # Letters lie apart: closing joins them, and with them those that lie over the breast.
     gap = np.ones((LABEL_GAP, LABEL_GAP), np.uint8)
@@ -665,8 +669,10 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
     near = cv2.dilate(sticking.view(np.uint8), np.ones((2 * LABEL_SIZE + 1,) * 2, np.uint8))
     parts = cv2.connectedComponents(cv2.bitwise_and(joined, near))[1]
     found = np.isin(parts, np.unique(parts[sticking])) & (bright | sticking)
-    label = cv2.dilate(found.view(np.uint8), np.ones((7, 7), np.uint8)) > 0
-    return largest_component(breast & ~label)
+    strokes = cv2.connectedComponents(faint.view(np.uint8) & near)[1]
+    found |= np.isin(strokes, np.unique(strokes[found & (strokes > 0)]))
+    label = cv2.dilate(found.view(np.uint8), np.ones((9, 9), np.uint8)) > 0
+    return largest_component(breast & ~rim & ~label)
 
 
 def opened_by_disc(mask: np.ndarray, radius: float) -> np.ndarray:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, breast_image
 
+import benchmark
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
 
@@ -44,6 +45,14 @@ def test_breast_mask_holds_on_every_trap(trap, tmp_path):
         found.append(iou(mask, truth.breast))
     assert np.mean(found) > 0.97
     assert min(found) > 0.95
+
+
+@pytest.mark.parametrize(("trap", "seed"), [("label_on_breast", 4), ("label_on_breast", 8), ("film", 14)])
+def test_thin_letters_and_rims_of_markers_stay_out_of_the_mask(trap, seed):
+    """Thinner than a block of the reduced copy, where tissue dims them."""
+    truth = benchmark.trap_phantom(trap, seed)
+    mask = mammo.segment_breast_tissue(truth.image)
+    assert not (mask & truth.foreign).any()
 
 
 def test_pectoral_muscle_on_mlo_and_none_on_cc():
