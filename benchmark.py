@@ -289,7 +289,7 @@ def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mamm
         run_name=f"tile{tile_size}", tile_size=tile_size, tile_stride=64, min_freq_energy=0,
         pixel_spacing_mm=TRAIN_SPACING, backbone=options.backbone, weights="none",
         view_size=options.view_size, batch_size=options.batch_size, monitor_tiles=2,
-        device=options.device, grad_checkpoint=options.grad_checkpoint,
+        device=options.device, precision=options.precision, grad_checkpoint=options.grad_checkpoint,
     )  # fmt: skip
     torch.manual_seed(0)
     backbone = mammo.build_backbone(config.backbone)
@@ -455,7 +455,7 @@ def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequenc
         batch, count, device = options.batch_size, options.steps, run.device
         print(
             f"{options.backbone}, tiles of {tile_size} px, views of {run.config.view_side} px, "
-            f"batch {batch}, {device.type}"
+            f"batch {batch}, {device.type}, {options.precision}"
         )
         seconds = {"bare": 0.0}
         if "step" in what or "loop" in what:
@@ -527,6 +527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="as in train_byol_mammo.py")
     parser.add_argument("--grad_checkpoint", action="store_true")
     parser.add_argument("--seeds", type=int, default=20, help="phantoms of each trap")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, the best counts")
