@@ -47,7 +47,9 @@ def test_breast_mask_holds_on_every_trap(trap, tmp_path):
     assert min(found) > 0.95
 
 
-@pytest.mark.parametrize(("trap", "seed"), [("label_on_breast", 4), ("label_on_breast", 8), ("film", 14)])
+@pytest.mark.parametrize(
+    ("trap", "seed"), [("label_on_breast", 4), ("label_on_breast", 8), ("film", 14)]
+)
 def test_thin_letters_and_rims_of_markers_stay_out_of_the_mask(trap, seed):
     """Thinner than a block of the reduced copy, where tissue dims them."""
     truth = benchmark.trap_phantom(trap, seed)
