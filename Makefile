@@ -1,7 +1,8 @@
 # make demo    phantoms -> tiles -> a small pre-trained backbone, minutes on two CPU cores
 # make test    all tests
 # make compare random, plain BYOL and BYOL with the frequency target on 60 phantom studies, half an hour
-#              on two CPU cores (PRECISION=bf16 halves it where the CPU has bf16 instructions)
+#              on two CPU cores (PRECISION=bf16 halves it where the CPU has bf16 instructions;
+#              CONTRAST=1 makes half of the masses hard to see)
 # make lint    formatter, linter, types
 # make docs    the notebook's outputs, the README's picture and its settings table
 # make audit   known weaknesses of the installed packages, secrets in the files; needs the internet
@@ -33,23 +34,25 @@ demo: $(if $(VENV),$(VENV)/.installed)
 	    --weights demo/runs/byol_resnet18/classifier_probe/classifier_best.pth
 
 PRECISION ?= auto
+CONTRAST ?= 1.5
 TILES := --tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.17 --backbone resnet18
 COMMON := --cache_dir demo/cache --output_dir demo/compare --precision $(PRECISION)
 LABELLED := --data_dir demo/compare/images --labels demo/compare/images/labels.csv $(TILES) $(COMMON)
 
 compare: $(if $(VENV),$(VENV)/.installed)
 	$(RUN) synthetic_mammograms.py --output_dir demo/compare/archive --studies 60 --height 896 \
-	    --width 704 --spacing_mm 0.17 --lesion_share 1 --test_share 0.4 --seed 5
+	    --width 704 --spacing_mm 0.17 --lesion_share 1 --lesion_contrast $(CONTRAST) \
+	    --test_share 0.4 --seed 5
 	$(RUN) prepare_dataset.py --csv_path demo/compare/archive/breast-level_annotations.csv \
 	    --findings_csv demo/compare/archive/finding_annotations.csv \
 	    --images_root demo/compare/archive/images_png --output_dir demo/compare/images
 	for weight in 0 1; do $(RUN) train_byol_mammo.py --data_dir demo/compare/images/training \
 	    --run_name weight$$weight --freq_loss_weight $$weight $(TILES) $(COMMON) --weights none \
-	    --batch_size 32 --epochs 8 --warmup_epochs 1 --momentum_base 0.99 || exit; done
+	    --batch_size 32 --epochs 6 --warmup_epochs 1 --momentum_base 0.99 || exit; done
 	$(RUN) train_classifier.py compare none demo/compare/weight0/mammogram_byol_final.pth \
 	    demo/compare/weight1/mammogram_byol_final.pth $(LABELLED)
 	$(RUN) train_classifier.py train --weights demo/compare/weight1/mammogram_byol_final.pth \
-	    --run_name finetuned $(LABELLED)
+	    --run_name finetuned --epochs 6 $(LABELLED)
 	$(RUN) train_classifier.py evaluate --weights demo/compare/finetuned/classifier_best.pth $(LABELLED)
 
 test: $(if $(VENV),$(VENV)/.installed-dev)

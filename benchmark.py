@@ -3,15 +3,17 @@
 
     python benchmark.py extraction                      # on phantoms, 8 and 16 bit
     python benchmark.py extraction --data_dir images    # on a folder of mammograms
+    python benchmark.py memory                          # peak memory of extraction, 50 and 500 images
     python benchmark.py masks                           # quality, not speed
     python benchmark.py step                            # or loop, views, resume; see the flags for a GPU
     python benchmark.py showing --steps 400             # what progress, wandb, pictures and report cost
-    python benchmark.py all                             # all but masks and showing
+    python benchmark.py all                             # all but memory, masks and showing
 
 extraction: reading, masking, choosing and caching tiles, pixels on disk included, against
     read      cv2.imread over the same files
     otsu      a plain script's mask: full-resolution Otsu, 3 x 3 opening, SciPy's hole filling, the
               largest component found label by label; no tiles, no cache
+memory: the peak of one extracting process, for few and for ten times as many images.
 masks: breast masks, bit depths and clusters of specks on phantoms with exact truth (no timing).
 step: the whole training step (views, step, metrics) against
     bare      the optimiser step on constant views that lie on the device already
@@ -25,7 +27,7 @@ showing: the main script as a user starts it, with progress, wandb offline, pict
 Quote the ratios: machines are noisy, and both sides are timed in turn, best of --repeats.
 
 Contents
-    1 Extraction    baselines and the cache
+    1 Extraction    baselines, the cache, memory
     2 Masks         phantoms with traps, encodings, inserted clusters
     3 Training      step, loop, views, resume, showing
     4 Entry         flags, main
@@ -37,6 +39,8 @@ import argparse
 import copy
 import dataclasses
 import math
+import multiprocessing
+import resource
 import shutil
 import subprocess
 import sys
@@ -139,6 +143,34 @@ def benchmark_extraction(paths: Sequence[Path], name: str, repeats: int, scratch
         all_ = best_time(lambda: extract_all(links, scratch / "cache", 2), repeats)
         two = (all_ - few) / (len(links) - len(links) // 2)
         print(f"  one process / two processes {one / two:.2f}")
+
+
+def peak_of_extraction(paths: Sequence[Path], cache: Path, results: multiprocessing.Queue) -> None:
+    """Put the peak memory (MiB) of this process and of its extraction into `results`."""
+    cv2.setNumThreads(1)
+    extract_all(paths, cache, 1)
+    peaks = [
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    results.put(max(peaks) / 1024)
+
+
+def benchmark_memory(options: argparse.Namespace, scratch: Path) -> None:
+    """Print the peak memory of extracting 50 and 500 images, each in a process of its own."""
+    paths = mammo.find_images(options.data_dir) if options.data_dir else None
+    if paths is None:
+        (scratch / "16").mkdir()
+        paths = write_phantoms(scratch / "16", options.images, 16)
+    context, peaks = multiprocessing.get_context("spawn"), []
+    for count in (50, 500):
+        links = repeated(paths, scratch / f"links{count}", count)[:count]
+        results = context.Queue()
+        job = context.Process(target=peak_of_extraction, args=(links, scratch / "cache", results))
+        job.start()
+        peaks.append(results.get())
+        job.join()
+        print(f"{count} images: peak memory {peaks[-1]:.0f} MiB")
+    print(f"500 images / 50 images {peaks[1] / peaks[0]:.3f}")
 
 
 # ---- 2 Masks ---------------------------------------------------------------------------------------
@@ -514,12 +546,15 @@ def benchmark_showing(options: argparse.Namespace, scratch: Path) -> None:
 # ---- 4 Entry ---------------------------------------------------------------------------------------
 
 
+COMMANDS = "extraction memory masks step loop views resume showing all".split()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark named on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices="extraction masks step loop views resume showing all".split())
+    parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--data_dir", help="folder of mammograms; default: phantoms")
     parser.add_argument("--images", type=int, default=8, help="number of phantoms")
     parser.add_argument("--backbone", default="resnet18")
@@ -540,6 +575,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark_resume(options, scratch)
         elif options.what == "showing":
             benchmark_showing(options, scratch)
+        elif options.what == "memory":
+            benchmark_memory(options, scratch)
         elif options.what == "masks":
             benchmark_traps(options.seeds, scratch)
             benchmark_encodings(options.seeds, scratch)
