@@ -3830,15 +3830,18 @@ def start_folder(run: Run) -> None:
 
 
 def finish_run(run: Run, tracker: Tracker) -> None:
-    """Write the final checkpoint, the exported backbone and the last pictures; name them."""
+    """Write the final checkpoint, the last pictures and the exported backbone; name them."""
     folder = run.folder
     save_checkpoint(folder / "mammogram_byol_final.pth", run)
     save_checkpoint(folder / "last.pth", run, resumable=True)
     best = folder / "mammogram_byol_best.pth"
     if not best.is_file():  # no epoch was complete, or none was healthy
         save_checkpoint(best, run)
-    export_backbone(run.model, folder / "backbone.safetensors", run.config)
+    if run.features is None and run.config.report_every:  # no epoch has ended in this process
+        watch(run)
     show_run(run, tracker, "finished")
+    # The last file: while it is missing, the same command does this again.
+    export_backbone(run.model, folder / "backbone.safetensors", run.config)
     if not run.healthy:
         print(
             "warning: the run ended collapsed; mammogram_byol_best.pth is from before that "

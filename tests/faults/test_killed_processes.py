@@ -6,6 +6,7 @@ Five kills by default, fifty with -m slow (FAULTS_KILLS sets their number), FAUL
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import stages
 import torch
-from conftest import write_images
+from conftest import small_config, write_images
 from test_classifier import TILES, labelled, settings_of  # noqa: F401
 from test_full_disk import all_whole, arguments, same_result, whole  # noqa: F401
 from test_prepare_runs import good_file, tree
@@ -205,6 +206,28 @@ def test_killed_at_random_and_repeated_ends_the_same(name, kills, tmp_path, requ
     stage = request.getfixturevalue(name)
     ended = kill_at_random(stage, tmp_path / "killed", kills, random.Random(f"{SEED} {name}"))
     print(f"{name}: {kills} kills landed, {ended} times it ended first, nothing lost (seed {SEED})")
+
+
+def test_a_run_killed_while_it_draws_its_last_pictures_is_finished_by_the_same_command(
+    archive, tmp_path, monkeypatch
+):
+    class KilledError(BaseException):
+        """Nothing catches it, like SIGKILL."""
+
+    def killed(run, features, path):
+        if json.loads((run.folder / "summary.json").read_text())["state"] == "finished":
+            (run.folder / f"{mammo.UNFINISHED}{path.name}").touch()
+            raise KilledError
+
+    config = small_config(archive, "--output_dir", str(tmp_path), "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(mammo, "draw_embedding", killed)
+        with pytest.raises(KilledError):
+            mammo.train(config)
+    folder = mammo.train(config)
+    assert (folder / "backbone.safetensors").is_file()
+    assert (folder / "embedding.png").is_file()
+    assert not list(folder.rglob(f"{mammo.UNFINISHED}*"))
 
 
 def descendants(pid: int) -> dict[int, str]:
