@@ -3117,6 +3117,8 @@ def html_results(path: Path) -> str:
         return f"<p>{path.name} can't be read ({type(error).__name__})</p>"
     if "group" in table:
         table = table[table["group"] == "all"].drop(columns="group")
+    counts = [name for name in ("n", "positive", "studies") if name in table]
+    table = table[[*table.columns.drop(counts), *counts]]  # a phone shows the first columns
     cells = table.map(lambda v: f"{v:.3f}" if isinstance(v, float) else v).replace("nan", "")
     return html_table(cells.to_numpy(), [name.replace("_", " ") for name in cells])
 

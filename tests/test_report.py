@@ -228,15 +228,15 @@ def test_classifier_results_below_the_run_are_part_of_it(finished, tmp_path):
     place = copy / f"evaluate {HOSTILE}"
     place.mkdir()
     rows = [
-        {"level": "tile", "group": "all", "finding": "mass & more", "auroc": 0.81234},
-        {"level": "tile", "group": "view CC", "finding": "mass & more", "auroc": 0.7},
+        {"level": "tile", "group": "all", "finding": "mass & more", "n": 5, "auroc": 0.81234},
+        {"level": "tile", "group": "view CC", "finding": "mass & more", "n": 4, "auroc": 0.7},
     ]
     pd.DataFrame(rows).to_csv(place / "evaluation.csv", index=False)
     shutil.copyfile(copy / "curves.png", place / "roc.png")
     page = Page(mammo.write_report(copy).read_text())
     assert "roc" in page.images
     assert f"Classifier: {place.name}" in page.text
-    assert "tile mass & more 0.812" in page.text
+    assert "tile mass & more 0.812 5" in page.text
     assert "view CC" not in page.text
     (place / "evaluation.csv").write_text("")
     assert "evaluation.csv can't be read" in Page(mammo.write_report(copy).read_text()).text
