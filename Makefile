@@ -1,8 +1,7 @@
 # make demo    phantoms -> tiles -> a small pre-trained backbone, minutes on two CPU cores
 # make test    all tests
-# make compare random, plain BYOL and BYOL with the frequency target on 60 phantom studies, half an hour
-#              on two CPU cores (PRECISION=bf16 halves it where the CPU has bf16 instructions;
-#              CONTRAST=1 makes half of the masses hard to see)
+# make compare random, plain BYOL and BYOL with the frequency target on 60 phantom studies, a quarter to
+#              half an hour on two CPU cores (CONTRAST=1 makes half of the masses hard to see)
 # make lint    formatter, linter, types
 # make docs    the notebook's outputs, the README's picture and its settings table
 # make audit   known weaknesses of the installed packages, secrets in the files; needs the internet
@@ -33,10 +32,9 @@ demo: $(if $(VENV),$(VENV)/.installed)
 	$(RUN) train_classifier.py evaluate $(CLASSIFY) \
 	    --weights demo/runs/byol_resnet18/classifier_probe/classifier_best.pth
 
-PRECISION ?= auto
 CONTRAST ?= 1.5
 TILES := --tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.17 --backbone resnet18
-COMMON := --cache_dir demo/cache --output_dir demo/compare --precision $(PRECISION)
+COMMON := --cache_dir demo/cache --output_dir demo/compare
 LABELLED := --data_dir demo/compare/images --labels demo/compare/images/labels.csv $(TILES) $(COMMON)
 
 compare: $(if $(VENV),$(VENV)/.installed)

@@ -15,10 +15,13 @@ extraction: reading, masking, choosing and caching tiles, pixels on disk include
               largest component found label by label; no tiles, no cache
 memory: the peak of one extracting process, for few and for ten times as many images.
 masks: breast masks, bit depths and clusters of specks on phantoms with exact truth (no timing).
-step: the whole training step (views, step, metrics) against
+step: the whole training step (views, step, metrics), with the share of each part, against
     bare      the optimiser step on constant views that lie on the device already
-loop: the same against
+    product   a large matrix product in the same precision: what the arithmetic can do
+loop: the whole training step against what a user of lightly would write
     lightly   8-bit PNG tiles, Pillow, lightly's BYOLTransform, DataLoader workers, eager AMP
+    alike     the same with our kinds of views: torchvision's rotation, perspective, photometry, blur
+    fp32      lightly without AMP
 views: both views of a batch against
     kornia    the same kinds of views from float tiles that lie on the device already
 resume: writing and reading the complete state.
@@ -47,6 +50,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import ndimage, stats
+from torch.utils.flop_counter import FlopCounterMode
 
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
@@ -373,6 +378,43 @@ def bare_step(run: mammo.Run) -> Callable[[int], Any]:
     return step
 
 
+def parts_of_step(run: mammo.Run) -> dict[str, Callable[[int], Any]]:
+    """What a step consists of, each part alone."""
+    shape = (run.config.batch_size, 1, run.config.view_side, run.config.view_side)
+    views = [torch.randn(shape, device=run.device) for _ in range(2)]
+
+    def passes(_: int) -> None:
+        with run.autocast():
+            loss = run.loss_function(*views, None)[0]
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+
+    passes(0)  # gradients for the optimiser
+    return {
+        "views": our_views(run),
+        "optimiser": lambda _: run.optimizer.step(),
+        "target": lambda _: run.model.update_target(0.99),
+        "forward and backward": passes,
+    }
+
+
+def utilisation(run: mammo.Run, seconds: float) -> tuple[float, float]:
+    """FLOP/s of the model in a step of `seconds` over those of a matrix product, and the latter."""
+    shape = (run.config.batch_size, 1, run.config.view_side, run.config.view_side)
+    views = [torch.randn(shape, device=run.device) for _ in range(2)]
+    with FlopCounterMode(display=False) as counter, run.autocast():
+        mammo.Objective(run.model)(*views)[0].backward()
+    run.model.zero_grad()
+    side = 8192 if run.device.type == "cuda" else 2048
+    factors = [torch.randn(side, side, device=run.device) for _ in range(2)]
+    with run.autocast():
+        kind = (factors[0][:1] @ factors[1]).dtype
+    factors = [factor.to(kind) for factor in factors]
+    product = min(time_steps(lambda _: factors[0] @ factors[1], 10, run.device) for _ in range(3))
+    ceiling = 2 * side**3 / product
+    return counter.get_total_flops() / seconds / ceiling, ceiling
+
+
 def whole_step(run: mammo.Run) -> Callable[[int], Any]:
     """The project's own step: order, views, training step, metrics read every LOG_EVERY steps."""
     source, pending = endless_batches(run), []
@@ -401,10 +443,40 @@ class PngTiles(torch.utils.data.Dataset):
         return self.transform(Image.open(self.paths[index]).convert("RGB"))
 
 
-def lightly_step(run: mammo.Run, scratch: Path) -> Callable[[int], Any]:
-    """Baseline `lightly`: PNG tiles, lightly's BYOLTransform, DataLoader workers, eager AMP."""
+def photograph_views(size: int) -> Any:
+    """lightly's BYOLTransform as it comes."""
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 
+    return BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
+
+
+def views_alike(size: int) -> Any:
+    """The kinds of views of the main script, as lightly's MultiViewTransform of torchvision's."""
+    from lightly.transforms.multi_view_transform import MultiViewTransform
+    from torchvision.transforms import InterpolationMode, v2
+
+    smooth = {"interpolation": InterpolationMode.BILINEAR}
+    flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+    last = [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.449] * 3, [0.226] * 3),
+    ]
+    first = [*flips, v2.RandomAffine(15, scale=(0.85, 1.15), **smooth), v2.Resize(size)]
+    second = [*flips, v2.RandomRotation(25, **smooth), v2.RandomPerspective(0.1, p=1, **smooth)]
+    second += [v2.Resize(size), v2.RandomApply([v2.GaussianBlur(9, (0.1, 1.2))])]
+    return MultiViewTransform(
+        [
+            v2.Compose([*first, v2.ColorJitter(0.3, 0.3), *last]),
+            v2.Compose([*second, v2.ColorJitter(0.4, 0.4), *last]),
+        ]
+    )
+
+
+def lightly_step(
+    run: mammo.Run, scratch: Path, transform: Any, autocast: Callable[[], Any]
+) -> Callable[[int], Any]:
+    """Baselines `lightly`, `alike`, `fp32`: PNG tiles, a transform, DataLoader workers, eager step."""
     folder = scratch / f"png{run.config.tile_size}"
     folder.mkdir(exist_ok=True)
     ids = run.train_ids[: 16 * run.config.batch_size]
@@ -418,15 +490,14 @@ def lightly_step(run: mammo.Run, scratch: Path) -> Callable[[int], Any]:
             grey = (255 * tile[0].clamp(0, 1)).byte().numpy()
             full = cv2.resize(grey, (run.config.tile_size,) * 2)
             phantoms.write_png(folder / f"{start + index:05d}.png", full)
-    size = run.config.view_side
-    transform = BYOLTransform(BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size))
     loader = torch.utils.data.DataLoader(
         PngTiles(sorted(folder.glob("*.png")), transform), run.config.batch_size, shuffle=True,
         drop_last=True, num_workers=min(16, mammo.available_cores()), persistent_workers=True,
     )  # fmt: skip
-    # A plain model in PyTorch's default memory layout.
+    # A plain model in PyTorch's default memory layout, a plain optimiser.
     model = copy.deepcopy(run.model).to(memory_format=torch.contiguous_format)
-    objective, optimizer = mammo.Objective(model), mammo.build_optimizer(model, run.config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    objective, optimizer = mammo.Objective(model), torch.optim.AdamW(trained, lr=run.config.lr)
 
     def forever() -> Iterator[list[torch.Tensor]]:
         while True:
@@ -436,7 +507,7 @@ def lightly_step(run: mammo.Run, scratch: Path) -> Callable[[int], Any]:
 
     def step(_: int) -> None:
         views = [view.to(run.device, non_blocking=True) for view in next(source)]
-        with run.autocast():
+        with autocast():
             loss = objective(*views)[0]
         optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
@@ -480,31 +551,62 @@ def kornia_views(run: mammo.Run) -> Callable[[int], Any]:
     return lambda _: (first(tiles), second(tiles))
 
 
+def sides_of(
+    run: mammo.Run, scratch: Path, what: Sequence[str]
+) -> dict[str, Callable[[], Callable[[int], Any]]]:
+    """Makers of the steps to be timed, by name."""
+    size = run.config.view_side
+    training = {"bare": lambda: bare_step(run), "whole": lambda: whole_step(run)}
+    plain = {
+        "lightly": lambda: lightly_step(run, scratch, photograph_views(size), run.autocast),
+        "alike": lambda: lightly_step(run, scratch, views_alike(size), run.autocast),
+        "fp32": lambda: lightly_step(run, scratch, photograph_views(size), nullcontext),
+    }
+    views = {"views": lambda: our_views(run), "kornia": lambda: kornia_views(run)}
+    return {
+        **(training if "step" in what or "loop" in what else {}),
+        **(plain if "loop" in what else {}),
+        **(views if "views" in what else {}),
+    }
+
+
+def print_shares(run: mammo.Run, whole: float, count: int) -> None:
+    """Print each part's share of a step of `whole` seconds, and how much of the arithmetic is used."""
+    parts = {name: time_steps(part, count, run.device) for name, part in parts_of_step(run).items()}
+    shares = ", ".join(f"{name} {seconds / whole:.3f}" for name, seconds in parts.items())
+    used, ceiling = utilisation(run, whole)
+    print(f"  shares: {shares}")
+    print(f"  model's arithmetic / matrix product's {used:.2f}, of {ceiling / 1e12:.2f} TFLOP/s")
+
+
 def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequence[str]) -> None:
     """Print tiles per second and ratios of `step`, `loop` and `views`, each with its baselines."""
     for tile_size in dict.fromkeys((options.view_size, 4 * options.view_size)):
         run = open_run(options, scratch, tile_size)
-        batch, count, device = options.batch_size, options.steps, run.device
+        batch, device = options.batch_size, run.device
         print(
             f"{options.backbone}, tiles of {tile_size} px, views of {run.config.view_side} px, "
-            f"batch {batch}, {device.type}, {options.precision}"
+            f"batch {batch}, {device.type}, {mammo.precision_name(run)}"
         )
-        seconds = {"bare": 0.0}
-        if "step" in what or "loop" in what:
-            seconds["bare"] = time_steps(bare_step(run), count, device)
-            seconds["whole"] = time_steps(whole_step(run), count, device)
-            seconds["bare"] = min(seconds["bare"], time_steps(bare_step(run), count, device))
-            seconds["whole"] = min(seconds["whole"], time_steps(whole_step(run), count, device))
-            print(f"  bare step {batch / seconds['bare']:.1f} tiles/s, loop / bare ", end="")
-            print(f"{seconds['whole'] / seconds['bare']:.3f}, {batch / seconds['whole']:.1f} tiles/s")
+        seconds: dict[str, float] = {}
+        for _ in range(options.repeats):
+            for name, make_step in sides_of(run, scratch, what).items():
+                turn = time_steps(make_step(), options.steps, device)
+                seconds[name] = min(turn, seconds.get(name, turn))
+        if "whole" in seconds:
+            bare, whole = seconds["bare"], seconds["whole"]
+            print(f"  bare step {batch / bare:.1f} tiles/s, loop {batch / whole:.1f}", end="")
+            print(f", loop / bare {whole / bare:.3f}")
+        if "step" in what:
+            print_shares(run, whole, options.steps)
         if "loop" in what:
-            plain = time_steps(lightly_step(run, scratch), count, device)
-            print(f"  lightly's loop / ours {plain / seconds['whole']:.2f}, {batch / plain:.1f} tiles/s")
+            for name in ("lightly", "alike", "fp32"):
+                print(
+                    f"  {name} / ours {seconds[name] / whole:.2f}, {batch / seconds[name]:.1f} tiles/s"
+                )
         if "views" in what:
-            ours = time_steps(our_views(run), count, device)
-            kornia = time_steps(kornia_views(run), count, device)
-            print(f"  views {1e3 * ours:.1f} ms a batch, kornia / ours {kornia / ours:.2f}", end="")
-            print(f", share of the step {ours / seconds['whole']:.3f}" if "step" in what else "")
+            ours, kornia = seconds["views"], seconds["kornia"]
+            print(f"  views {1e3 * ours:.1f} ms a batch, kornia / ours {kornia / ours:.2f}")
         if device.type == "cuda":
             print(f"  peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 

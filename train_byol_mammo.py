@@ -134,7 +134,7 @@ REPORT_EVERY = 5.0  # minutes between updates of pictures and report.html; 0 = n
 REPORT = ""  # folder of a run whose report.html is written again, without training; empty = train
 SEED = 0  # every random choice follows from it
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
-PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto = bf16 where supported, else fp16, fp32 on CPU
+PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto = bf16 where the hardware has it, else fp16 or fp32
 COMPILE = True  # torch.compile on CUDA
 GRAD_CHECKPOINT = False  # compute activations twice: half the memory, a third more time, no compile
 DETERMINISTIC = False  # bit-equal runs on CUDA too, slower; the CPU is bit-equal anyway
@@ -1899,8 +1899,14 @@ class MammogramBYOL(nn.Module):
         return self.projection_head_momentum(features)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Logits of CLASSES: (B, 1 or 3, H, W) -> (B, 2)."""
-        return self.classification_head(self.get_features(x))
+        """Logits of CLASSES: (B, 1 or 3, H, W) -> (B, 2), the head in its own precision under autocast.
+
+        The three digits of bf16 would give many tiles one and the same probability.
+        """
+        features = self.get_features(x)
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = next(self.classification_head.parameters()).dtype
+            return self.classification_head(features.to(dtype))
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -2028,7 +2034,7 @@ def build_optimizer(model: MammogramBYOL, config: Config) -> torch.optim.Optimiz
     ]
     if config.optimizer == "lars":
         return LARS(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 class LARS(torch.optim.Optimizer):
@@ -2166,6 +2172,7 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["scaler"] = run.scaler.state_dict()
         content["cache_key"] = run.tiles.cache.name
         content["processes"] = run.world.size
+        content["precision"] = precision_name(run)
         content["steps_per_epoch"] = run.steps_per_epoch
         content["best_rankme"] = run.best_rankme
         content["best_auroc"] = run.best_auroc
@@ -2229,6 +2236,13 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.step, run.monitor = state["step"], state["monitor"]
+    precision = precision_name(run)
+    if run.world.leads and state.get("precision", precision) != precision:
+        print(
+            f"note: the run began in {state['precision']} and goes on in {precision}, which this device "
+            "asks of --precision auto: its weights will not be bit-equal",
+            file=sys.stderr,
+        )
     if state["processes"] != run.world.size:  # the same place in the schedule, with other batches
         run.step = round(state["step"] / state["steps_per_epoch"] * run.steps_per_epoch)
     run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
@@ -3281,15 +3295,24 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 (some x86 since 2020; Linux lists it); emulated it is slow."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def choose_precision(config: Config, device: torch.device) -> torch.dtype:
-    """Resolve --precision: bf16 where supported, else fp16 on CUDA, fp32 on CPU."""
+    """Resolve --precision: bf16 where the hardware has it, else fp16 on CUDA, fp32 on the CPU."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if config.precision == "fp16" and device.type == "cpu":
         raise MammoError("--precision fp16 needs a GPU; use fp32 or bf16 on the CPU")
     if config.precision != "auto":
         return names[config.precision]
     if device.type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
     # Volta emulates bf16: is_bf16_supported(False) asks for the hardware.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
 
@@ -3806,7 +3829,12 @@ def describe_device(run: Run) -> str:
     if run.device.type == "cuda":
         memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30
         name = f"{torch.cuda.get_device_name(run.device)}, {memory:.0f} GiB"
-    return f"{name}, {str(choose_precision(run.config, run.device)).removeprefix('torch.')}"
+    return f"{name}, {precision_name(run)}"
+
+
+def precision_name(run: Run) -> str:
+    """float32, bfloat16 or float16, as --precision resolves on the run's device."""
+    return str(choose_precision(run.config, run.device)).removeprefix("torch.")
 
 
 def start_folder(run: Run) -> None:

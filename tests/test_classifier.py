@@ -398,8 +398,8 @@ def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG broken")
     weights = trained / "classifier_best.pth"
-    flags = ["--weights", weights, labelled / "test", broken]
-    assert run_main("predict", labelled, *flags, out=tmp_path) == 0
+    exact = ["--weights", weights, "--precision", "fp32"]
+    assert run_main("predict", labelled, *exact, labelled / "test", broken, out=tmp_path) == 0
     table = pd.read_csv(tmp_path / "predict" / "predictions.csv")
     assert table["error"].notna().tolist() == [False] * 8 + [True]
     assert "broken.png: can't be decoded" in capsys.readouterr().err
@@ -407,7 +407,7 @@ def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path
         assert table[f"p_{name}"][:8].between(0, 1).all()
     for picture in table["picture"].dropna():
         assert min(cv2.imread(str(tmp_path / "predict" / picture)).shape[:2]) > 300
-    run_main("evaluate", labelled, "--weights", weights, out=tmp_path)
+    run_main("evaluate", labelled, *exact, out=tmp_path)
     images = pd.read_csv(tmp_path / "evaluate" / "predictions_image_max.csv")
     np.testing.assert_allclose(table["p_mass"][:8], images.sort_values("image")["p_mass"], atol=2e-3)
 

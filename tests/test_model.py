@@ -50,6 +50,15 @@ def test_caller_keeps_grad_and_mode():
     assert not model.training
 
 
+def test_logits_keep_their_digits_under_autocast():
+    model, (x, _) = small_model().eval(), views()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.classify(x)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    torch.testing.assert_close(logits, model.classify(x), rtol=0.1, atol=0.01)
+
+
 def test_heads_equal_lightlys():
     model = small_model()
     assert isinstance(model.projection_head, BYOLProjectionHead)
