@@ -232,3 +232,28 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         mammo.list_sources(tmp_path / "nowhere")
     with pytest.raises(mammo.MammoError, match=r"no image with \.png"):
         mammo.list_sources(tmp_path)
+
+
+def test_an_interrupted_move_of_pixels_goes_on_and_takes_no_space_twice(tmp_path):
+    arrays = [np.arange(12, dtype=np.uint8).reshape(3, 4) + 50 * index for index in range(3)]
+    boxes = [(tmp_path / f"{index}.npy", np.s_[0:2, 1:4]) for index in range(3)]
+    target, wide = tmp_path / "pixels.npy", np.dtype(np.uint16)
+    for (path, _), array in zip(boxes, arrays, strict=True):
+        np.save(path, array)
+    boxes[2][0].write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"pickled|magic"):
+        mammo.move_pixels(boxes, wide, target)
+    assert [path.is_file() for path, _ in boxes] == [False, False, True]
+    np.save(boxes[2][0], arrays[2])
+    mammo.move_pixels(boxes, wide, target)
+    moved = np.load(target)
+    assert moved.dtype == wide
+    assert moved.tolist() == np.concatenate([array[0:2, 1:4].ravel() for array in arrays]).tolist()
+    assert not any(path.is_file() for path, _ in boxes)
+
+
+def test_a_part_that_is_gone_is_named(tmp_path):
+    boxes = [(tmp_path / f"{index}.npy", np.s_[0:2, 0:2]) for index in range(2)]
+    np.save(boxes[0][0], np.zeros((2, 2), np.uint8))
+    with pytest.raises(mammo.MammoError, match=r"1\.npy is gone"):
+        mammo.move_pixels(boxes, np.dtype(np.uint8), tmp_path / "pixels.npy")
