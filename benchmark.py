@@ -570,9 +570,12 @@ def sides_of(
     }
 
 
-def print_shares(run: mammo.Run, whole: float, count: int) -> None:
+def print_shares(run: mammo.Run, whole: float, options: argparse.Namespace) -> None:
     """Print each part's share of a step of `whole` seconds, and how much of the arithmetic is used."""
-    parts = {name: time_steps(part, count, run.device) for name, part in parts_of_step(run).items()}
+    parts = {
+        name: min(time_steps(part, options.steps, run.device) for _ in range(options.repeats))
+        for name, part in parts_of_step(run).items()
+    }
     shares = ", ".join(f"{name} {seconds / whole:.3f}" for name, seconds in parts.items())
     used, ceiling = utilisation(run, whole)
     print(f"  shares: {shares}")
@@ -598,7 +601,7 @@ def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequenc
             print(f"  bare step {batch / bare:.1f} tiles/s, loop {batch / whole:.1f}", end="")
             print(f", loop / bare {whole / bare:.3f}")
         if "step" in what:
-            print_shares(run, whole, options.steps)
+            print_shares(run, whole, options)
         if "loop" in what:
             for name in ("lightly", "alike", "fp32"):
                 print(
