@@ -1492,7 +1492,9 @@ def move_pixels(boxes: list[tuple[Path, tuple[slice, slice]]], dtype: np.dtype, 
         np.lib.format.write_array_header_2_0(out, header)
         for (path, box), size in zip(boxes, sizes, strict=True):
             if path.is_file():
-                out.write(np.ascontiguousarray(np.load(path)[box], dtype).data)
+                with naming(path):
+                    part = np.load(path)
+                out.write(np.ascontiguousarray(part[box], dtype).data)
                 out.flush()
                 os.fsync(out.fileno())
                 path.unlink()
@@ -2193,7 +2195,7 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["scaler"] = run.scaler.state_dict()
         content["cache_key"] = run.tiles.cache.name
         content["processes"] = run.world.size
-        content["precision"] = precision_name(run)
+        content["precision"] = precision_name(run.config, run.device)
         content["steps_per_epoch"] = run.steps_per_epoch
         content["best_rankme"] = run.best_rankme
         content["best_auroc"] = run.best_auroc
@@ -2255,15 +2257,11 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
         )
     run.model.load_state_dict(state["model_state_dict"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the state was saved in another precision than fp16
+        run.scaler.load_state_dict(state["scaler"])
     run.step, run.monitor = state["step"], state["monitor"]
-    precision = precision_name(run)
-    if run.world.leads and state.get("precision", precision) != precision:
-        print(
-            f"note: the run began in {state['precision']} and goes on in {precision}, which this device "
-            "asks of --precision auto: its weights will not be bit-equal",
-            file=sys.stderr,
-        )
+    if run.world.leads:
+        note_precision(state, precision_name(run.config, run.device))
     if state["processes"] != run.world.size:  # the same place in the schedule, with other batches
         run.step = round(state["step"] / state["steps_per_epoch"] * run.steps_per_epoch)
     run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
@@ -2271,6 +2269,16 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     run.best_epoch = state.get("best_epoch", 0)
     if run.speck_head is not None:
         run.speck_head.load_state_dict(state["speck_head"])
+
+
+def note_precision(state: dict[str, Any], precision: str) -> None:
+    """Say on stderr that a state was saved in another precision than --precision auto gives here."""
+    if state["precision"] != precision:
+        print(
+            f"note: saved in {state['precision']}, resumed in {precision}, as --precision auto chooses "
+            "here: the weights will not be bit-equal",
+            file=sys.stderr,
+        )
 
 
 def move_aside(folder: Path) -> None:
@@ -3319,7 +3327,7 @@ def choose_device(config: Config) -> torch.device:
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies in bf16 (some x86 since 2020; Linux lists it); emulated it is slow."""
     try:
-        flags = Path("/proc/cpuinfo").read_text().split()
+        flags = Path("/proc/cpuinfo").read_text(errors="replace").split()
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -3336,6 +3344,11 @@ def choose_precision(config: Config, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
     # Volta emulates bf16: is_bf16_supported(False) asks for the hardware.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def precision_name(config: Config, device: torch.device) -> str:
+    """float32, bfloat16 or float16, as --precision resolves on a device."""
+    return str(choose_precision(config, device)).removeprefix("torch.")
 
 
 def split_monitor(tiles: pd.DataFrame, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -3752,8 +3765,8 @@ def compiled(function: Callable[..., Any], config: Config, device: torch.device)
     return call
 
 
-def environment() -> dict[str, str]:
-    """Versions, device and git commit, recorded beside each run's result."""
+def environment(precision: str) -> dict[str, str]:
+    """Versions, device, precision and git commit, recorded beside each run's result."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -3766,6 +3779,7 @@ def environment() -> dict[str, str]:
         "numpy": np.__version__,
         "opencv": cv2.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "precision": precision,
         "git_commit": commit or "unknown",
     }
 
@@ -3850,18 +3864,14 @@ def describe_device(run: Run) -> str:
     if run.device.type == "cuda":
         memory = torch.cuda.get_device_properties(run.device).total_memory / 2**30
         name = f"{torch.cuda.get_device_name(run.device)}, {memory:.0f} GiB"
-    return f"{name}, {precision_name(run)}"
-
-
-def precision_name(run: Run) -> str:
-    """float32, bfloat16 or float16, as --precision resolves on the run's device."""
-    return str(choose_precision(run.config, run.device)).removeprefix("torch.")
+    return f"{name}, {precision_name(run.config, run.device)}"
 
 
 def start_folder(run: Run) -> None:
     """Create the run's folder: settings, environment, the extraction's pictures, a calm summary."""
     sweep(run.folder)
-    record = {"config": dataclasses.asdict(run.config), "environment": environment()}
+    precision = precision_name(run.config, run.device)
+    record = {"config": dataclasses.asdict(run.config), "environment": environment(precision)}
     write_atomic(run.folder / "config.json", json.dumps(record, indent=2))
     for name in EXTRACTION_PICTURES:
         if (run.tiles.cache / name).is_file():

@@ -730,6 +730,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
+        content["precision"] = mammo.precision_name(job.engine.config, job.engine.device)
     mammo.write_checkpoint(job.folder / name, content)
 
 
@@ -752,7 +753,9 @@ def resume_job(job: Job) -> None:
         )
     job.engine.model.load_state_dict(state["model_state_dict"])
     job.optimizer.load_state_dict(state["optimizer"])
-    job.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the state was saved in another precision than fp16
+        job.scaler.load_state_dict(state["scaler"])
+    mammo.note_precision(state, mammo.precision_name(job.engine.config, job.engine.device))
     job.epoch, job.best_epoch, job.best_auroc = state["epoch"], state["best_epoch"], state["best_auroc"]
     job.rows = state["rows"]
 
@@ -1099,7 +1102,8 @@ def train(settings: Settings) -> Path:
     config = dataclasses.replace(
         job.engine.config, output_dir=str(job.folder.parent), run_name=job.folder.name
     )
-    record = {"settings": dataclasses.asdict(settings), "environment": mammo.environment()}
+    precision = mammo.precision_name(job.engine.config, job.engine.device)
+    record = {"settings": dataclasses.asdict(settings), "environment": mammo.environment(precision)}
     mammo.write_atomic(job.folder / "config.json", json.dumps(record, indent=2))
     positive = (job.data.targets[job.train_ids] == 1).sum(0)
     found = ", ".join(f"{count} {name}" for count, name in zip(positive, settings.names, strict=True))

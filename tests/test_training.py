@@ -289,13 +289,16 @@ def test_bf16_trains_on_the_cpu(archive):
 def test_auto_is_bf16_where_the_cpu_has_it_and_another_cpu_is_noted(archive, monkeypatch, capsys):
     monkeypatch.setattr(mammo, "cpu_has_bf16", lambda: False)
     run = open_run(archive, "--run_name", "moved")
-    assert mammo.precision_name(run) == "float32"
+    assert mammo.precision_name(run.config, run.device) == "float32"
     mammo.save_state(run)
     open_run(archive, "--run_name", "moved")
     assert "note:" not in capsys.readouterr().err
     monkeypatch.setattr(mammo, "cpu_has_bf16", lambda: True)
-    assert mammo.precision_name(open_run(archive, "--run_name", "moved")) == "bfloat16"
-    assert "began in float32 and goes on in bfloat16" in capsys.readouterr().err
+    run = open_run(archive, "--run_name", "moved")
+    assert mammo.precision_name(run.config, run.device) == "bfloat16"
+    assert "saved in float32, resumed in bfloat16" in capsys.readouterr().err
+    run.scaler = torch.amp.GradScaler("cpu", enabled=True)  # as on a GPU that has fp16 alone
+    mammo.resume_run(run, mammo.load_checkpoint(run.folder / "last.pth"))
 
 
 @pytest.mark.parametrize(

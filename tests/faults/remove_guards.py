@@ -117,6 +117,8 @@ GUARDS = [
           f"{PROCESSES} killed_workers"),
     Guard("a killed worker is told", MAIN, "except BrokenProcessPool as error:",
           "except ZeroDivisionError as error:", f"{PROCESSES} killed_workers"),
+    Guard("a part that is gone", MAIN, "elif out.seek(size * dtype.itemsize, os.SEEK_CUR) > moved:",
+          "elif out.seek(size * dtype.itemsize, os.SEEK_CUR) and False:", "../test_cache.py part_that_is_gone"),
     Guard("Ctrl-C waits for the step", MAIN, '("SIGTERM", "SIGUSR1", "SIGINT")', '("SIGTERM", "SIGUSR1")',
           f"{PROCESSES} ctrl_c_in_training"),
     Guard("loss that is no number", MAIN, "if not all(map(math.isfinite, means)):", "if False:",

@@ -74,7 +74,7 @@ def all_whole(folder: Path) -> None:
 
 
 # Free bytes: for nothing, parts of the cache, its pixels, pictures, the first checkpoints, the last.
-SPACES = [0, 200_000, 1_500_000, 60_000_000, 250_000_000, 340_000_000]
+SPACES = [0, 200_000, 1_100_000, 60_000_000, 250_000_000, 340_000_000]
 MANY = [
     0,
     4096,
