@@ -361,11 +361,15 @@ def endless_batches(run: mammo.Run) -> Iterator[tuple[np.ndarray, Any]]:
         yield from mammo.batches(run)
 
 
+def constant_views(run: mammo.Run) -> list[torch.Tensor]:
+    """Two views of noise that lie on the device already, each (B, 1, S, S)."""
+    shape = (run.config.batch_size, 1, run.config.view_side, run.config.view_side)
+    return [torch.randn(shape, device=run.device) for _ in range(2)]
+
+
 def bare_step(run: mammo.Run) -> Callable[[int], Any]:
     """Baseline `bare`: the optimiser step on constant views that lie on the device already."""
-    size = run.config.view_side
-    shape = (run.config.batch_size, 1, size, size)
-    views = [torch.randn(shape, device=run.device) for _ in range(2)]
+    views = constant_views(run)
 
     def step(index: int) -> None:
         with run.autocast():
@@ -381,8 +385,7 @@ def bare_step(run: mammo.Run) -> Callable[[int], Any]:
 
 def parts_of_step(run: mammo.Run) -> dict[str, Callable[[int], Any]]:
     """What a step consists of, each part alone."""
-    shape = (run.config.batch_size, 1, run.config.view_side, run.config.view_side)
-    views = [torch.randn(shape, device=run.device) for _ in range(2)]
+    views = constant_views(run)
 
     def passes(_: int) -> None:
         with run.autocast():
@@ -404,8 +407,7 @@ def utilisation(run: mammo.Run, seconds: float) -> tuple[float, float]:
 
     Without what --grad_checkpoint computes twice; grouped convolutions are counted too high.
     """
-    shape = (run.config.batch_size, 1, run.config.view_side, run.config.view_side)
-    views = [torch.randn(shape, device=run.device) for _ in range(2)]
+    views = constant_views(run)
     with FlopCounterMode(display=False) as counter, run.autocast():
         run.model.grad_checkpoint = False
         mammo.Objective(run.model)(*views)[0].backward()
