@@ -367,15 +367,25 @@ def constant_views(run: mammo.Run) -> list[torch.Tensor]:
     return [torch.randn(shape, device=run.device) for _ in range(2)]
 
 
-def bare_step(run: mammo.Run) -> Callable[[int], Any]:
-    """Baseline `bare`: the optimiser step on constant views that lie on the device already."""
+def model_passes(run: mammo.Run) -> Callable[[int], Any]:
+    """The forward passes and the backward pass on constant views, gradients left for the optimiser."""
     views = constant_views(run)
 
-    def step(index: int) -> None:
+    def step(_: int) -> None:
         with run.autocast():
             loss = run.loss_function(*views, None)[0]
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
+
+    return step
+
+
+def bare_step(run: mammo.Run) -> Callable[[int], Any]:
+    """Baseline `bare`: the optimiser step on constant views that lie on the device already."""
+    passes = model_passes(run)
+
+    def step(index: int) -> None:
+        passes(index)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.model.update_target(0.99)
@@ -385,14 +395,7 @@ def bare_step(run: mammo.Run) -> Callable[[int], Any]:
 
 def parts_of_step(run: mammo.Run) -> dict[str, Callable[[int], Any]]:
     """What a step consists of, each part alone."""
-    views = constant_views(run)
-
-    def passes(_: int) -> None:
-        with run.autocast():
-            loss = run.loss_function(*views, None)[0]
-        run.optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
-
+    passes = model_passes(run)
     passes(0)  # gradients for the optimiser
     return {
         "views": our_views(run),
@@ -413,13 +416,15 @@ def utilisation(run: mammo.Run, seconds: float) -> tuple[float, float]:
         mammo.Objective(run.model)(*views)[0].backward()
     run.model.grad_checkpoint = run.config.grad_checkpoint
     run.model.zero_grad()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions have it
     side = 8192 if run.device.type == "cuda" else 2048
     factors = [torch.randn(side, side, device=run.device) for _ in range(2)]
     with run.autocast():
         kind = (factors[0][:1] @ factors[1]).dtype
     factors = [factor.to(kind) for factor in factors]
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions have it
     product = min(time_steps(lambda _: factors[0] @ factors[1], 10, run.device) for _ in range(3))
+    torch.backends.cuda.matmul.allow_tf32 = before
     ceiling = 2 * side**3 / product
     return counter.get_total_flops() / seconds / ceiling, ceiling
 

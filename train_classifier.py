@@ -938,7 +938,7 @@ def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: P
     for kind, (x_name, y_name, title) in kinds.items():
         figure, panels = mammo.panel_grid(2, 2, 3.1)
         for axes, level in zip(panels, ("tile", "image_max"), strict=True):
-            for name, colour in zip(names, mammo.OKABE_ITO, strict=False):
+            for index, (name, colour) in enumerate(zip(names, mammo.OKABE_ITO, strict=False)):
                 known = tables[level][tables[level][name].notna()]
                 target, scores = known[name].to_numpy(float), known[f"p_{name}"].to_numpy(float)
                 if len(set(target.tolist())) < 2:
@@ -948,7 +948,9 @@ def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: P
                 else:
                     y, x, _ = precision_recall_curve(target, scores)
                     axes.axhline(target.mean(), color=colour, linestyle=":", linewidth=1)
-                axes.plot(x, y, color=colour, label=f"{name} ({int(target.sum())} of {len(target)})")
+                label = f"{name} ({int(target.sum())} of {len(target)})"
+                width = 3 / (1 + index)  # curves that coincide all show
+                axes.plot(x, y, color=colour, linewidth=width, label=label)
             if kind == "roc":
                 axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
             axes.set(xlabel=x_name, ylabel=y_name, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
