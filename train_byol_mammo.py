@@ -56,6 +56,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from filelock import FileLock
+from kornia_rs import io as kornia_io
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
@@ -325,6 +327,7 @@ def _underscores(word: str) -> str:
 # ---- 2 Image ---------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 MAX_SAMPLES = (
     150_000_000  # pixels times channels of the largest image read: a mammogram has 10-30 million
 )
@@ -366,7 +369,7 @@ def read_with_overview(path: str | Path) -> tuple[np.ndarray, Overview]:
     image = decode(path)
     view = overview(image)
     if air_is_bright(view):
-        image = (2 ** bit_depth(image) - 1) - image
+        image = (2 ** bit_depth(image, view.brightest) - 1) - image
         view = overview(image)
     return image, view
 
@@ -377,9 +380,11 @@ def decode(path: str | Path) -> np.ndarray:
         raise ImageReadError(path, "no such file" if not Path(path).exists() else "not a file")
     if (samples := declared_samples(path)) > MAX_SAMPLES:
         raise ImageReadError(path, f"declares {samples:,} values, more than a mammogram has")
+    data = Path(path).read_bytes()  # cv2.imread would crash at a name that is not UTF-8
     try:
-        # cv2.imread would crash at a name that is not UTF-8.
-        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        image = decode_grey_png(data)
+        if image is None:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:  # no memory for its pixels, for one
         raise ImageReadError(path, f"can't be decoded ({error.err})") from error
     if image is None:
@@ -391,6 +396,20 @@ def decode(path: str | Path) -> np.ndarray:
     if min(image.shape) < 2:
         raise ImageReadError(path, f"only {image.shape[1]} x {image.shape[0]} px")
     return image
+
+
+def decode_grey_png(data: bytes) -> np.ndarray | None:
+    """A whole PNG of 8 or 16 bits of grey as (H, W), else None; 1.5 to 1.8 times as fast as OpenCV."""
+    if not data.endswith(PNG_END):
+        return None
+    decoders = {8: kornia_io.decode_image_png_u8, 16: kornia_io.decode_image_png_u16}
+    try:
+        width, height, bits, *kind = struct.unpack_from(">2I5B", data, 16)  # IHDR (PNG 1.2, 4.1.1)
+        if any(kind) or bits not in decoders:  # colour, or interlaced
+            return None
+        return decoders[bits](data, (height, width), "mono")[..., 0]
+    except Exception:  # damaged: it raises no class of its own, and OpenCV has the last word
+        return None
 
 
 def declared_samples(path: str | Path) -> int:
@@ -420,11 +439,12 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(np.ascontiguousarray(image[..., :3]), cv2.COLOR_BGR2GRAY)
 
 
-def bit_depth(image: np.ndarray) -> int:
-    """8, or the least of 10, 12, 14 and 16 bits that holds the largest value."""
+def bit_depth(image: np.ndarray, brightest: int | None = None) -> int:
+    """8, or the least of 10, 12, 14 and 16 bits that holds the largest value, `brightest` if known."""
     if image.dtype == np.uint8:
         return 8
-    return next(bits for bits in (10, 12, 14, 16) if int(image.max()) < 2**bits)
+    brightest = int(image.max()) if brightest is None else brightest
+    return next(bits for bits in (10, 12, 14, 16) if brightest < 2**bits)
 
 
 # ---- 3 Breast mask ---------------------------------------------------------------------------------
@@ -451,6 +471,7 @@ class Overview:
     box: tuple[slice, slice]  # rows and columns of the image that hold the content
     factor: int  # side of a block in px of the image
     shape: tuple[int, int]  # of the image
+    brightest: int  # grey level in the image
 
     def enlarged(self, mask: np.ndarray) -> np.ndarray:
         """A bool mask of `area` at the image's shape (H, W), its border interpolated."""
@@ -469,17 +490,20 @@ class Overview:
         y1 = inner.shape[0] if rows.stop == mask.shape[0] else rows.stop * self.factor
         x1 = inner.shape[1] if cols.stop == mask.shape[1] else cols.stop * self.factor
         target = inner[rows.start * self.factor : y1, cols.start * self.factor : x1]
-        rest = (0, target.shape[0] - size[1], 0, target.shape[1] - size[0])
-        np.greater(cv2.copyMakeBorder(grown, *rest, cv2.BORDER_REPLICATE), 127, out=target)
+        if grown.shape != target.shape:
+            rest = (0, target.shape[0] - size[1], 0, target.shape[1] - size[0])
+            grown = cv2.copyMakeBorder(grown, *rest, cv2.BORDER_REPLICATE)
+        np.greater(grown, 127, out=target)
         return full
 
 
 def overview(image: np.ndarray) -> Overview:
     """Reduce an image (H, W) uint8 or uint16 so that its long side is at most SEGMENT_SIDE px."""
-    box = content_box(image)
+    darkest, brightest = (int(level) for level in cv2.minMaxLoc(image)[:2])
+    box = content_box(image, darkest, brightest)
     longest = max(1, *image[box].shape)
     factor = 2 ** max(0, math.ceil(math.log2(longest / SEGMENT_SIDE)))
-    return Overview(block_means(image[box], factor), box, factor, image.shape)
+    return Overview(block_means(image[box], factor), box, factor, image.shape, brightest)
 
 
 def block_means(image: np.ndarray, factor: int) -> np.ndarray:
@@ -499,9 +523,8 @@ def block_means(image: np.ndarray, factor: int) -> np.ndarray:
     return image.astype(np.float32) / np.float32(scale)
 
 
-def content_box(image: np.ndarray) -> tuple[slice, slice]:
+def content_box(image: np.ndarray, darkest: int, brightest: int) -> tuple[slice, slice]:
     """Rows and columns left when border lines of one grey brighter than air (padding, frames) go."""
-    darkest, brightest = int(image.min()), int(image.max())
     tolerance = FLAT_SPAN * (brightest - darkest)
 
     def is_padding(line: np.ndarray) -> bool:
@@ -839,8 +862,9 @@ def speck_grid(
     if unused:
         content = np.left_shift(content, unused, dtype=np.uint16)
     small = cv2.resize(content, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    small *= np.float32(2.0**-unused)
     inside = cv2.resize(mask[box].view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-    return small * np.float32(2.0**-unused), inside, top, left
+    return small, inside, top, left
 
 
 @functools.cache
@@ -878,7 +902,8 @@ def speck_band(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SP
     weaker, mean = curvatures(small, sigma)
     height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
     rest = (0, height * SPECK_BLOCK - mean.shape[0], 0, width * SPECK_BLOCK - mean.shape[1])
-    squares = cv2.copyMakeBorder(cv2.multiply(mean, mean) * inside, *rest, cv2.BORDER_CONSTANT)
+    squares = cv2.copyTo(cv2.multiply(mean, mean), inside)
+    squares = cv2.copyMakeBorder(squares, *rest, cv2.BORDER_CONSTANT)
     covered = cv2.copyMakeBorder(inside, *rest, cv2.BORDER_CONSTANT) * np.uint8(255)
     squares = cv2.resize(squares, (width, height), interpolation=cv2.INTER_AREA)
     covered = cv2.resize(covered, (width, height), interpolation=cv2.INTER_AREA)
@@ -997,20 +1022,19 @@ def score_tiles(
     xs = tile_positions(image.shape[1], size, config.tile_stride)
     y, x = (axis.ravel() for axis in np.meshgrid(ys, xs, indexing="ij"))
     low, high = intensity_window(image, mask)
-    tissue = mask
-    if config.exclude_pectoral:
-        if muscle is None:
-            muscle = segment_pectoral_muscle(image, mask)
-        tissue = mask & ~muscle if muscle.any() else mask
+    if not config.exclude_pectoral:
+        muscle = np.zeros_like(mask)
+    elif muscle is None:
+        muscle = segment_pectoral_muscle(image, mask)
     spacing_mm = spacing_mm or config.pixel_spacing_mm
     peaks = speck_peaks(image, mask, spacing_mm)
-    grey, filled, breast, counted = tile_sums(image, mask, tissue, ys, xs, size)
+    grey, filled, breast, covered = tile_sums(image, mask, muscle, ys, xs, size)
     breast_or_1 = np.maximum(breast, 1)
     table = pd.DataFrame(
         {
             "x": x,
             "y": y,
-            "breast_ratio": counted / size**2,
+            "breast_ratio": (breast - covered) / size**2,
             "mean_intensity": np.clip(255 * (grey / breast_or_1 - low) / (high - low), 0, 255),
             "non_zero_ratio": filled / breast_or_1,
             "freq_energy": _tile_energies(peaks, y, x, size, spacing_mm),
@@ -1020,9 +1044,9 @@ def score_tiles(
 
 
 def tile_sums(
-    image: np.ndarray, mask: np.ndarray, tissue: np.ndarray, ys: np.ndarray, xs: np.ndarray, size: int
+    image: np.ndarray, mask: np.ndarray, muscle: np.ndarray, ys: np.ndarray, xs: np.ndarray, size: int
 ) -> np.ndarray:
-    """(4, tiles): sum of grey levels in the mask, px there that are not 0, px of the mask, px of tissue.
+    """(4, tiles): sum of grey levels in the mask, px there that are not 0, px of the mask, px of muscle.
 
     Tiles overlap: sums are taken once for each cell between the tiles' borders, then added up.
     """
@@ -1031,13 +1055,13 @@ def tile_sums(
     sums = np.zeros((4, len(rows), len(cols)))  # of all pixels above and left of a border
     left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
     for i in np.flatnonzero((rows[1:] > top) & (rows[:-1] < top + height)):
+        band = np.s_[rows[i] : rows[i + 1], left : left + width]
+        inside, covered = mask[band].view(np.uint8), muscle[band].view(np.uint8)
+        grey = cv2.copyTo(image[band], inside)
         for j in np.flatnonzero((cols[1:] > left) & (cols[:-1] < left + width)):
-            cell = np.s_[rows[i] : rows[i + 1], cols[j] : cols[j + 1]]
-            inside = mask[cell].view(np.uint8)
-            grey = cv2.copyTo(image[cell], inside)
-            counted = cv2.countNonZero(tissue[cell].view(np.uint8))
-            found = (cv2.sumElems(grey)[0], cv2.countNonZero(grey), cv2.countNonZero(inside), counted)
-            sums[:, i + 1, j + 1] = found
+            cell = np.s_[:, max(0, cols[j] - left) : cols[j + 1] - left]
+            sums[0, i + 1, j + 1] = cv2.sumElems(grey[cell])[0]
+            sums[1:, i + 1, j + 1] = [cv2.countNonZero(part[cell]) for part in (grey, inside, covered)]
     sums = sums.cumsum(1).cumsum(2)
     y0, x0 = np.searchsorted(rows, ys)[:, None], np.searchsorted(cols, xs)
     y1, x1 = np.searchsorted(rows, ys + size)[:, None], np.searchsorted(cols, xs + size)
@@ -1216,13 +1240,15 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
     kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
     low, high = intensity_window(image, mask)
     rows, cols = tile_box(kept, config, image.shape)
-    pixels = image[rows, cols] * mask[rows, cols]
+    pixels = image[rows, cols]
+    if pixels.size:
+        pixels = cv2.copyTo(pixels, mask[rows, cols].view(np.uint8))
     counts = table["rejected_by"].value_counts()
     record = {
         "origin": (rows.start, cols.start),
         "shape": pixels.shape,
         "window": (low, high),
-        "bit_depth": bit_depth(image),
+        "bit_depth": bit_depth(image, view.brightest),
         "spacing_mm": spacing_mm,
         "positions": len(table),
         "rejected": {name: int(counts.get(name, 0)) for name in CRITERIA},

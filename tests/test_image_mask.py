@@ -111,6 +111,24 @@ def test_reading_keeps_every_grey_level(tmp_path):
     assert np.array_equal(read_back(inverted, tmp_path), breast_image(bits=12)[0])
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_fast_png_decoder_reads_what_opencv_reads_and_nothing_else(bits):
+    image, _ = breast_image(bits=bits)
+    content = cv2.imencode(".png", image)[1].tobytes()
+    fast = mammo.decode_grey_png(content)
+    assert fast.dtype == image.dtype
+    assert np.array_equal(fast, image)
+    assert mammo.decode_grey_png(cv2.imencode(".png", np.dstack([image] * 3))[1].tobytes()) is None
+    assert mammo.decode_grey_png(cv2.imencode(".tif", image)[1].tobytes()) is None
+    for damaged in (
+        content[:-20],
+        content[:-1],
+        content[:200] + content[220:],
+        content[:100] + content[-12:],
+    ):
+        assert mammo.decode_grey_png(damaged) is None
+
+
 def test_copies_of_grey_and_alpha_are_dropped(tmp_path):
     image, _ = breast_image()
     assert np.array_equal(read_back(np.dstack([image] * 3), tmp_path), image)

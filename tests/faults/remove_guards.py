@@ -40,12 +40,12 @@ PROCESSES, NUMBERS, SECURITY = "test_killed_processes.py", "test_wrong_numbers.p
 
 GUARDS = [
     Guard("size of an image before it is decoded", MAIN, "> MAX_SAMPLES:", "> 10**18:", f"{IMAGES} RGBA bombs"),
-    Guard("names that are not UTF-8", MAIN, "cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)",
+    Guard("names that are not UTF-8", MAIN, "cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)",
           "cv2.imread(str(path), cv2.IMREAD_UNCHANGED)", f"{IMAGES} main_script"),
     Guard("links that lead nowhere are named", MAIN, "and not p.is_dir())", "and p.is_file())",
           f"{IMAGES} main_script"),
-    Guard("EXIF is left alone", MAIN, "np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED",
-          "np.fromfile(path, np.uint8), cv2.IMREAD_ANYDEPTH", f"{IMAGES} exif"),
+    Guard("EXIF is left alone", MAIN, "np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED",
+          "np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH", f"{IMAGES} exif"),
     Guard("float images are refused", MAIN, "if image.dtype not in (np.uint8, np.uint16):", "if False:",
           f"{IMAGES} good_files"),
     Guard("channels count in the size", PREPARE,
