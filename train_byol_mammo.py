@@ -2006,6 +2006,7 @@ def byol_loss(
 # of one view hides from the other. One number for a whole tile is learnt too slowly (few tiles hold
 # specks, which are a thousandth of their pixels); one for each position of the last feature map is not.
 SPECK_QUANTITIES = 3
+SPECK_TAPS = np.array([0.054, 0.244, 0.404, 0.244, 0.054], np.float32)  # Gaussian, 1 px of the view
 FEATURE_STRIDE = 32  # px of the view for each position of a ResNet's last feature map
 PROMINENCE_RANGE = (0.5, 8.0)  # local deviations; a speck of more is as clear as it can be
 PLAIN_PROMINENCE = 3.0  # that plain tissue seldom reaches
@@ -2019,7 +2020,7 @@ def speck_map(sharp: Tensor) -> Tensor:
     is what frequency_energy adds up: the weaker of the two curvatures over the local deviation of the
     mean curvature, here at the scale of 3 px of the view.
     """
-    taps = torch.tensor([0.054, 0.244, 0.404, 0.244, 0.054], device=sharp.device)  # Gaussian, 1 px
+    taps = to_device(SPECK_TAPS, sharp.device)
     kernel = torch.outer(taps, taps)[None, None]
     smooth = F.conv2d(F.pad(sharp, (3, 3, 3, 3), mode="replicate"), kernel)
     right, left, below, above = (
@@ -3337,17 +3338,26 @@ def available_cores() -> int:
 
 
 def choose_device(config: Config) -> torch.device:
-    """Resolve --device. Raises MammoError where CUDA is asked for and absent."""
+    """Resolve --device to cpu or cuda:N. Raises MammoError where there is no such device."""
     name = config.device
     if name == "auto":
-        name = f"cuda:{find_world().local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise MammoError(f"--device {name}: not a device (auto, cpu, cuda, cuda:N)") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise MammoError(f"--device {name}: not supported (auto, cpu, cuda, cuda:N)")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         raise MammoError(f"--device {name}: no CUDA GPU here; --device cpu works, slowly")
-    return device
+    # A task that SLURM gave a GPU of its own (--gpus-per-task) sees that one alone, as number 0.
+    index = find_world().local_rank % count if device.index is None else device.index
+    if index >= count:
+        raise MammoError(f"--device {name}: the GPUs here are cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
 
 
 def cpu_has_bf16() -> bool:
