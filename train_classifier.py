@@ -278,6 +278,7 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
             print(f"note: {len(names):,} {what}, first {names[0]}", file=sys.stderr)
     side = mammo.reduction(config.tile_size, config.view_side)
     tiles = mammo.MammogramTiles(mammo.build_cache(config), side)
+    mammo.hold_on_device(tiles, mammo.choose_device(config))
     rows = mammo.match_labels(labels, where[0], tiles.images["image"], where[1])
     return join_labels(tiles, labels, rows, settings)
 

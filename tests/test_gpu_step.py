@@ -4,17 +4,25 @@ Such tensors (of FakeTensorMode) exist without a GPU. An operation on two device
 does whatever has to wait for a result. Kernels, their speed and their memory need a real one.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import SMALL
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from conftest import SMALL, small_config
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_byol_mammo as mammo
 
 GPU = torch.device("cuda:0")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
 class NoCopyFromTheHost(TorchDispatchMode):
@@ -53,7 +61,8 @@ def no_gpu_is_asked(monkeypatch):
 
 def gpu_run(folder, monkeypatch, *flags):
     """A Run whose tensors are on a GPU; call it inside FakeTensorMode."""
-    config = mammo.parse_args([*SMALL, "--device", "cuda", "--output_dir", str(folder), *flags])
+    flags = ("--device", "cuda", "--batch_size", "4", "--output_dir", str(folder), *flags)
+    config = mammo.parse_args([*SMALL, *flags])
     model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 64, 32)
     speck_head = torch.nn.Conv2d(512, mammo.SPECK_QUANTITIES, 1)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -68,7 +77,7 @@ def gpu_run(folder, monkeypatch, *flags):
         run = mammo.Run(
             config, folder, tiles, np.arange(8), np.arange(8), model, optimizer,
             torch.amp.GradScaler("cuda", enabled=False), GPU,
-            lambda: torch.autocast("cuda", torch.bfloat16), mammo.Objective(model), 4, "", mammo.World(),
+            lambda: torch.autocast("cuda", torch.bfloat16), mammo.Objective(model), 2, "", mammo.World(),
         )  # fmt: skip
         if config.freq_loss_weight:
             run.speck_head = without_data(speck_head)
@@ -94,6 +103,29 @@ def test_a_step_stays_on_the_gpu_and_waits_for_nothing(tmp_path, monkeypatch, no
     assert run.step == 2
     for metrics in found:
         assert (metrics.device, metrics.dtype, metrics.shape) == (GPU, torch.float32, (3,))
+
+
+def test_pixels_beyond_the_gpus_memory_are_cut_by_the_host_and_seen_on_the_gpu(
+    tmp_path, monkeypatch, no_gpu_is_asked
+):
+    run, mode = gpu_run(tmp_path, monkeypatch)
+    run.tiles.pixels = torch.zeros(90 * 90, dtype=torch.int16)
+    run.tiles.tiles = pd.DataFrame({"image": [0] * 8})
+    subset = mammo.MammogramTiles.subset
+
+    def with_data(*words):
+        with unset_fake_temporarily():
+            cut = subset(*words)
+            array = cut.pixels.numpy()
+        cut.pixels = SimpleNamespace(numpy=lambda: array)
+        return cut
+
+    monkeypatch.setattr(mammo.MammogramTiles, "subset", with_data)
+    with mode, NoCopyFromTheHost():
+        steps = [mammo.train_step(run, ids, tiles) for ids, tiles in mammo.batches(run)]
+        view = mammo.make_view(run.tiles, np.arange(4), mammo.VIEW_2, 32, device=GPU)
+    assert len(steps) == run.steps_per_epoch
+    assert view.device == GPU
 
 
 def test_bf16_is_what_the_gpu_multiplies_in(tmp_path, monkeypatch, no_gpu_is_asked):
@@ -162,3 +194,83 @@ def test_these_tensors_would_show_a_fault(tmp_path, monkeypatch, no_gpu_is_asked
     monkeypatch.setattr(mammo, "feature_std", fault)
     with mode, NoCopyFromTheHost(), pytest.raises(error):
         mammo.train_step(run, np.arange(4))
+
+
+def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
+    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 64, 32)
+    objective = mammo.Objective(model, torch.nn.Conv2d(512, mammo.SPECK_QUANTITIES, 1))
+    views, specks = torch.randn(2, 4, 1, 64, 64), torch.randn(2, 4, mammo.SPECK_QUANTITIES, 2, 2)
+    compiled = torch.compile(objective, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for wanted in (None, tuple(specks)):
+            for found, expected in zip(compiled(*views, wanted), objective(*views, wanted), strict=True):
+                assert torch.equal(found, expected)
+
+
+# ---- With a GPU ------------------------------------------------------------------------------------
+
+
+def real_run(archive, folder, *flags):
+    """A Run of the small archive on the GPU."""
+    flags = ("--device", "cuda", "--output_dir", str(folder), *flags)
+    config = small_config(archive, *flags)
+    mammo.set_determinism(config, mammo.choose_device(config))
+    torch.manual_seed(config.seed)
+    backbone = mammo.build_backbone(config.backbone)
+    config = mammo.match_input_dim(config, backbone)
+    return mammo.prepare_run(config, backbone, mammo.build_cache(config))
+
+
+def state_after(run, steps):
+    """The model's state on the host after some steps of training."""
+    batches = mammo.batches(run)
+    for _ in range(steps):
+        mammo.train_step(run, *next(batches))
+    return [value.cpu() for value in run.model.state_dict().values()]
+
+
+@pytest.fixture
+def default_modes():
+    """Take back what a test sets for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [(), ("--no_compile",), ("--freq_loss_weight", "1")])
+def test_a_step_never_waits_for_the_gpu(archive, tmp_path, default_modes, flags):
+    run = real_run(archive, tmp_path, *flags)
+    batches = mammo.batches(run)
+    for step in range(4):
+        if step == 2:  # the first ones compile and choose algorithms
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        metrics = mammo.train_step(run, *next(batches))
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(metrics).all()
+
+
+@needs_gpu
+def test_views_are_the_same_on_the_gpu(archive, tmp_path, default_modes):
+    run = real_run(archive, tmp_path, "--no_compile")
+    host = mammo.MammogramTiles(run.tiles.cache, run.tiles.reduce)
+    ids = np.arange(16)
+    for spec in (mammo.PLAIN_VIEW, mammo.VIEW_1, mammo.VIEW_2):
+        expected = mammo.make_view(host, ids, spec, 32, (1, 2))
+        found = mammo.make_view(run.tiles, ids, spec, 32, (1, 2)).cpu()
+        assert (found - expected).abs().max() < 1e-3 / mammo.GREY_STD
+
+
+@needs_gpu
+def test_runs_are_bit_equal_if_asked_for_wherever_the_pixels_are(
+    archive, tmp_path, monkeypatch, default_modes
+):
+    flags = ("--deterministic", "--no_compile")
+    resident = state_after(real_run(archive, tmp_path / "a", *flags), 4)
+    again = state_after(real_run(archive, tmp_path / "b", *flags), 4)
+    monkeypatch.setattr(mammo, "hold_on_device", lambda *_: None)
+    streamed = state_after(real_run(archive, tmp_path / "c", *flags), 4)
+    for first, second, third in zip(resident, again, streamed, strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
