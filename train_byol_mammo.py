@@ -570,11 +570,10 @@ def air_is_bright(view: Overview) -> bool:
 
 def largest_component(binary: np.ndarray) -> np.ndarray:
     """The largest 8-connected component of a (H, W) bool array; all False where there is none."""
-    labels = cv2.connectedComponents(binary.view(np.uint8))[1]
-    areas = np.bincount(labels.ravel())
-    if len(areas) < 2:
-        return np.zeros(binary.shape, bool)
-    return labels == 1 + np.argmax(areas[1:])
+    count, labels = cv2.connectedComponents(binary.view(np.uint8))
+    if count <= 2:  # the background and at most one more
+        return binary
+    return labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
 
 
 def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
