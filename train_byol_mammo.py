@@ -129,7 +129,7 @@ FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see Objective); 0 = pl
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
 PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
-SAVE_EVERY = 10.0  # minutes between writes of last.pth inside an epoch
+SAVE_EVERY = 10.0  # minutes between writes of last.pth, which signals and the end write too
 LOG_EVERY = 10  # steps between rows of metrics.csv
 PROGRESS = "auto"  # auto, bar, lines or none; auto = a bar on a terminal, else a line a minute
 REPORT_EVERY = 5.0  # minutes between updates of pictures and report.html; 0 = none of them
@@ -1339,32 +1339,39 @@ def extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
         if not (parts / f"{index:07d}.json").is_file()
     ]
     workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
-    # Plain fork can hang once torch has started threads; a fork server imports the libraries once.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
     with progress(mode=config.progress, total=len(jobs), desc="tiles", unit="image") as bar:
         if workers == 1:
             for job in jobs:
                 _extract_to_part(*job)
                 bar.update()
             return
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
-            futures = [pool.submit(_extract_to_part, *job) for job in jobs]
-            try:
-                for future in as_completed(futures):
+        try:
+            with worker_processes(workers) as pool:
+                for future in as_completed([pool.submit(_extract_to_part, *job) for job in jobs]):
                     future.result()
                     bar.update()
-            except BrokenProcessPool as error:
-                left = [job[1] for job in jobs if not (parts / f"{job[0]:07d}.json").is_file()]
-                raise MammoError(
-                    f"an extraction process was killed at one of {', '.join(left[:workers])}, for want "
-                    "of memory perhaps; lower --num_workers and start again: finished images are kept. "
-                    "If it ends there again, one of these files crashes its decoder: move it away"
-                ) from error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        except BrokenProcessPool as error:
+            left = [job[1] for job in jobs if not (parts / f"{job[0]:07d}.json").is_file()]
+            raise MammoError(
+                f"an extraction process was killed at one of {', '.join(left[:workers])}, for want of "
+                "memory perhaps; lower --num_workers and start again: finished images are kept. If it "
+                "ends there again, one of these files crashes its decoder: move it away"
+            ) from error
+
+
+@contextmanager
+def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that work in parallel; an error or Ctrl-C drops the jobs that have not begun."""
+    # Plain fork can hang once torch has started threads; a fork server imports the libraries once.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
+    with ProcessPoolExecutor(count, mp_context=context, initializer=start_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def start_worker() -> None:
@@ -1686,9 +1693,9 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     # Where the reduced copy is still finer than the view, average 2 x 2 samples for each view pixel.
     fine = 2 if tiles.tile_size / tiles.reduce / size > 1.25 else 1
     axis = (torch.arange(size * fine, device=device) + 0.5) * (2 / (size * fine)) - 1
-    v, u = torch.meshgrid(axis, axis, indexing="ij")
-    points = torch.stack([u.flatten(), v.flatten(), torch.ones_like(u).flatten()])  # (3, N)
-    x, y, w = (matrix @ points).unbind(1)  # each (B, N)
+    v, u = (part.flatten() for part in torch.meshgrid(axis, axis, indexing="ij"))  # (N,)
+    # No matrix product: where TF32 is on, positions would be off by a tenth of a pixel.
+    x, y, w = (matrix[..., 0:1] * u + matrix[..., 1:2] * v + matrix[..., 2:]).unbind(1)  # (B, N)
     grid = torch.stack([x / w, y / w], dim=-1).view(count, size * fine, size * fine, 2)
     view = F.grid_sample(cut_regions(tiles, ids, reach), grid, align_corners=False)
     view = ((view - low) / (high - low)).clamp_min(0)
@@ -2247,16 +2254,18 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def all_finite(content: Any) -> bool:
-    """Whether no tensor in nested dicts and lists holds NaN or infinity; waits for the device once."""
+    """Whether no tensor in nested dicts and lists holds NaN or infinity; waits once for each device."""
+    flags: dict[torch.device, list[Tensor]] = {}
 
-    def find(part: Any) -> Iterator[Tensor]:
-        if isinstance(part, Tensor) and part.ndim:  # counters of steps stay on the CPU
-            yield part.isfinite().all()
+    def find(part: Any) -> None:
+        if isinstance(part, Tensor):
+            flags.setdefault(part.device, []).append(part.isfinite().all())
         elif isinstance(part, dict | list | tuple):
             for item in part.values() if isinstance(part, dict) else part:
-                yield from find(item)
+                find(item)
 
-    return bool(torch.stack(list(find(content))).all())
+    find(content)
+    return all(bool(torch.stack(found).all()) for found in flags.values())
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -2756,27 +2765,42 @@ def draw_extraction(config: Config, folder: Path, count: int = 4) -> None:
 
 def draw_qc_pages(config: Config, folder: Path) -> None:
     """qc/<number>.png for each image: outlines and tile centres by outcome, to flip through."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (index, source, config, folder / f"{index:06d}.png")
+        for index, source in list_sources(config.data_dir).iterrows()
+        if not (folder / f"{index:06d}.png").is_file()
+    ]
+    workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
+    with progress(mode=config.progress, total=len(jobs), desc="qc pages", unit="page") as bar:
+        if workers == 1:
+            for job in jobs:
+                draw_qc_page(*job)
+                bar.update()
+            return
+        with worker_processes(workers) as pool:
+            for future in as_completed([pool.submit(draw_qc_page, *job) for job in jobs]):
+                future.result()
+                bar.update()
+
+
+def draw_qc_page(index: int, source: pd.Series, config: Config, path: Path) -> None:
+    """One page of draw_qc_pages, for a row of list_sources."""
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, source in progress(
-        list(list_sources(config.data_dir).iterrows()), config.progress, desc="qc pages", unit="page"
-    ):
-        path = folder / f"{index:06d}.png"
-        if path.is_file():
-            continue
-        figure = Figure(figsize=(7, 8))
-        axes = figure.add_subplot()
-        try:
-            sample = load_sample(index, source, config)
-        except ImageReadError as error:
-            axes.set_title(f"image {index}: {error.reason}", fontsize=9)
-            axes.set_axis_off()
-        else:
-            outline(axes, sample)
-            mark_tiles(axes, sample, config)
-            figure.legend(loc="lower center", ncols=3, fontsize=8)
-        save_figure(figure, path)
+    cv2.setNumThreads(1)
+    figure = Figure(figsize=(7, 8))
+    axes = figure.add_subplot()
+    try:
+        sample = load_sample(index, source, config)
+    except ImageReadError as error:
+        axes.set_title(f"image {index}: {error.reason}", fontsize=9)
+        axes.set_axis_off()
+    else:
+        outline(axes, sample)
+        mark_tiles(axes, sample, config)
+        figure.legend(loc="lower center", ncols=3, fontsize=8)
+    save_figure(figure, path)
 
 
 def outline(axes: Any, sample: Sample) -> None:
@@ -3262,7 +3286,7 @@ def find_world() -> World:
     """Read the place that torchrun, or srun with several tasks, has given this process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "RANK" not in os.environ:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     try:
         rank, size, local_rank = (int(os.environ[name]) for name in names)
     except (KeyError, ValueError):
@@ -3320,6 +3344,7 @@ class Run:
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
     features: Tensor | None = None  # (monitor tiles, input_dim) as of the last epoch
     shown: float = -math.inf  # when the report was written, on time.monotonic()
+    saved: float = dataclasses.field(default_factory=time.monotonic)  # when last.pth was, on the same
 
     @property
     def total_steps(self) -> int:
@@ -3359,7 +3384,24 @@ def choose_device(config: Config) -> torch.device:
     index = find_world().local_rank % count if device.index is None else device.index
     if index >= count:
         raise MammoError(f"--device {name}: the GPUs here are cuda:0 to cuda:{count - 1}")
+    major, minor = torch.cuda.get_device_capability(index)
+    kinds = [int(kind[3:]) for kind in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", kind)]
+    if 10 * major + minor < min(kinds, default=0):
+        raise MammoError(
+            f"PyTorch {torch.__version__} has no code for this GPU (sm_{major}{minor}); install a build "
+            "that has (for a V100 one for CUDA 12.6), or give --device cpu"
+        )
     return torch.device("cuda", index)
+
+
+def note_idle_gpu(config: Config, device: torch.device) -> None:
+    """Say so where --device auto means the CPU although the node has a GPU."""
+    if config.device == "auto" and device.type == "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
+        print(
+            f"note: PyTorch {torch.__version__} can't use the GPU of this node (its driver is too old, "
+            "or the job asked for none): going on with the CPU, which is far slower",
+            file=sys.stderr,
+        )
 
 
 def cpu_has_bf16() -> bool:
@@ -3489,7 +3531,7 @@ def train_one_epoch(
 ) -> None:
     """Train to the end of the current epoch, or to MAX_STEPS, or until a signal asks to stop."""
     config = run.config
-    saved = logged = time.monotonic()
+    logged = time.monotonic()
     pending: list[Tensor] = []
     recent: list[np.ndarray] = []
     for ids, tiles in batches(run):
@@ -3497,47 +3539,54 @@ def train_one_epoch(
         recent.append(ids)
         bar.update()
         last = run.step % run.steps_per_epoch == 0 or run.step == config.max_steps
-        due = time.monotonic() - saved > 60 * config.save_every
+        due = save_is_due(run)
         # Several processes can only agree to stop where all of them read their metrics.
         alone = run.world.size == 1
         if run.step % config.log_every == 0 or last or (alone and (stop.requested or due)):
             # The only place that waits for the device: LOG_EVERY steps are read at once.
             means = read_metrics(run, pending, stop)
-            check_finite(run, means, pending, recent, saving=bool(last or due or stop.requested))
+            check_finite(run, means, pending, recent, saving=bool(last or due or stop.agreed))
             run.batch_std = means[1]
             row = describe_step(run, means, len(pending) / (time.monotonic() - logged), ids)
             bar.set_postfix_str(describe_row(row, run.monitor))
             metrics.write(row)
             tracker.log(row)
-            if (stop.requested or due) and not last:  # the end of an epoch saves by itself
+            if stop.agreed or last:  # the state is saved after what an epoch's end may bring
+                return
+            if due:
                 save_state(run)
-                saved = time.monotonic()
-            if report_is_due(run) and not (stop.requested or last):
+            if report_is_due(run):
                 show_run(run, tracker)
             pending, recent, logged = [], [], time.monotonic()
-            if stop.requested or last:
-                return
 
 
 def read_metrics(run: Run, pending: list[Tensor], stop: StopSignal) -> list[float]:
     """Mean loss, feature std and frequency loss of the last steps over all processes.
 
-    The processes also tell each other of a signal to stop: one that any of them got holds for all.
+    The processes also agree to stop: a signal that any of them has got by now holds for all. One that
+    comes later waits for the next time, wherever it comes.
     """
+    stop.agreed = stop.requested
     means = torch.stack(pending).mean(0)
     if run.world.size > 1:
         distributed.all_reduce(means)
         means /= run.world.size
-        requested = torch.tensor(stop.requested, device=run.device)
-        distributed.all_reduce(requested, distributed.ReduceOp.MAX)
-        stop.requested = int(requested)
+        agreed = torch.tensor(stop.agreed, device=run.device)
+        distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+        stop.agreed = int(agreed)
     return means.tolist()
+
+
+def save_is_due(run: Run) -> bool:
+    """Whether SAVE_EVERY minutes have passed."""
+    return time.monotonic() - run.saved > 60 * run.config.save_every
 
 
 def save_state(run: Run) -> None:
     """Write last.pth, from one process."""
     if run.world.leads:
         save_checkpoint(run.folder / "last.pth", run, resumable=True)
+    run.saved = time.monotonic()
 
 
 def describe_row(row: dict[str, float], monitor: dict[str, float]) -> str:
@@ -3641,7 +3690,8 @@ def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
         save_checkpoint(run.folder / "mammogram_byol_best.pth", run)
     if config.checkpoint_every and epoch % config.checkpoint_every == 0:
         save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
-    save_state(run)
+    if save_is_due(run):  # on a fast GPU an epoch takes half a minute, writing last.pth seconds
+        save_state(run)
     if report_is_due(run):
         show_run(run, tracker)
 
@@ -3663,14 +3713,15 @@ def improves(run: Run) -> bool:
 class StopSignal:
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request that the loop obeys at the next step.
 
-    A second signal acts at once, unless it follows within REPEAT seconds: SLURM and launchers send the
-    same one to a process and to its parent, which hands it on.
+    `requested` is the number of the signal that this process got, `agreed` of the one that the run obeys
+    (see read_metrics); 0 = none. A second signal acts at once, unless it follows within REPEAT seconds:
+    SLURM and launchers send the same one to a process and to its parent, which hands it on.
     """
 
     REPEAT = 5.0
 
     def __init__(self) -> None:
-        self.requested, self.since = 0, 0.0
+        self.requested, self.agreed, self.since = 0, 0, 0.0
 
     def __enter__(self) -> StopSignal:
         names = ("SIGTERM", "SIGUSR1", "SIGINT")
@@ -3696,7 +3747,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     device = choose_device(config)
     dtype = choose_precision(config, device)
     tiles = MammogramTiles(cache, reduction(config.tile_size, config.view_side))
-    hold_on_device(tiles, device)
+    hold_on_device(tiles, device, config)
     train_ids, monitor_ids = split_monitor(tiles.tiles, config)
     world = find_world()
     drawn = min(config.tiles_per_epoch or len(train_ids), len(train_ids))
@@ -3775,18 +3826,36 @@ def add_speck_head(run: Run) -> None:
     run.speck_scale = mean.to(run.device), deviation.clamp_min(0.05).to(run.device)
 
 
-def hold_on_device(tiles: MammogramTiles, device: torch.device) -> None:
-    """Copy the pixels to the GPU where they fill at most half of its free memory."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if tiles.pixels.nbytes < free // 2:
-            tiles.to(device)
+# Bytes that a pixel of a view leaves for the backward pass in bf16: 235 MiB for 512 x 512 in a ResNet50.
+BYTES_PER_PIXEL = 940
+
+
+def hold_on_device(tiles: MammogramTiles, device: torch.device, config: Config) -> None:
+    """Copy the pixels to the GPU where they leave a training step the memory that it needs."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    step = 2 * config.batch_size * config.view_side**2 * BYTES_PER_PIXEL  # two views
+    if choose_precision(config, device) == torch.float32:
+        step *= 2
+    if config.grad_checkpoint:
+        step //= 2
+    if tiles.pixels.nbytes < free - 1.3 * step - 2 * 2**30:  # weights, views, what convolutions want
+        tiles.to(device)
 
 
 def compiled(function: Callable[..., Any], config: Config, device: torch.device) -> Callable[..., Any]:
-    """torch.compile on CUDA; where compiling fails, a note and the plain function."""
-    if not config.compile or config.grad_checkpoint or device.type != "cuda":
+    """torch.compile on CUDA; where compiling fails, a note and the plain function.
+
+    Not with several processes: synchronised batch norm breaks the graph at every layer.
+    """
+    alone = find_world().size == 1
+    if not (config.compile and alone and device.type == "cuda") or config.grad_checkpoint:
         return function
+    # Else the backward pass is compiled at its first call, out of the reach of `call`.
+    functorch = torch._functorch.config
+    if hasattr(functorch, "force_non_lazy_backward_lowering"):
+        functorch.force_non_lazy_backward_lowering = True
     fast = torch.compile(function)
     state = {"function": fast}
 
@@ -3829,6 +3898,7 @@ def train(config: Config) -> Path:
         move_aside(config.run_dir)
     # What can fail in seconds comes before hours of extraction.
     device = choose_device(config)
+    note_idle_gpu(config, device)
     choose_precision(config, device)
     set_determinism(config, device)
     if config.labels:
@@ -3858,14 +3928,13 @@ def train(config: Config) -> Path:
         progress(mode=config.progress if world.leads else "none", **options) as bar,
     ):
         try:
-            while run.step < limit and not stop.requested:
+            while run.step < limit and not stop.agreed:
                 train_one_epoch(run, bar, metrics, tracker, stop)
                 if run.step % run.steps_per_epoch == 0:
                     end_epoch(run, metrics, tracker)
             if run.step < limit:
-                if not (run.folder / "last.pth").is_file():  # stopped before the first step
-                    save_state(run)
-                raise StoppedError(stop.requested, run.folder)
+                save_state(run)
+                raise StoppedError(stop.agreed, run.folder)
         except Exception as error:
             if world.leads:
                 show_run(run, tracker, "stopped", str(error))

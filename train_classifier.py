@@ -278,7 +278,7 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
             print(f"note: {len(names):,} {what}, first {names[0]}", file=sys.stderr)
     side = mammo.reduction(config.tile_size, config.view_side)
     tiles = mammo.MammogramTiles(mammo.build_cache(config), side)
-    mammo.hold_on_device(tiles, mammo.choose_device(config))
+    mammo.hold_on_device(tiles, mammo.choose_device(config), config)
     rows = mammo.match_labels(labels, where[0], tiles.images["image"], where[1])
     return join_labels(tiles, labels, rows, settings)
 
@@ -470,6 +470,7 @@ def open_engine(settings: Settings) -> Engine:
     """Put the network with its starting weights on the device."""
     model, config = start_model(settings)
     device = mammo.choose_device(config)
+    mammo.set_determinism(config, device)
     dtype = mammo.choose_precision(config, device)
     model = model.to(device).to(memory_format=torch.channels_last)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
@@ -691,7 +692,7 @@ def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
             (settings.seed, step, 4),
             engine.device,
         )
-        targets = torch.from_numpy(job.data.targets[part]).to(engine.device)
+        targets = mammo.to_device(job.data.targets[part], engine.device)
         with engine.autocast():
             loss = masked_bce(engine.model.classify(view), targets, weight)
         job.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,10 @@
 """Shared fixtures: a small archive of phantoms, its pixel cache, and ways to run the scripts."""
 
 import os
+
+# Read once, at the first product on a GPU: too early for the test of --deterministic to set it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import subprocess
 import sys
 from pathlib import Path

@@ -80,7 +80,8 @@ def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_pa
 
 
 def test_a_dead_process_ends_the_others_with_a_message(archive, tmp_path):
-    processes = start_processes(tmp_path, archive, "--epochs", "1000", "--tiles_per_epoch", "64")
+    flags = ("--epochs", "1000", "--tiles_per_epoch", "64", "--save_every", "0")
+    processes = start_processes(tmp_path, archive, *flags)
     until = time.monotonic() + 120
     while not (tmp_path / "runs" / "byol_resnet18" / "last.pth").exists():
         assert all(process.poll() is None for process in processes), processes[0].stderr.read()
@@ -104,22 +105,25 @@ def test_processes_without_an_address_are_told_how_to_start(monkeypatch):
         mammo.join_world(mammo.World(0, 2, 0), torch.device("cpu"))
 
 
+def slurm(rank, tasks, local, **step):
+    return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(tasks), "SLURM_LOCALID": str(local), **step}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, mammo.World(0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, mammo.World(3, 4, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, mammo.World(0, 1, 0)),
-        (
-            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
-            mammo.World(5, 8, 1),
-        ),
+        # A plain `python` in an allocation of 8 tasks, and in the shell that salloc opens as a step.
+        (slurm(0, 8, 0), mammo.World(0, 1, 0)),
+        (slurm(0, 8, 0, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1"), mammo.World(0, 1, 0)),
+        (slurm(5, 8, 1, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="8"), mammo.World(5, 8, 1)),
     ],
 )
 def test_the_place_among_processes_comes_from_the_launcher(monkeypatch, environment, expected):
-    names = "RANK WORLD_SIZE LOCAL_RANK SLURM_PROCID SLURM_NTASKS SLURM_LOCALID SLURM_STEP_ID"
-    for name in names.split():
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert mammo.find_world() == expected

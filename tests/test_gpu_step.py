@@ -155,6 +155,7 @@ def test_bf16_is_what_the_gpu_multiplies_in(tmp_path, monkeypatch, no_gpu_is_ask
         ("cpu", 4, 3, "cpu"),
         ("auto", 0, 3, "cpu"),
         ("cuda", 0, None, "no CUDA GPU here"),
+        ("cuda", 7, None, "no code for this GPU"),
         ("cuda:4", 4, None, "cuda:0 to cuda:3"),
         ("mps", 4, None, "not supported"),
         ("gpu", 4, None, "not a device"),
@@ -163,6 +164,9 @@ def test_bf16_is_what_the_gpu_multiplies_in(tmp_path, monkeypatch, no_gpu_is_ask
 def test_each_process_takes_a_gpu_that_it_can_see(monkeypatch, flag, gpus, local_rank, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    # Seven GPUs stand for V100s here.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0) if gpus == 7 else (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_90"])
     if local_rank is not None:
         for name, value in (("RANK", 5), ("WORLD_SIZE", 8), ("LOCAL_RANK", local_rank)):
             monkeypatch.setenv(name, str(value))
@@ -199,6 +203,19 @@ def test_these_tensors_would_show_a_fault(tmp_path, monkeypatch, no_gpu_is_asked
     monkeypatch.setattr(mammo, "feature_std", fault)
     with mode, NoCopyFromTheHost(), pytest.raises(error):
         mammo.train_step(run, np.arange(4))
+
+
+def test_a_state_on_two_devices_is_checked_device_by_device(monkeypatch):
+    def stack(flags):
+        assert len({flag.device for flag in flags}) == 1
+        return torch.ones(1)
+
+    monkeypatch.setattr(torch, "stack", stack)
+    on_two = {
+        "model": torch.ones(2),
+        "optimiser": [torch.ones(2, device="meta"), {"step": torch.ones(())}],
+    }
+    assert mammo.all_finite(on_two)
 
 
 def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():

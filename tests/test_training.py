@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -238,6 +239,34 @@ def test_sigterm_saves_and_says_how_to_go_on(archive, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert b"the same command goes on" in errors
     assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] > 0
+
+
+def test_a_signal_that_comes_while_the_report_is_drawn_costs_no_step(archive, tmp_path, monkeypatch):
+    shutil.copytree(archive, tmp_path / "a")
+    config = small_config(tmp_path / "a", "--epochs", "9", "--report_every", "1e-9")
+
+    def show_run(run, *_):
+        if run.step == 2:
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(mammo, "show_run", show_run)
+    with pytest.raises(mammo.StoppedError, match="SIGUSR1"):
+        mammo.train(config)
+    assert torch.load(config.run_dir / "last.pth")["step"] == 3
+
+
+def test_processes_obey_the_signal_that_all_of_them_know_of(monkeypatch):
+    stop = mammo.StopSignal()
+
+    def all_reduce(*_):  # the signal comes while this process waits for the others
+        stop.requested = signal.SIGTERM
+
+    monkeypatch.setattr(mammo.distributed, "all_reduce", all_reduce)
+    run = SimpleNamespace(world=mammo.World(0, 2, 0), device=torch.device("cpu"))
+    mammo.read_metrics(run, [torch.zeros(3)], stop)
+    assert (stop.requested, stop.agreed) == (signal.SIGTERM, 0)
+    mammo.read_metrics(run, [torch.zeros(3)], stop)
+    assert stop.agreed == signal.SIGTERM
 
 
 def test_resuming_with_other_settings_is_refused_by_name(archive, tmp_path):
