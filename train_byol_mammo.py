@@ -84,7 +84,7 @@ from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
@@ -308,20 +308,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             kind = {"int": int, "float": float, "str": str}[str(field.type)]
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
     words = sys.argv[1:] if argv is None else argv
-    namespace, unknown = parser.parse_known_args([_underscores(word) for word in words])
+    words = [
+        re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words
+    ]
+    namespace, unknown = parser.parse_known_args(words)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise MammoError(f"unknown argument {unknown[0]}{hint}")
     return Config(**vars(namespace))
-
-
-def _underscores(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 # ---- 2 Image ---------------------------------------------------------------------------------------
@@ -584,13 +580,8 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
     """
     from skimage.filters import threshold_multiotsu  # here: a run that finds its cache starts sooner
 
-    lowest, highest = float(area.min()), float(area.max())
-    if lowest == highest:
-        return None
-    counts = cv2.calcHist([area], [0], None, [256], [lowest, np.nextafter(highest, np.inf)]).ravel()
-    levels = lowest + (np.arange(256) + 0.5) * (highest - lowest) / 256
     try:
-        lower = float(threshold_multiotsu(classes=3, hist=(counts, levels))[0])
+        lower = float(threshold_multiotsu(area, classes=3)[0])
     except ValueError:  # fewer than three grey levels
         return None
     dark = (area <= lower).astype(np.uint8)
@@ -675,7 +666,9 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
     """
     pad = LABEL_SIZE
     padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    body = opened_by_disc(padded, LABEL_SIZE / 2)[pad:-pad, pad:-pad]
+    core = cv2.distanceTransform(padded, cv2.DIST_L2, 5) > LABEL_SIZE / 2
+    reach = cv2.distanceTransform((~core).view(np.uint8), cv2.DIST_L2, 5)
+    body = (reach <= LABEL_SIZE / 2)[pad:-pad, pad:-pad]
     if not body.any():
         return body
     outside = breast & ~body
@@ -696,12 +689,6 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
     found |= np.isin(strokes, np.unique(strokes[found & (strokes > 0)]))
     label = cv2.dilate(found.view(np.uint8), np.ones((9, 9), np.uint8)) > 0
     return largest_component(breast & ~rim & ~label)
-
-
-def opened_by_disc(mask: np.ndarray, radius: float) -> np.ndarray:
-    """Opening of a (H, W) uint8 mask by a disc of any size (px), by two distance transforms."""
-    inner = cv2.distanceTransform(mask, cv2.DIST_L2, 5) > radius
-    return cv2.distanceTransform((~inner).view(np.uint8), cv2.DIST_L2, 5) <= radius
 
 
 def chest_side(breast: np.ndarray) -> int:
@@ -866,38 +853,19 @@ def speck_grid(
     return small, inside, top, left
 
 
-@functools.cache
-def rounding_gain(sigma: float) -> float:
-    """Variance of the mean curvature at scale sigma (px) where each grid pixel has an error of 1."""
-    impulse = np.zeros((31, 31), np.float32)
-    impulse[15, 15] = 1
-    return float((curvatures(impulse, sigma)[1] ** 2).sum())
+def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
+    """Rows (px), columns (px) and strengths of the speck-like peaks of uint8 or uint16 (H, W).
 
-
-@dataclass(frozen=True)
-class SpeckBand:
-    """An image in the band of specks, on a reduced grid whose corner lies at (top, left) px.
-
-    What varies slowly is kept per block of SPECK_BLOCK x SPECK_BLOCK grid px.
+    A peak is a local maximum of the weaker curvature inside the mask (H, W) bool. Its strength is
+    that curvature over the standard deviation of the mean curvature around it, which cancels gain,
+    offset and noise level, and so bit depth, window and vendor. What varies slowly is worked out per
+    block of SPECK_BLOCK x SPECK_BLOCK px of the reduced grid.
     """
-
-    weaker: np.ndarray  # (h, w) float32, weaker curvature
-    inner: np.ndarray  # (bh, bw) uint8, 1 in the mask without its rim
-    variance: np.ndarray  # (bh, bw) float32, mean square of the mean curvature over SPECK_WINDOW
-    factor: int  # px of the image in one of the grid
-    sigma: float  # px of the grid, scale of the curvatures
-    top: int
-    left: int
-
-
-def speck_band(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> SpeckBand:
-    """Curvatures of uint8 or uint16 (H, W) at the scale of specks inside the mask (H, W) bool."""
     factor = max(1, round(SPECK_GRID / spacing_mm))
     sigma = SPECK_SIGMA / (spacing_mm * factor)
     small, inside, top, left = speck_grid(image, mask, factor)
     if not inside.any():
-        empty = np.zeros((0, 0), np.float32)
-        return SpeckBand(empty, empty.astype(np.uint8), empty, factor, sigma, top, left)
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
     weaker, mean = curvatures(small, sigma)
     height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
     rest = (0, height * SPECK_BLOCK - mean.shape[0], 0, width * SPECK_BLOCK - mean.shape[1])
@@ -913,36 +881,21 @@ def speck_band(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SP
     rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
     whole = (covered == 255).view(np.uint8)
     inner = cv2.erode(whole, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    return SpeckBand(weaker, inner, variance, factor, sigma, top, left)
-
-
-def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
-    """Rows (px), columns (px) and strengths of the speck-like peaks of uint8 or uint16 (H, W).
-
-    A peak is a local maximum of the weaker curvature inside the mask (H, W) bool. Its strength is
-    that curvature over the standard deviation of the mean curvature around it, which cancels gain,
-    offset and noise level, and so bit depth, window and vendor.
-    """
-    return find_peaks(speck_band(image, mask, spacing_mm), grey_step(image))
-
-
-def find_peaks(band: SpeckBand, step: float) -> Peaks:
-    """The peaks of speck_peaks; `step` is the image's grey_step."""
-    weaker, factor = band.weaker, band.factor
-    if not weaker.size:
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
     # Rounding to grey levels adds to the variance, more so in 8 bits: that share is taken off again,
     # and the rounding error itself is the floor that keeps 8-bit plateaus from firing.
-    rounding = (step / factor) ** 2 / 12
-    deviation = np.sqrt(np.maximum(band.variance - rounding * rounding_gain(band.sigma), rounding))
-    least = np.where(band.inner > 0, SPECK_MIN_STRENGTH * deviation, np.float32(np.inf))
+    rounding = (grey_step(image) / factor) ** 2 / 12
+    impulse = np.zeros((31, 31), np.float32)
+    impulse[15, 15] = 1
+    gain = float((curvatures(impulse, sigma)[1] ** 2).sum())
+    deviation = np.sqrt(np.maximum(variance - rounding * gain, rounding))
+    least = np.where(inner > 0, SPECK_MIN_STRENGTH * deviation, np.float32(np.inf))
     least = cv2.resize(least, None, fx=SPECK_BLOCK, fy=SPECK_BLOCK, interpolation=cv2.INTER_NEAREST)
     highest = cv2.dilate(weaker, np.ones((5, 5), np.uint8))
     strong = weaker >= least[: weaker.shape[0], : weaker.shape[1]]
     # Several times faster than np.nonzero in two dimensions.
     ys, xs = np.divmod(np.flatnonzero(strong & (weaker == highest)), weaker.shape[1])
     strengths = weaker[ys, xs] / deviation[ys // SPECK_BLOCK, xs // SPECK_BLOCK]
-    return (ys * factor + band.top + factor // 2, xs * factor + band.left + factor // 2, strengths)
+    return ys * factor + top + factor // 2, xs * factor + left + factor // 2, strengths
 
 
 def energy_of_peaks(peaks: Peaks, spacing_mm: float = PIXEL_SPACING_MM) -> float:
@@ -1107,6 +1060,9 @@ def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
 # breast mask are 0: labels, markers and film edges never reach a view.
 
 EXTRACTION_PICTURES = ("segmentation.png", "grid.png", "tiles.png")
+IMAGE_COLUMNS = (  # of images.csv
+    "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm".split()
+)
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
 
@@ -1478,35 +1434,23 @@ def _write_pixels(
     config: Config,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write pixels.npy; return images.csv's rows and the tiles with `image` as a row of them."""
-    rows: list[dict[str, Any]] = []
-    boxes: list[tuple[Path, tuple[slice, slice]]] = []
-    offset = 0
+    rows, boxes, offset = [], [], 0
     for index, group in tiles.groupby("image"):
         record = records[int(index)]
-        (y0, x0), (part_height, part_width) = record["origin"], record["shape"]
+        (y0, x0), shape = record["origin"], record["shape"]
         # Smaller than the part where MAX_TILES cut tiles.
-        box = tile_box(group, config, (y0 + part_height, x0 + part_width))
-        height, width = box[0].stop - box[0].start, box[1].stop - box[1].start
-        rows.append(
-            {
-                **sources.loc[int(index), ["image", "study_id", "laterality", "view"]].to_dict(),
-                "offset": offset,
-                "height": height,
-                "width": width,
-                "y0": box[0].start,
-                "x0": box[1].start,
-                "low": record["window"][0],
-                "high": record["window"][1],
-                "bit_depth": record["bit_depth"],
-                "spacing_mm": record["spacing_mm"],
-            }
-        )
-        inside = np.s_[box[0].start - y0 : box[0].stop - y0, box[1].start - x0 : box[1].stop - x0]
+        ys, xs = tile_box(group, config, (y0 + shape[0], x0 + shape[1]))
+        height, width = ys.stop - ys.start, xs.stop - xs.start
+        source = sources.loc[int(index), ["image", "study_id", "laterality", "view"]]
+        window, depth, spacing_mm = record["window"], record["bit_depth"], record["spacing_mm"]
+        rows.append([*source, offset, height, width, ys.start, xs.start, *window, depth, spacing_mm])
+        inside = np.s_[ys.start - y0 : ys.stop - y0, xs.start - x0 : xs.stop - x0]
         boxes.append((parts[int(index)].with_suffix(".npy"), inside))
         offset += height * width
-    dtype = np.dtype(np.uint16 if any(row["bit_depth"] > 8 for row in rows) else np.uint8)
+    images = pd.DataFrame(rows, columns=IMAGE_COLUMNS)
+    dtype = np.dtype(np.uint16 if (images["bit_depth"] > 8).any() else np.uint8)
     move_pixels(boxes, dtype, building / "pixels.npy")
-    return pd.DataFrame(rows), tiles.assign(image=tiles.groupby("image").ngroup())
+    return images, tiles.assign(image=tiles.groupby("image").ngroup())
 
 
 def move_pixels(boxes: list[tuple[Path, tuple[slice, slice]]], dtype: np.dtype, target: Path) -> None:
@@ -1843,7 +1787,9 @@ def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
         raise MammoError(f"weights {path}: no such file (imagenet, none or a path)")
     try:
         if path.suffix == ".safetensors":
-            state, name = load_file(path), ""
+            with safe_open(path, "pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                name = (file.metadata() or {}).get("backbone", "")
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
             name = content.get("config", {}).get("backbone", "")
@@ -2233,9 +2179,7 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["processes"] = run.world.size
         content["precision"] = precision_name(run.config, run.device)
         content["steps_per_epoch"] = run.steps_per_epoch
-        content["best_rankme"] = run.best_rankme
-        content["best_auroc"] = run.best_auroc
-        content["best_epoch"] = run.best_epoch
+        content["best"] = run.best
         if run.speck_head is not None:  # not in model_state_dict: it is no part of the model
             content["speck_head"] = run.speck_head.state_dict()
         content["healthy"] = run.healthy
@@ -2302,9 +2246,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
         note_precision(state, precision_name(run.config, run.device))
     if state["processes"] != run.world.size:  # the same place in the schedule, with other batches
         run.step = round(state["step"] / state["steps_per_epoch"] * run.steps_per_epoch)
-    run.best_rankme, run.healthy = state["best_rankme"], state["healthy"]
-    run.wandb_id, run.best_auroc = state["wandb_id"], state["best_auroc"]
-    run.best_epoch = state.get("best_epoch", 0)
+    run.best, run.healthy, run.wandb_id = state["best"], state["healthy"], state["wandb_id"]
     if run.speck_head is not None:
         run.speck_head.load_state_dict(state["speck_head"])
 
@@ -2367,22 +2309,27 @@ def rankme(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def plain_outputs(run: Run, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Features and projections of tiles `ids` as they are, in eval mode, on the CPU."""
+    run.model.eval()
+    outputs = []
+    for part in np.array_split(ids, -(-len(ids) // run.config.batch_size)):
+        view = make_view(run.tiles, part, PLAIN_VIEW, run.config.view_side, device=run.device)
+        with run.autocast():
+            features = run.model.get_features(view)
+            outputs.append((features.float().cpu(), run.model.projection_head(features).float().cpu()))
+    run.model.train()
+    features, projections = map(torch.cat, zip(*outputs, strict=True))
+    return features, projections
+
+
 def watch(run: Run) -> dict[str, float]:
     """Feature std of the projections and RankMe of the backbone features on the monitor tiles.
 
     The features stay with the run, for embedding.png.
     """
-    run.model.eval()
-    features, projections = [], []
-    for ids in np.array_split(run.monitor_ids, -(-len(run.monitor_ids) // run.config.batch_size)):
-        view = make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side, device=run.device)
-        with run.autocast():
-            feature = run.model.get_features(view)
-            features.append(feature.float().cpu())
-            projections.append(run.model.projection_head(feature).float().cpu())
-    run.model.train()
-    run.features = torch.cat(features)
-    return {"std": float(feature_std(torch.cat(projections))), "rankme": float(rankme(run.features))}
+    run.features, projections = plain_outputs(run, run.monitor_ids)
+    return {"std": float(feature_std(projections)), "rankme": float(rankme(run.features))}
 
 
 LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without the box's centre
@@ -2497,20 +2444,6 @@ def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np
     return centred | (cover >= LABEL_COVER), cover > 0
 
 
-def fit_logistic(features: np.ndarray, target: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
-    """Weights (D,) and bias of a logistic regression of `target` (N,) 0 or 1 on features (N, D).
-
-    Both classes count alike; `strength` is the inverse weight decay on standardised features.
-    """
-    from sklearn.linear_model import LogisticRegression  # takes a second to import
-
-    mean, std = features.mean(0), features.std(0) + 1e-6
-    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=5000, tol=1e-3)
-    model.fit((features - mean) / std, target)
-    weights = model.coef_[0] / std
-    return weights, float(model.intercept_[0] - weights @ mean)
-
-
 @dataclass(frozen=True)
 class Probe:
     """Labelled tiles of a run: ids (N,), targets (N, CLASSES) with NaN = unknown, studies (N,)."""
@@ -2547,31 +2480,22 @@ def prepare_probe(tiles: MammogramTiles, config: Config) -> Probe | None:
     return probe
 
 
-@torch.no_grad()
 def run_probe(run: Run, probe: Probe) -> dict[str, float]:
     """Out-of-fold AUROC of a logistic probe on frozen features, folds by study; mean and per class."""
+    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    run.model.eval()
-    parts = np.array_split(probe.ids, -(-len(probe.ids) // 128))
-    views = (
-        make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side, device=run.device) for ids in parts
-    )
-    features = []
-    for view in views:
-        with run.autocast():
-            features.append(run.model.get_features(view).float().cpu().numpy())
-    run.model.train()
-    table, out = np.concatenate(features), {}
+    logistic = LogisticRegression(C=PROBE_STRENGTH, class_weight="balanced", max_iter=5000, tol=1e-3)
+    model = make_pipeline(StandardScaler(), logistic)
+    folds = StratifiedGroupKFold(PROBE_FOLDS, shuffle=True, random_state=run.config.seed % 2**32)
+    features, out = plain_outputs(run, probe.ids)[0].numpy(), {}
     for name, target in zip(CLASSES, probe.targets.T, strict=True):
-        known = np.flatnonzero(np.isfinite(target))
-        x, y, studies = table[known], target[known].astype(int), probe.studies[known]
-        scores = np.zeros(len(y))
-        folds = StratifiedGroupKFold(PROBE_FOLDS, shuffle=True, random_state=run.config.seed % 2**32)
-        for fit, held_out in folds.split(x, y, studies):
-            weights, bias = fit_logistic(x[fit], y[fit], PROBE_STRENGTH)
-            scores[held_out] = x[held_out] @ weights + bias
+        known = np.isfinite(target)
+        x, y, studies = features[known], target[known].astype(int), probe.studies[known]
+        scores = cross_val_predict(model, x, y, groups=studies, cv=folds, method="decision_function")
         out[f"auroc_{name}"] = float(roc_auc_score(y, scores))
     return {"auroc": float(np.mean(list(out.values()))), **out}
 
@@ -3018,7 +2942,7 @@ def write_summary(run: Run, state: str, reason: str = "") -> None:
         "steps": run.last_step,
         "epoch": run.step / run.steps_per_epoch,
         "healthy": run.healthy,
-        "best": best_figures(run),
+        "best": run.best,
         "device": describe_device(run),
         "processes": run.world.size,
         "training_tiles": len(run.train_ids),
@@ -3030,19 +2954,13 @@ def write_summary(run: Run, state: str, reason: str = "") -> None:
     write_atomic(run.folder / "summary.json", json.dumps(content, indent=2))
 
 
-def best_figures(run: Run) -> dict[str, float]:
-    """Epoch of the best checkpoint and the figure that chose it; empty before there is one."""
-    figure = {"auroc": run.best_auroc} if run.probe else {"rankme": run.best_rankme}
-    return {"epoch": run.best_epoch, **figure} if run.best_epoch else {}
-
-
 def show_run(run: Run, tracker: Tracker, state: str = "running", reason: str = "") -> None:
     """Bring summary.json, pictures and report.html up to date. A failure is a note and ends no run."""
     folder = run.folder
     try:
         write_summary(run, state, reason)
-        if run.best_epoch:
-            best = best_figures(run) | {"checkpoint": str(folder / "mammogram_byol_best.pth")}
+        if run.best:
+            best = run.best | {"checkpoint": str(folder / "mammogram_byol_best.pth")}
             tracker.log({f"best_{name}": value for name, value in best.items()}, summary=True)
         if not run.config.report_every:
             return
@@ -3333,9 +3251,8 @@ class Run:
     wandb_id: str
     world: World
     step: int = 0
-    best_rankme: float = 0.0
-    best_auroc: float = 0.0
-    best_epoch: int = 0  # 0 = none yet
+    # Epoch of the best checkpoint and the figure that chose it; empty = none yet.
+    best: dict[str, float] = dataclasses.field(default_factory=dict)
     probe: Probe | None = None
     speck_head: nn.Conv2d | None = None  # of the frequency target
     speck_scale: tuple[Tensor, Tensor] | None = None  # mean and deviation of its quantities
@@ -3685,8 +3602,10 @@ def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
             f"{COLLAPSE_ADVICE}",
             file=sys.stderr,
         )
-    if run.healthy and improves(run):
-        run.best_epoch = epoch
+    figure = "auroc" if run.probe else "rankme"
+    # Never by the loss: a collapsed network has the lowest loss of all (Garrido 2023).
+    if run.healthy and run.monitor.get(figure, 0.0) > run.best.get(figure, 0.0):
+        run.best = {"epoch": epoch, figure: run.monitor[figure]}
         save_checkpoint(run.folder / "mammogram_byol_best.pth", run)
     if config.checkpoint_every and epoch % config.checkpoint_every == 0:
         save_checkpoint(run.folder / f"mammogram_byol_epoch{epoch}.pth", run)
@@ -3694,20 +3613,6 @@ def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
         save_state(run)
     if report_is_due(run):
         show_run(run, tracker)
-
-
-def improves(run: Run) -> bool:
-    """Whether this epoch is the best so far: by the online probe where there is one, else by RankMe.
-
-    Never by the loss: a collapsed network has the lowest loss of all (Garrido 2023).
-    """
-    if run.probe is not None:
-        better = run.monitor.get("auroc", 0.0) > run.best_auroc
-        run.best_auroc = max(run.best_auroc, run.monitor.get("auroc", 0.0))
-        return better
-    better = run.monitor["rankme"] > run.best_rankme
-    run.best_rankme = max(run.best_rankme, run.monitor["rankme"])
-    return better
 
 
 class StopSignal:
@@ -3857,17 +3762,15 @@ def compiled(function: Callable[..., Any], config: Config, device: torch.device)
     if hasattr(functorch, "force_non_lazy_backward_lowering"):
         functorch.force_non_lazy_backward_lowering = True
     fast = torch.compile(function)
-    state = {"function": fast}
 
     def call(*args: Any) -> Any:
+        nonlocal fast
         try:
-            return state["function"](*args)
+            return fast(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
-            if state["function"] is function:
-                raise
             print(f"note: torch.compile failed, going on without ({error})", file=sys.stderr)
-            state["function"] = function
-            return function(*args)
+            fast = function
+            return fast(*args)
 
     return call
 
@@ -4043,50 +3946,43 @@ class StoppedError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job. Returns 0, or 2 after an error that the user can mend, or 128 + signal number."""
+    code = 2
     try:
         config = parse_args(argv)
         if config.report:
             print(write_report(Path(config.report)))
         else:
             train(config)
+        return 0
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.code
-    except MammoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.cuda.OutOfMemoryError:
-        print(
-            "error: the GPU's memory is full; give --grad_checkpoint, or lower --batch_size "
-            "or --view_size",
-            file=sys.stderr,
-        )
-        return 2
+        code, message = stopped.code, str(stopped)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except OSError as error:
-        print(
-            f"error: {error.filename or 'file'}: {error.strerror or error}; once that is mended the "
-            "same command goes on where it stopped",
-            file=sys.stderr,
+        code, message = 128 + signal.SIGINT, "interrupted; the same command goes on where it stopped"
+    except MammoError as error:
+        message = f"error: {error}"
+    except torch.cuda.OutOfMemoryError:
+        message = (
+            "error: the GPU's memory is full; give --grad_checkpoint, lower --batch_size or --view_size"
         )
-        return 2
+    except OSError as error:
+        message = (
+            f"error: {error.filename or 'file'}: {error.strerror or error}; once that is mended the "
+        )
+        message += "same command goes on where it stopped"
     except RuntimeError as error:
-        if not distributed.is_available() or not distributed.is_initialized():
+        if not distributed.is_initialized():
             raise
         # A collective that fails is how the others learn that a process has died.
         reason = str(error).strip().splitlines()[0]
-        print(
+        message = (
             f"error: the processes of the run lost each other ({reason}); the log of the first one "
-            "that ended says why. The same command goes on from last.pth",
-            file=sys.stderr,
         )
-        return 2
+        message += "that ended says why. The same command goes on from last.pth"
     finally:
-        if distributed.is_available() and distributed.is_initialized():
+        if distributed.is_initialized():
             distributed.destroy_process_group()
-    return 0
+    print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

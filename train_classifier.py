@@ -499,6 +499,20 @@ def calibrate_untrained(engine: Engine, data: LabelledTiles, ids: np.ndarray, we
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse weight decay of the probe, chosen on validation studies
 
 
+def fit_logistic(features: np.ndarray, target: np.ndarray, strength: float) -> tuple[np.ndarray, float]:
+    """Weights (D,) and bias of a logistic regression of `target` (N,) 0 or 1 on features (N, D).
+
+    Both classes count alike; `strength` is the inverse weight decay on standardised features.
+    """
+    from sklearn.linear_model import LogisticRegression  # takes a second to import
+
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=5000, tol=1e-3)
+    model.fit((features - mean) / std, target)
+    weights = model.coef_[0] / std
+    return weights, float(model.intercept_[0] - weights @ mean)
+
+
 def fit_probe(
     features: np.ndarray, targets: np.ndarray, studies: np.ndarray, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -517,11 +531,11 @@ def fit_probe(
         check_classes(target[held_out][:, None], [name], "probe, validation studies")
 
         def validation_auroc(strength: float, fit=fit, held_out=held_out, target=target) -> float:
-            weight, bias = mammo.fit_logistic(features[fit], target[fit], strength)
+            weight, bias = fit_logistic(features[fit], target[fit], strength)
             return float(roc_auc_score(target[held_out], features[held_out] @ weight + bias))
 
         strength = max(STRENGTHS, key=validation_auroc)
-        weight, bias = mammo.fit_logistic(features[known], target[known], strength)
+        weight, bias = fit_logistic(features[known], target[known], strength)
         weights.append(weight)
         biases.append(bias)
     return np.array(weights), np.array(biases)

@@ -13,6 +13,7 @@ from conftest import small_config, write_images
 from test_training import open_run, weights_hash
 
 import train_byol_mammo as mammo
+import train_classifier as classifier
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_the_probe_finds_what_is_there_and_nothing_in_noise(six):
     rng = np.random.default_rng(5)
     features = rng.normal(size=(len(probe.ids), 6)).astype(np.float32)
     features[:, 0] += 6 * np.nan_to_num(probe.targets[:, 0])
-    weights, bias = mammo.fit_logistic(features, np.nan_to_num(probe.targets[:, 0]), 1.0)
+    weights, bias = classifier.fit_logistic(features, np.nan_to_num(probe.targets[:, 0]), 1.0)
     assert abs(weights[0]) > 3 * np.abs(weights[1:]).max()
     scores = features @ weights + bias
     assert scores[probe.targets[:, 0] == 1].min() > scores[probe.targets[:, 0] == 0].mean()
