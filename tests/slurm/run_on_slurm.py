@@ -157,8 +157,8 @@ class Suite:
 
     def cancel(self) -> None:
         """scancel of a training job."""
-        job, log = self.submit("cancel"), self.folder / "cancel.log"
-        until(lambda: log.is_file() and "step/s" in log.read_text(), 600, "cancel has not started")
+        job, metrics = self.submit("cancel"), self.folder / "runs/cancel/metrics.csv"
+        until(metrics.is_file, 600, "cancel has not started")
         call("scancel", job)
         self.finish("cancel", job)
         time.sleep(15)
