@@ -3757,10 +3757,11 @@ def compiled(function: Callable[..., Any], config: Config, device: torch.device)
     alone = find_world().size == 1
     if not (config.compile and alone and device.type == "cuda") or config.grad_checkpoint:
         return function
+    from torch._functorch import config as lowering
+
     # Else the backward pass is compiled at its first call, out of the reach of `call`.
-    functorch = torch._functorch.config
-    if hasattr(functorch, "force_non_lazy_backward_lowering"):
-        functorch.force_non_lazy_backward_lowering = True
+    if hasattr(lowering, "force_non_lazy_backward_lowering"):
+        lowering.force_non_lazy_backward_lowering = True
     fast = torch.compile(function)
 
     def call(*args: Any) -> Any:
@@ -3967,8 +3968,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         message = (
             f"error: {error.filename or 'file'}: {error.strerror or error}; once that is mended the "
+            "same command goes on where it stopped"
         )
-        message += "same command goes on where it stopped"
     except RuntimeError as error:
         if not distributed.is_initialized():
             raise
@@ -3976,8 +3977,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error).strip().splitlines()[0]
         message = (
             f"error: the processes of the run lost each other ({reason}); the log of the first one "
+            "that ended says why. The same command goes on from last.pth"
         )
-        message += "that ended says why. The same command goes on from last.pth"
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SMALL, small_config
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as lowering
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorMode,
@@ -22,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 import train_byol_mammo as mammo
 
 GPU = torch.device("cuda:0")
+COMPILERS = ("fw_compiler", "bw_compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
@@ -227,6 +231,26 @@ def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
         for wanted in (None, tuple(specks)):
             for found, expected in zip(compiled(*views, wanted), objective(*views, wanted), strict=True):
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("broken", COMPILERS)
+def test_where_compiling_fails_the_plain_function_goes_on(monkeypatch, capsys, broken):
+    def fail(*_):
+        raise RuntimeError("out of shared memory")
+
+    if broken == "bw_compiler" and not hasattr(lowering, "force_non_lazy_backward_lowering"):
+        pytest.skip(f"PyTorch {torch.__version__} compiles the backward pass at its first call")
+    compilers = {name: lambda graph, _: make_boxed_func(graph.forward) for name in COMPILERS}
+    backend = aot_autograd(**{**compilers, broken: fail})
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: plain_compile(function, backend=backend))
+    torch.compiler.reset()
+    layer = torch.nn.Linear(4, 4)
+    compiled = mammo.compiled(layer, mammo.Config(), GPU)
+    for _ in range(2):
+        compiled(torch.ones(3, 4)).sum().backward()
+    assert layer.bias.grad.tolist() == [6.0] * 4
+    assert capsys.readouterr().err.count("going on without") == 1
 
 
 # ---- With a GPU ------------------------------------------------------------------------------------
