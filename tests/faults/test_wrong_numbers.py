@@ -39,6 +39,12 @@ def all_finite(folder) -> int:
     return len(paths)
 
 
+@pytest.fixture
+def saved_at_the_end_of_epochs(monkeypatch):
+    """A state of four steps is there when a later step is spoilt."""
+    monkeypatch.setattr(mammo, "save_is_due", lambda run: run.step % run.steps_per_epoch == 0)
+
+
 class Batches:
     """Remembers the tiles of every step, to compare with what a message names."""
 
@@ -55,7 +61,7 @@ class Batches:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("step", [6, 8])
 def test_a_number_that_is_none_in_a_batch_stops_the_run_and_names_its_tiles(
-    archive, tmp_path, monkeypatch, value, step
+    archive, tmp_path, monkeypatch, saved_at_the_end_of_epochs, value, step
 ):
     """Losses are looked at every 4 steps: the tiles named are those of the bad one, not of the last."""
     real = mammo.byol_loss
@@ -79,7 +85,9 @@ def test_a_number_that_is_none_in_a_batch_stops_the_run_and_names_its_tiles(
 
 
 @pytest.mark.parametrize("what", ["weight", "statistic", "moment"])
-def test_a_state_spoilt_behind_a_sound_loss_is_never_saved(archive, tmp_path, monkeypatch, what):
+def test_a_state_spoilt_behind_a_sound_loss_is_never_saved(
+    archive, tmp_path, monkeypatch, saved_at_the_end_of_epochs, what
+):
     """The last step before a checkpoint spoils what its own loss cannot show."""
 
     def spoil(run, train):
