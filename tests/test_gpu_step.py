@@ -222,6 +222,25 @@ def test_a_state_on_two_devices_is_checked_device_by_device(monkeypatch):
     assert mammo.all_finite(on_two)
 
 
+@pytest.mark.parametrize(
+    ("gib", "flags", "held"),
+    [
+        (18, (), True),
+        (21, (), False),
+        (21, ("--grad_checkpoint",), True),
+        (21, ("--batch_size", "16"), True),
+        (10, ("--precision", "fp32"), False),
+    ],
+)
+def test_pixels_stay_on_the_gpu_where_a_step_has_room_beside_them(monkeypatch, gib, flags, held):
+    """A GPU with 40 GiB free; a step of 32 tiles at 512 px in bf16 is taken to need 21 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40 * 2**30, 40 * 2**30))
+    moved = []
+    tiles = SimpleNamespace(pixels=SimpleNamespace(nbytes=gib * 2**30), to=moved.append)
+    mammo.hold_on_device(tiles, GPU, mammo.parse_args(["--precision", "bf16", *flags]))
+    assert moved == [GPU] * held
+
+
 def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
     model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 64, 32)
     objective = mammo.Objective(model, torch.nn.Conv2d(512, mammo.SPECK_QUANTITIES, 1))
