@@ -1294,44 +1294,48 @@ def extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
         for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
         if not (parts / f"{index:07d}.json").is_file()
     ]
+    try:
+        run_in_parallel(_extract_to_part, jobs, config, "tiles", "image")
+    except BrokenProcessPool as error:
+        left = [job[1] for job in jobs if not (parts / f"{job[0]:07d}.json").is_file()]
+        suspects = left[: min(config.num_workers, available_cores())]
+        raise MammoError(
+            f"an extraction process was killed at one of {', '.join(suspects)}, for want of memory "
+            "perhaps; lower --num_workers and start again: finished images are kept. If it ends there "
+            "again, one of these files crashes its decoder: move it away"
+        ) from error
+
+
+def run_in_parallel(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], config: Config, desc: str, unit: str
+) -> None:
+    """Call `function(*job)` for each job, in NUM_WORKERS processes, with a progress bar.
+
+    An error or Ctrl-C drops the jobs that have not begun.
+    """
     workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
-    with progress(mode=config.progress, total=len(jobs), desc="tiles", unit="image") as bar:
+    with progress(mode=config.progress, total=len(jobs), desc=desc, unit=unit) as bar:
         if workers == 1:
             for job in jobs:
-                _extract_to_part(*job)
+                function(*job)
                 bar.update()
             return
-        try:
-            with worker_processes(workers) as pool:
-                for future in as_completed([pool.submit(_extract_to_part, *job) for job in jobs]):
+        # Plain fork can hang once torch has started threads; a fork server imports the libraries once.
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
+            try:
+                for future in as_completed([pool.submit(function, *job) for job in jobs]):
                     future.result()
                     bar.update()
-        except BrokenProcessPool as error:
-            left = [job[1] for job in jobs if not (parts / f"{job[0]:07d}.json").is_file()]
-            raise MammoError(
-                f"an extraction process was killed at one of {', '.join(left[:workers])}, for want of "
-                "memory perhaps; lower --num_workers and start again: finished images are kept. If it "
-                "ends there again, one of these files crashes its decoder: move it away"
-            ) from error
-
-
-@contextmanager
-def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that work in parallel; an error or Ctrl-C drops the jobs that have not begun."""
-    # Plain fork can hang once torch has started threads; a fork server imports the libraries once.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
-    with ProcessPoolExecutor(count, mp_context=context, initializer=start_worker) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
 
 
 def start_worker() -> None:
-    """Let an extraction process leave Ctrl-C to its parent and end with it.
+    """Let a process of run_in_parallel leave Ctrl-C to its parent and end with it.
 
     A killed run must not leave processes behind that write into what the next one builds.
     """
@@ -2695,17 +2699,7 @@ def draw_qc_pages(config: Config, folder: Path) -> None:
         for index, source in list_sources(config.data_dir).iterrows()
         if not (folder / f"{index:06d}.png").is_file()
     ]
-    workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
-    with progress(mode=config.progress, total=len(jobs), desc="qc pages", unit="page") as bar:
-        if workers == 1:
-            for job in jobs:
-                draw_qc_page(*job)
-                bar.update()
-            return
-        with worker_processes(workers) as pool:
-            for future in as_completed([pool.submit(draw_qc_page, *job) for job in jobs]):
-                future.result()
-                bar.update()
+    run_in_parallel(draw_qc_page, jobs, config, "qc pages", "page")
 
 
 def draw_qc_page(index: int, source: pd.Series, config: Config, path: Path) -> None:
