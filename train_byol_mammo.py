@@ -456,6 +456,10 @@ OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
 LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
 LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
 LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
+UNEVEN_AIR = 0.02  # noise of air above which it may be fat, share of the way to the breast's median
+EVEN_SPAN = 0.0005  # share of the grey range within which air counts as one even grey level
+MIN_EVEN_AIR = 0.005  # share of the image that such air covers at least
+FAT_ROUGHNESS = 0.04  # gradient of fat at least, share of the way from air to the median per 3 px
 MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
 
 
@@ -576,7 +580,8 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
     """Air, its noise, and the median of the breast in a smoothed reduced image without padding.
 
     The lowest of three Otsu classes holds air and its fog (Liao et al. 2001); the air proper is what of
-    it lies away from the largest bright component. None where there is no air, as in noise.
+    it lies away from the largest bright component. Where the breast nearly fills the image that class is
+    fat, but digital air is one even grey level. None where there is no air, as in noise.
     """
     from skimage.filters import threshold_multiotsu  # here: a run that finds its cache starts sooner
 
@@ -584,18 +589,42 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
         lower = float(threshold_multiotsu(area, classes=3)[0])
     except ValueError:  # fewer than three grey levels
         return None
-    dark = (area <= lower).astype(np.uint8)
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
-    if cv2.morphologyEx(dark, cv2.MORPH_OPEN, disc).sum() < 0.2 * dark.sum():
+    dark = area <= lower
+    if coherent(dark).sum() < 0.2 * dark.sum():
         return None  # air is a coherent area; noise is not
-    core = largest_component(area > lower)
+    core = largest_component(~dark)
     reach = max(3, max(area.shape) // 20) | 1
     near = cv2.dilate(core.astype(np.uint8), np.ones((reach, reach), np.uint8)) > 0
-    air = area[~near & (area <= lower)]
+    air = area[~near & dark]
     if air.size < 0.002 * area.size:
         air = area[area <= np.percentile(area, 2)]
     level = float(np.median(air))
-    return level, 1.4826 * float(np.median(np.abs(air - level))), float(np.median(area[core]))
+    noise, tissue = 1.4826 * float(np.median(np.abs(air - level))), float(np.median(area[core]))
+    if noise > UNEVEN_AIR * (tissue - level) and (even := even_air(area, dark)).any():
+        return float(area.min()), 0.0, float(np.median(area[~even]))
+    return level, noise, tissue
+
+
+def even_air(area: np.ndarray, dark: np.ndarray) -> np.ndarray:
+    """Pixels of the darkest grey level where they lie along the border in a `dark` part of fat, else none.
+
+    Fat is rough beside digital air. Fog is smooth: what is darker than that on film is a frame.
+    """
+    even = coherent(area <= area.min() + EVEN_SPAN * np.ptp(area))
+    on_border = even.copy()
+    on_border[1:-1, 1:-1] = False
+    rest = dark & (cv2.dilate(even.view(np.uint8), np.ones((9, 9), np.uint8)) == 0)
+    if even.mean() < MIN_EVEN_AIR or not on_border.any() or not rest.any():
+        return np.zeros_like(even)
+    gradient = cv2.morphologyEx(area, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+    rough = np.median(gradient[rest]) > FAT_ROUGHNESS * (np.median(area[~even]) - area.min())
+    return even & rough
+
+
+def coherent(binary: np.ndarray) -> np.ndarray:
+    """What of a (H, W) bool array a disc of OPENING px can cover."""
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
+    return cv2.morphologyEx(binary.view(np.uint8), cv2.MORPH_OPEN, disc) > 0
 
 
 def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarray:
