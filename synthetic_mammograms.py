@@ -69,7 +69,7 @@ CATEGORY = dict.fromkeys(LESIONS, "Mass") | {"calcification": "Suspicious Calcif
 BIRADS = {"mass": (3, 4), "spiculated_mass": (5, 5), "calcification": (4, 5)}  # lowest, highest
 TRAPS = tuple(
     "none white_padding grey_padding inverted film implant empty label_on_breast bright_frame "
-    "noisy_background".split()
+    "noisy_background noisy_frame large_breast".split()
 )
 STAGES = ("contour", "texture", "gland", "strands", "skin", "lesions", "noise", "overlay")
 
@@ -203,7 +203,8 @@ def make_anatomy(spec: PhantomSpec) -> Anatomy:
     y = (np.arange(spec.height) + 0.5) * spacing
     x = (np.arange(spec.width) + 0.5) * spacing
     woman = np.random.default_rng([spec.seed, spec.study])  # both breasts and views alike
-    reach, nipple_y = breast_outline(spec.view, y, field_y, field_x, woman, rng)
+    fills = spec.trap == "large_breast"
+    reach, nipple_y = breast_outline(spec.view, y, field_y, field_x, woman, rng, fills)
     breast = x[None] < reach[:, None]
     edge = pectoral_edge(y, nipple_y, reach, rng)
     pectoral = (x[None] < edge[:, None]) & breast & (spec.view == "MLO")
@@ -223,18 +224,23 @@ def breast_outline(
     field_x: float,
     woman: np.random.Generator,
     rng: np.random.Generator,
+    fills: bool,
 ) -> tuple[np.ndarray, float]:
-    """Return the skin's distance from the chest wall per row (H,) and the nipple's row, in mm."""
+    """Return the skin's distance from the chest wall per row (H,) and the nipple's row, in mm.
+
+    A breast that `fills` the field of view leaves air in the corners alone.
+    """
     flare = woman.uniform(0.05, 0.5)  # 0 = half ellipse, 1 = concave towards the chest wall
     size = woman.uniform(70, 125) * rng.uniform(0.95, 1.05)
-    reach = min(size, 0.85 * field_x)
+    reach = 1.05 * field_x if fills else min(size, 0.85 * field_x)
     if view == "CC":
-        half = min(woman.uniform(0.95, 1.25) * reach, 0.45 * field_y)
+        half = 0.7 * field_y if fills else min(woman.uniform(0.95, 1.25) * reach, 0.45 * field_y)
         nipple_y = field_y * 0.5 + rng.uniform(-0.6, 0.6) * (0.48 * field_y - half)
         above, below = half * rng.uniform(0.92, 1.05), half * rng.uniform(0.92, 1.05)
     else:
         nipple_y = field_y * rng.uniform(0.52, 0.62)
-        above, below = nipple_y * rng.uniform(1, 1.2), min(field_y * 0.35, 1.1 * reach)
+        above, below = nipple_y * rng.uniform(1, 1.2), field_y * (0.75 if fills else 0.35)
+        below = min(below, 1.1 * reach)
     t = np.where(y < nipple_y, (nipple_y - y) / above, (y - nipple_y) / below).clip(0, 1)
     ellipse, bell = np.sqrt(1 - t**2), (1 + np.cos(np.pi * t)) / 2
     shape = (1 - flare) * ellipse + flare * bell
@@ -575,6 +581,9 @@ def add_overlays(
     foreign = np.zeros(signal.shape, bool)
     if spec.trap == "film":
         signal, foreign = add_film(signal, anatomy, rng)
+    if spec.trap == "noisy_frame":
+        foreign = frame_of(signal.shape, int(rng.uniform(0.01, 0.025) * spec.width))
+        signal[foreign] = rng.uniform(0.75, 1, int(foreign.sum()))
     if spec.trap == "noisy_background":
         air = rng.normal(0.03, 0.012, signal.shape).astype(np.float32).clip(0)
         signal = np.maximum(signal, air)
@@ -633,6 +642,13 @@ def add_film(
     return np.maximum(film, tape * np.float32(rng.uniform(0.35, 0.7))), foreign
 
 
+def frame_of(shape: tuple[int, ...], width: int) -> np.ndarray:
+    """The pixels less than `width` from the border, (H, W) bool."""
+    frame = np.ones(shape, bool)
+    frame[width:-width, width:-width] = False
+    return frame
+
+
 def covered_by_trap(spec: PhantomSpec, anatomy: Anatomy) -> np.ndarray:
     """Where padding or a frame replaces the image, (H, W) bool."""
     empty = np.zeros((spec.height, spec.width), np.uint16)
@@ -647,8 +663,7 @@ def set_trap_values(image: np.ndarray, spec: PhantomSpec, anatomy: Anatomy) -> n
     if spec.trap == "grey_padding":
         image[:, anatomy.used_columns :] = top // 2
     if spec.trap == "bright_frame":
-        band = max(2, min(image.shape) // 200)
-        image[:band], image[-band:], image[:, :band], image[:, -band:] = top, top, top, top
+        image[frame_of(image.shape, max(2, min(image.shape) // 200))] = top
     return top - image if spec.trap == "inverted" else image
 
 

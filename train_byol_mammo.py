@@ -449,6 +449,8 @@ def bit_depth(image: np.ndarray, brightest: int | None = None) -> int:
 
 SEGMENT_SIDE = 560  # px, longest side of the reduced copy
 FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
+STRIP_DEPTH = 0.06  # share of the image within which a bright strip along a side ends
+STRIP_STEP = 0.12  # share of the grey range by which it is brighter than what it borders on
 # Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
 SKIN_LEVELS = (0.02, 0.11, 0.08)
 FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the breast's median
@@ -503,7 +505,15 @@ def overview(image: np.ndarray) -> Overview:
     box = content_box(image, darkest, brightest)
     longest = max(1, *image[box].shape)
     factor = 2 ** max(0, math.ceil(math.log2(longest / SEGMENT_SIDE)))
-    return Overview(block_means(image[box], factor), box, factor, image.shape, brightest)
+    area = block_means(image[box], factor)
+    inner = without_strips(area)
+
+    def pixels(side: slice, blocks: slice, count: int) -> slice:
+        stop = side.stop if blocks.stop == count else side.start + blocks.stop * factor
+        return slice(side.start + blocks.start * factor, stop)
+
+    box = pixels(box[0], inner[0], area.shape[0]), pixels(box[1], inner[1], area.shape[1])
+    return Overview(np.ascontiguousarray(area[inner]), box, factor, image.shape, brightest)
 
 
 def block_means(image: np.ndarray, factor: int) -> np.ndarray:
@@ -541,13 +551,44 @@ def content_box(image: np.ndarray, darkest: int, brightest: int) -> tuple[slice,
     return slice(top, max(top, bottom)), slice(left, max(left, right))
 
 
+def without_strips(area: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of a reduced image that are left when bright strips along its sides go."""
+    height, width = area.shape
+    inwards = (area, area[::-1], area.T, area.T[::-1])
+    top, bottom, left, right = (strip_width(lines) for lines in inwards)
+    return slice(top, height - bottom), slice(left, width - right)
+
+
+def strip_width(lines: np.ndarray) -> int:
+    """How many of the first lines of a reduced image belong to a bright strip along that side.
+
+    Film edges, tape and noisy frames end in a step along the whole side. Tissue that the border cuts
+    off doesn't, nor does the air beside it: the darker half of the inner line tells.
+    """
+    if min(lines.shape) < 16 or not np.ptp(lines):
+        return 0
+
+    def steps_down(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+        darker = np.argsort(inner, axis=1)[:, : inner.shape[1] // 2]
+        return np.median(np.take_along_axis(outer - inner, darker, axis=1), axis=1) / np.ptp(lines)
+
+    depth = math.ceil(STRIP_DEPTH * len(lines))
+    ends = np.flatnonzero(steps_down(lines[:depth], lines[2 : depth + 2]) > STRIP_STEP)
+    if not len(ends):
+        return 0
+    # The next line goes as well where strip and image share its blocks.
+    width = int(ends[-1]) + 1
+    shared = steps_down(lines[width : width + 1], lines[width + 1 : width + 2])[0] > STRIP_STEP / 10
+    return width + int(shared)
+
+
 def air_is_bright(view: Overview) -> bool:
     """Whether the image is MONOCHROME1-like: its brightest fifth is smoother than its darkest.
 
     Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
     the border decides where both ends are equally smooth.
     """
-    area = view.area
+    area = view.area[without_strips(-view.area)]  # bright strips are gone; in a negative they are dark
     if min(area.shape) < 16:
         return False
     spans = [np.ptp(area, axis=axis) > FLAT_SPAN * np.ptp(area) for axis in (1, 0)]
@@ -606,9 +647,9 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
 
 
 def even_air(area: np.ndarray, dark: np.ndarray) -> np.ndarray:
-    """Pixels of the darkest grey level where they lie along the border in a `dark` part of fat, else none.
+    """Pixels of the darkest grey level if they lie along the border beside `dark` fat, else none.
 
-    Fat is rough beside digital air. Fog is smooth: what is darker than that on film is a frame.
+    Fat is rough, unlike digital air. Fog is smooth: what is darker than that on film is a frame.
     """
     even = coherent(area <= area.min() + EVEN_SPAN * np.ptp(area))
     on_border = even.copy()
