@@ -565,12 +565,16 @@ def strip_width(lines: np.ndarray) -> int:
     Film edges, tape and noisy frames end in a step along the whole side. Tissue that the border cuts
     off doesn't, nor does the air beside it: the darker half of the inner line tells.
     """
-    if min(lines.shape) < 16 or not np.ptp(lines):
+    span = np.ptp(lines)
+    if min(lines.shape) < 16 or not span:
         return 0
+    border = np.sort(lines[0])
+    if border[len(border) // 4] < lines.min() + STRIP_STEP * span:
+        return 0  # air, as along most sides
 
     def steps_down(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
         darker = np.argsort(inner, axis=1)[:, : inner.shape[1] // 2]
-        return np.median(np.take_along_axis(outer - inner, darker, axis=1), axis=1) / np.ptp(lines)
+        return np.median(np.take_along_axis(outer - inner, darker, axis=1), axis=1) / span
 
     depth = math.ceil(STRIP_DEPTH * len(lines))
     ends = np.flatnonzero(steps_down(lines[:depth], lines[2 : depth + 2]) > STRIP_STEP)
