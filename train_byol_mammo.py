@@ -459,9 +459,8 @@ LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label
 LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
 LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
 UNEVEN_AIR = 0.02  # noise of air above which it may be fat, share of the way to the breast's median
-EVEN_SPAN = 0.0005  # share of the grey range within which air counts as one even grey level
-MIN_EVEN_AIR = 0.005  # share of the image that such air covers at least
-FAT_ROUGHNESS = 0.04  # gradient of fat at least, share of the way from air to the median per 3 px
+FAT_ROUGHNESS = 0.04  # what grey differs by within 3 px of fat, share of the way from air to the median
+MIN_SMOOTH_AIR = 0.005  # share of the image below which what is smoother than fat is no air
 MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
 
 
@@ -625,8 +624,7 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
     """Air, its noise, and the median of the breast in a smoothed reduced image without padding.
 
     The lowest of three Otsu classes holds air and its fog (Liao et al. 2001); the air proper is what of
-    it lies away from the largest bright component. Where the breast nearly fills the image that class is
-    fat, but digital air is one even grey level. None where there is no air, as in noise.
+    it lies away from the largest bright component. None where nothing is coherent, as in noise.
     """
     from skimage.filters import threshold_multiotsu  # here: a run that finds its cache starts sooner
 
@@ -636,34 +634,44 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
         return None
     dark = area <= lower
     if coherent(dark).sum() < 0.2 * dark.sum():
-        return None  # air is a coherent area; noise is not
+        return None
     core = largest_component(~dark)
     reach = max(3, max(area.shape) // 20) | 1
     near = cv2.dilate(core.astype(np.uint8), np.ones((reach, reach), np.uint8)) > 0
-    air = area[~near & dark]
-    if air.size < 0.002 * area.size:
-        air = area[area <= np.percentile(area, 2)]
-    level = float(np.median(air))
-    noise, tissue = 1.4826 * float(np.median(np.abs(air - level))), float(np.median(area[core]))
-    if noise > UNEVEN_AIR * (tissue - level) and (even := even_air(area, dark)).any():
-        return float(area.min()), 0.0, float(np.median(area[~even]))
+    air = dark & ~near
+    if air.mean() < 0.002:
+        air = area <= np.percentile(area, 2)
+    level, noise = median_and_spread(area[air])
+    tissue = float(np.median(area[core]))
+    if noise > UNEVEN_AIR * (tissue - level):
+        return levels_amid_fat(area, dark, FAT_ROUGHNESS * (tissue - level)) or (level, noise, tissue)
     return level, noise, tissue
 
 
-def even_air(area: np.ndarray, dark: np.ndarray) -> np.ndarray:
-    """Pixels of the darkest grey level if they lie along the border beside `dark` fat, else none.
+def levels_amid_fat(
+    area: np.ndarray, dark: np.ndarray, roughness: float
+) -> tuple[float, float, float] | None:
+    """grey_levels where the breast nearly fills the image and its `dark` part is mostly fat, else None.
 
-    Fat is rough, unlike digital air. Fog is smooth: what is darker than that on film is a frame.
+    Fat is rough, air is smooth; without any smooth part all is breast, and air far below it. So is fog
+    smooth: on film most of the dark part is, and what is darker than fog is a frame.
     """
-    even = coherent(area <= area.min() + EVEN_SPAN * np.ptp(area))
-    on_border = even.copy()
-    on_border[1:-1, 1:-1] = False
-    rest = dark & (cv2.dilate(even.view(np.uint8), np.ones((9, 9), np.uint8)) == 0)
-    if even.mean() < MIN_EVEN_AIR or not on_border.any() or not rest.any():
-        return np.zeros_like(even)
     gradient = cv2.morphologyEx(area, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    rough = np.median(gradient[rest]) > FAT_ROUGHNESS * (np.median(area[~even]) - area.min())
-    return even & rough
+    smooth = coherent(dark & (gradient < roughness))
+    if smooth.mean() < MIN_SMOOTH_AIR:
+        tissue = float(np.median(area))
+        return 2 * float(area.min()) - tissue, 0.0, tissue
+    on_border = smooth.copy()
+    on_border[1:-1, 1:-1] = False
+    if smooth.sum() > dark.sum() / 2 or not on_border.any():
+        return None
+    return *median_and_spread(area[smooth]), float(np.median(area[~smooth]))
+
+
+def median_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """Median, and the standard deviation of a normal distribution of the same absolute deviations."""
+    centre = float(np.median(values))
+    return centre, 1.4826 * float(np.median(np.abs(values - centre)))
 
 
 def coherent(binary: np.ndarray) -> np.ndarray:

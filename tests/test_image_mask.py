@@ -57,6 +57,22 @@ def test_frames_and_little_air_do_not_hide_a_negative(trap, tmp_path):
         assert trap == "large_breast" or not (mammo.segment_breast_tissue(read) & truth.foreign).any()
 
 
+@pytest.mark.parametrize("share", [0.75, 0.9])
+def test_a_breast_that_leaves_little_air_or_none_is_found_whole(share):
+    """As on close-ups; with noise in the air, which no single grey level is then."""
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        truth = phantom(seed, "large_breast", "CC", 12)
+        height, width = truth.image.shape
+        rows = slice(int((1 - share) * height), int(share * height))
+        chest = mammo.chest_side(truth.breast)
+        depth = int((1.5 - share) * width)
+        cols = slice(0, depth) if chest == 0 else slice(width - depth, width)
+        noise = 60 + 20 * rng.standard_normal(truth.image.shape)
+        image = (truth.image + noise).clip(0, 4095).astype(np.uint16)[rows, cols]
+        assert iou(mammo.segment_breast_tissue(image), truth.breast[rows, cols]) > 0.98
+
+
 def test_a_frame_darker_than_the_film_is_not_taken_for_its_air():
     """Only rough tissue beside an even grey level makes that level air; fog is smooth."""
     truth = phantom(2, "film", "CC", 8)
