@@ -794,6 +794,7 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
 MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the muscle is sought
 MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
 MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
+CLOSE_UP = 0.97  # share of the image that a breast covers where bright tissue in a corner is no muscle
 # What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
 MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.78, 1.1, 0.04
 
@@ -813,7 +814,7 @@ def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def find_muscle(view: Overview, breast: np.ndarray) -> np.ndarray:
     """segment_pectoral_muscle on the reduced copy: (h, w) bool."""
     area, nothing = view.area, np.zeros(breast.shape, bool)
-    if not breast.any():
+    if not 0 < breast.mean() < CLOSE_UP:
         return nothing
     mirrored = chest_side(breast) == -1
     if mirrored:
