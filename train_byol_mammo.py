@@ -449,7 +449,7 @@ def bit_depth(image: np.ndarray, brightest: int | None = None) -> int:
 
 SEGMENT_SIDE = 560  # px, longest side of the reduced copy
 FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
-STRIP_DEPTH = 0.06  # share of the image within which a bright strip along a side ends
+STRIP_DEPTH = 0.1  # share of the image within which a bright strip along a side ends
 STRIP_STEP = 0.12  # share of the grey range by which it is brighter than what it borders on
 # Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
 SKIN_LEVELS = (0.02, 0.11, 0.08)
@@ -505,14 +505,16 @@ def overview(image: np.ndarray) -> Overview:
     longest = max(1, *image[box].shape)
     factor = 2 ** max(0, math.ceil(math.log2(longest / SEGMENT_SIDE)))
     area = block_means(image[box], factor)
-    inner = without_strips(area)
 
     def pixels(side: slice, blocks: slice, count: int) -> slice:
         stop = side.stop if blocks.stop == count else side.start + blocks.stop * factor
         return slice(side.start + blocks.start * factor, stop)
 
-    box = pixels(box[0], inner[0], area.shape[0]), pixels(box[1], inner[1], area.shape[1])
-    return Overview(np.ascontiguousarray(area[inner]), box, factor, image.shape, brightest)
+    for crop in (without_dark_padding, without_strips):
+        inner = crop(area)
+        box = pixels(box[0], inner[0], area.shape[0]), pixels(box[1], inner[1], area.shape[1])
+        area = area[inner]
+    return Overview(np.ascontiguousarray(area), box, factor, image.shape, brightest)
 
 
 def block_means(image: np.ndarray, factor: int) -> np.ndarray:
@@ -548,6 +550,29 @@ def content_box(image: np.ndarray, darkest: int, brightest: int) -> tuple[slice,
         top, bottom, left, right = top + peel[0], bottom - peel[1], left + peel[2], right - peel[3]
         peeling = any(peel)
     return slice(top, max(top, bottom)), slice(left, max(left, right))
+
+
+def without_dark_padding(area: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of a reduced image that are left when a darkest grey around it goes.
+
+    Around film or a collimated field it ends at straight sides; where it is air, some of it is left
+    beside the breast, and all is kept.
+    """
+    whole = np.s_[0 : area.shape[0], 0 : area.shape[1]]
+    if min(area.shape) < 16:
+        return whole
+    filled = area > area.min() + FLAT_SPAN * np.ptp(area)
+    rows, cols = (np.flatnonzero(filled.any(axis)) for axis in (1, 0))
+    if not rows.size:
+        return whole
+    top, bottom, left, right = (int(end) for end in (rows[0], rows[-1], cols[0], cols[-1]))
+    sides = filled[top, cols], filled[bottom, cols], filled[rows, left], filled[rows, right]
+    if min(side.mean() for side in sides) < 0.95:
+        return whole
+    # Padding and image share the outermost blocks.
+    top, left = top + (top > 0), left + (left > 0)
+    bottom, right = bottom - (bottom + 1 < area.shape[0]), right - (right + 1 < area.shape[1])
+    return slice(top, bottom + 1), slice(left, right + 1)
 
 
 def without_strips(area: np.ndarray) -> tuple[slice, slice]:

@@ -73,6 +73,19 @@ def test_a_breast_that_leaves_little_air_or_none_is_found_whole(share):
         assert iou(mammo.segment_breast_tissue(image), truth.breast[rows, cols]) > 0.98
 
 
+def test_film_on_a_black_canvas_keeps_its_mask():
+    """The canvas is darker than the film's air and larger."""
+    for seed in range(4):
+        truth = phantom(seed, "film", "CC", 8)
+        height, width = truth.image.shape
+        canvas = np.zeros((2 * height, 2 * width), np.uint8)
+        place = np.s_[height // 2 : height // 2 + height, width // 3 : width // 3 + width]
+        canvas[place] = truth.image
+        found = mammo.segment_breast_tissue(canvas)
+        assert iou(found[place], truth.breast & ~truth.foreign) > 0.97
+        assert found.sum() == found[place].sum()
+
+
 def test_a_frame_darker_than_the_film_is_not_taken_for_its_air():
     """Only rough tissue beside an even grey level makes that level air; fog is smooth."""
     truth = phantom(2, "film", "CC", 8)
