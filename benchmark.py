@@ -14,7 +14,9 @@ extraction: reading, masking, choosing and caching tiles, pixels on disk include
     otsu      a plain script's mask: full-resolution Otsu, 3 x 3 opening, SciPy's hole filling, the
               largest component found label by label; no tiles, no cache
 memory: the peak of one extracting process, for few and for ten times as many images.
-masks: breast masks, bit depths and clusters of specks on phantoms with exact truth (no timing).
+masks: breast masks, bit depths and clusters of specks on phantoms with exact truth (no timing); with
+    --data_dir, masks of those images once they have a noisy frame, a strip of tape, a black canvas,
+    noise, or hardly any air, against their masks as they are.
 step: the whole training step (views, step, metrics), with the share of each part, against
     bare      the optimiser step on constant views that lie on the device already
     product   a large matrix product in the same precision: what the arithmetic can do
@@ -220,6 +222,59 @@ def benchmark_traps(seeds: int, scratch: Path) -> None:
             found.append(overlap(mask & ~truth.foreign, truth.breast & ~truth.foreign))
             foreign += int((mask & truth.foreign).sum())
         print(f"  {trap:17s} {np.mean(found):.4f} {min(found):.4f} {foreign}")
+
+
+def spoilt(image: np.ndarray, breast: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """An image and its mask with additions that the mask must not change for, and cut to close-ups."""
+    rng, top = np.random.default_rng(0), 2 ** mammo.bit_depth(image) - 1
+    height, width = image.shape
+    far = mammo.chest_side(breast) == 0  # the side away from the chest is the right one
+
+    def covered(area: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+        grey = top * rng.uniform(low, high, int(area.sum()))
+        changed = image.copy()
+        changed[area] = grey.astype(image.dtype)
+        return changed, breast & ~area
+
+    def close_up(share: float) -> tuple[np.ndarray, np.ndarray]:
+        x, y, columns, rows = cv2.boundingRect(breast.view(np.uint8))
+        kept = int(share * columns)
+        left = x if far else x + columns - kept
+        half = int((1 + share) / 4 * rows)
+        area = np.s_[max(0, y + rows // 2 - half) : y + rows // 2 + half, left : left + kept]
+        return np.ascontiguousarray(image[area]), breast[area]
+
+    frame = np.ones(image.shape, bool)
+    border = width // 50
+    frame[border:-border, border:-border] = False
+    tape = np.zeros(image.shape, bool)
+    tape[:, -width // 12 :] = True
+    noise = top * (0.03 + 0.01 * rng.standard_normal(image.shape))
+    framed, inside = covered(frame, 0.75, 1)
+    canvas = ((height // 4, height // 4), (width // 4, width // 4))
+    return {
+        "noisy frame": (framed, inside),
+        "its negative": (top - framed, inside),
+        "tape": covered(tape if far else tape[:, ::-1], 0.4, 0.5),
+        "black canvas": (np.pad(image, canvas), np.pad(breast, canvas)),
+        "noise": ((image + noise).clip(0, top).astype(image.dtype), breast),
+        **{f"close-up {share}": close_up(share) for share in (0.9, 0.8, 0.7, 0.6, 0.5)},
+    }
+
+
+def benchmark_spoilt(paths: Sequence[Path], scratch: Path) -> None:
+    """Print how well masks of spoilt images agree with those of the images as they are."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for path in paths:
+        image = mammo.read_mammogram(path)
+        breast = mammo.segment_breast_tissue(image)
+        for name, (changed, wanted) in spoilt(image, breast).items() if breast.any() else ():
+            mask = mammo.segment_breast_tissue(as_read(changed, scratch))
+            found.setdefault(name, []).append((overlap(mask, wanted), float(wanted.mean())))
+    print(f"{len(paths)} images, spoilt: IoU mean, worst; share of the image that is breast")
+    for name, values in found.items():
+        overlaps, shares = zip(*values, strict=True)
+        print(f"  {name:13s} {np.mean(overlaps):.4f} {min(overlaps):.4f} {np.mean(shares):.3f}")
 
 
 def vindr_phantom(seed: int) -> phantoms.Phantom:
@@ -701,6 +756,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             benchmark_showing(options, scratch)
         elif options.what == "memory":
             benchmark_memory(options, scratch)
+        elif options.what == "masks" and options.data_dir:
+            benchmark_spoilt(mammo.find_images(options.data_dir), scratch)
         elif options.what == "masks":
             benchmark_traps(options.seeds, scratch)
             benchmark_encodings(options.seeds, scratch)

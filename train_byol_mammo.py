@@ -444,8 +444,8 @@ def bit_depth(image: np.ndarray, brightest: int | None = None) -> int:
 
 
 # ---- 3 Breast mask ---------------------------------------------------------------------------------
-# Levels of rejection: constant padding and frames, then the air's grey level, then components, then the
-# skin line. All but the last work on a reduced copy: a skin line is smooth at a scale of millimetres.
+# Levels of rejection: padding, frames and strips along the sides, then the air's grey level, then
+# components, then the skin line. Most work on a reduced copy: a skin line is smooth over millimetres.
 
 SEGMENT_SIDE = 560  # px, longest side of the reduced copy
 FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
@@ -510,8 +510,8 @@ def overview(image: np.ndarray) -> Overview:
         stop = side.stop if blocks.stop == count else side.start + blocks.stop * factor
         return slice(side.start + blocks.start * factor, stop)
 
-    for crop in (without_dark_padding, without_strips):
-        inner = crop(area)
+    for width_of in (dark_padding, bright_strip):
+        inner = inner_part(area, width_of)
         box = pixels(box[0], inner[0], area.shape[0]), pixels(box[1], inner[1], area.shape[1])
         area = area[inner]
     return Overview(np.ascontiguousarray(area), box, factor, image.shape, brightest)
@@ -552,48 +552,36 @@ def content_box(image: np.ndarray, darkest: int, brightest: int) -> tuple[slice,
     return slice(top, max(top, bottom)), slice(left, max(left, right))
 
 
-def without_dark_padding(area: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of a reduced image that are left when a darkest grey around it goes.
-
-    Around film or a collimated field it ends at straight sides; where it is air, some of it is left
-    beside the breast, and all is kept.
-    """
-    whole = np.s_[0 : area.shape[0], 0 : area.shape[1]]
-    if min(area.shape) < 16:
-        return whole
-    filled = area > area.min() + FLAT_SPAN * np.ptp(area)
-    rows, cols = (np.flatnonzero(filled.any(axis)) for axis in (1, 0))
-    if not rows.size:
-        return whole
-    top, bottom, left, right = (int(end) for end in (rows[0], rows[-1], cols[0], cols[-1]))
-    sides = filled[top, cols], filled[bottom, cols], filled[rows, left], filled[rows, right]
-    if min(side.mean() for side in sides) < 0.95:
-        return whole
-    # Padding and image share the outermost blocks.
-    top, left = top + (top > 0), left + (left > 0)
-    bottom, right = bottom - (bottom + 1 < area.shape[0]), right - (right + 1 < area.shape[1])
-    return slice(top, bottom + 1), slice(left, right + 1)
-
-
-def without_strips(area: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of a reduced image that are left when bright strips along its sides go."""
+def inner_part(area: np.ndarray, width_of: Callable[[np.ndarray], int]) -> tuple[slice, slice]:
+    """Rows and columns of a reduced image left when as many lines go on each side as `width_of` says."""
     height, width = area.shape
+    if min(area.shape) < 16:
+        return slice(0, height), slice(0, width)
     inwards = (area, area[::-1], area.T, area.T[::-1])
-    top, bottom, left, right = (strip_width(lines) for lines in inwards)
+    top, bottom, left, right = (width_of(lines) for lines in inwards)
     return slice(top, height - bottom), slice(left, width - right)
 
 
-def strip_width(lines: np.ndarray) -> int:
+def dark_padding(lines: np.ndarray) -> int:
+    """How many of the first lines of a reduced image are padding of its darkest grey level.
+
+    Film, or a breast that the border cut off, ends there in a straight line; at the skin air begins.
+    """
+    filled = lines > lines.min() + FLAT_SPAN * np.ptp(lines)
+    first = int(filled.any(1).argmax())
+    straight = first > 0 and filled[first, filled.any(0)].mean() > 0.5
+    return first + 1 if straight else 0  # padding and image share a line of blocks
+
+
+def bright_strip(lines: np.ndarray) -> int:
     """How many of the first lines of a reduced image belong to a bright strip along that side.
 
     Film edges, tape and noisy frames end in a step along the whole side. Tissue that the border cuts
     off doesn't, nor does the air beside it: the darker half of the inner line tells.
     """
     span = np.ptp(lines)
-    if min(lines.shape) < 16 or not span:
-        return 0
     border = np.sort(lines[0])
-    if border[len(border) // 4] < lines.min() + STRIP_STEP * span:
+    if not span or border[len(border) // 4] < lines.min() + STRIP_STEP * span:
         return 0  # air, as along most sides
 
     def steps_down(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
@@ -616,7 +604,9 @@ def air_is_bright(view: Overview) -> bool:
     Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
     the border decides where both ends are equally smooth.
     """
-    area = view.area[without_strips(-view.area)]  # bright strips are gone; in a negative they are dark
+    area = view.area[
+        inner_part(-view.area, bright_strip)
+    ]  # bright strips are gone; in a negative they are dark
     if min(area.shape) < 16:
         return False
     spans = [np.ptp(area, axis=axis) > FLAT_SPAN * np.ptp(area) for axis in (1, 0)]

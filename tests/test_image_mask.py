@@ -73,16 +73,17 @@ def test_a_breast_that_leaves_little_air_or_none_is_found_whole(share):
         assert iou(mammo.segment_breast_tissue(image), truth.breast[rows, cols]) > 0.98
 
 
-def test_film_on_a_black_canvas_keeps_its_mask():
-    """The canvas is darker than the film's air and larger."""
+@pytest.mark.parametrize("trap", ["film", "none"])
+def test_an_image_on_a_black_canvas_keeps_its_mask(trap):
+    """The canvas is darker than the air of film, and puts a straight border to a digital chest wall."""
     for seed in range(4):
-        truth = phantom(seed, "film", "CC", 8)
+        truth = phantom(seed, trap, "CC", 8)
         height, width = truth.image.shape
         canvas = np.zeros((2 * height, 2 * width), np.uint8)
         place = np.s_[height // 2 : height // 2 + height, width // 3 : width // 3 + width]
         canvas[place] = truth.image
         found = mammo.segment_breast_tissue(canvas)
-        assert iou(found[place], truth.breast & ~truth.foreign) > 0.97
+        assert iou(found[place], truth.breast & ~truth.foreign) > 0.95
         assert found.sum() == found[place].sum()
 
 
