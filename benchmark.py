@@ -15,8 +15,8 @@ extraction: reading, masking, choosing and caching tiles, pixels on disk include
               largest component found label by label; no tiles, no cache
 memory: the peak of one extracting process, for few and for ten times as many images.
 masks: breast masks, bit depths and clusters of specks on phantoms with exact truth (no timing); with
-    --data_dir, masks of those images once they have a noisy frame, a strip of tape, a black canvas,
-    noise, or hardly any air, against their masks as they are.
+    --data_dir, masks of those images once they are spoilt by frames, tape, a canvas, noise, or cut until
+    hardly any air is left, against their masks as they are.
 step: the whole training step (views, step, metrics), with the share of each part, against
     bare      the optimiser step on constant views that lie on the device already
     product   a large matrix product in the same precision: what the arithmetic can do
@@ -228,36 +228,38 @@ def spoilt(image: np.ndarray, breast: np.ndarray) -> dict[str, tuple[np.ndarray,
     """An image and its mask with additions that the mask must not change for, and cut to close-ups."""
     rng, top = np.random.default_rng(0), 2 ** mammo.bit_depth(image) - 1
     height, width = image.shape
-    far = mammo.chest_side(breast) == 0  # the side away from the chest is the right one
+    chest_left = mammo.chest_side(breast) == 0
 
     def covered(area: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-        grey = top * rng.uniform(low, high, int(area.sum()))
         changed = image.copy()
-        changed[area] = grey.astype(image.dtype)
+        changed[area] = (top * rng.uniform(low, high, int(area.sum()))).astype(image.dtype)
         return changed, breast & ~area
+
+    def with_noise(picture: np.ndarray, strength: float) -> np.ndarray:
+        noise = 0.03 + strength * rng.standard_normal(picture.shape)
+        return (picture + top * noise).clip(0, top).astype(image.dtype)
 
     def close_up(share: float) -> tuple[np.ndarray, np.ndarray]:
         x, y, columns, rows = cv2.boundingRect(breast.view(np.uint8))
-        kept = int(share * columns)
-        left = x if far else x + columns - kept
-        half = int((1 + share) / 4 * rows)
+        kept, half = int(share * columns), int((1 + share) / 4 * rows)
+        left = x if chest_left else x + columns - kept
         area = np.s_[max(0, y + rows // 2 - half) : y + rows // 2 + half, left : left + kept]
         return np.ascontiguousarray(image[area]), breast[area]
 
-    frame = np.ones(image.shape, bool)
-    border = width // 50
-    frame[border:-border, border:-border] = False
+    framed, inside = covered(phantoms.frame_of(image.shape, max(1, width // 50)), 0.75, 1)
     tape = np.zeros(image.shape, bool)
-    tape[:, -width // 12 :] = True
-    noise = top * (0.03 + 0.01 * rng.standard_normal(image.shape))
-    framed, inside = covered(frame, 0.75, 1)
+    tape[:, : max(1, width // 12)] = True
     canvas = ((height // 4, height // 4), (width // 4, width // 4))
+    size = (512 * width // height, 512)
+    reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    reduced_breast = cv2.resize(breast.view(np.uint8), size, interpolation=cv2.INTER_AREA) > 0
     return {
         "noisy frame": (framed, inside),
         "its negative": (top - framed, inside),
-        "tape": covered(tape if far else tape[:, ::-1], 0.4, 0.5),
+        "tape": covered(tape[:, ::-1] if chest_left else tape, 0.4, 0.5),
         "black canvas": (np.pad(image, canvas), np.pad(breast, canvas)),
-        "noise": ((image + noise).clip(0, top).astype(image.dtype), breast),
+        "noise 1 %": (with_noise(image, 0.01), breast),
+        "512 px, 5 %": (with_noise(reduced, 0.05), reduced_breast),
         **{f"close-up {share}": close_up(share) for share in (0.9, 0.8, 0.7, 0.6, 0.5)},
     }
 

@@ -582,7 +582,7 @@ def add_overlays(
     if spec.trap == "film":
         signal, foreign = add_film(signal, anatomy, rng)
     if spec.trap == "noisy_frame":
-        foreign = frame_of(signal.shape, int(rng.uniform(0.01, 0.025) * spec.width))
+        foreign = frame_of(signal.shape, max(1, int(rng.uniform(0.01, 0.025) * spec.width)))
         signal[foreign] = rng.uniform(0.75, 1, int(foreign.sum()))
     if spec.trap == "noisy_background":
         air = rng.normal(0.03, 0.012, signal.shape).astype(np.float32).clip(0)

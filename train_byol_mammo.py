@@ -553,13 +553,17 @@ def content_box(image: np.ndarray, darkest: int, brightest: int) -> tuple[slice,
 
 
 def inner_part(area: np.ndarray, width_of: Callable[[np.ndarray], int]) -> tuple[slice, slice]:
-    """Rows and columns of a reduced image left when as many lines go on each side as `width_of` says."""
+    """Rows and columns of a reduced image left when as many lines go on each side as `width_of` says.
+
+    All of them where fewer than 16 were left.
+    """
     height, width = area.shape
-    if min(area.shape) < 16:
-        return slice(0, height), slice(0, width)
-    inwards = (area, area[::-1], area.T, area.T[::-1])
-    top, bottom, left, right = (width_of(lines) for lines in inwards)
-    return slice(top, height - bottom), slice(left, width - right)
+    if min(area.shape) >= 16:
+        inwards = (area, area[::-1], area.T, area.T[::-1])
+        top, bottom, left, right = (width_of(lines) for lines in inwards)
+        if min(height - top - bottom, width - left - right) >= 16:
+            return slice(top, height - bottom), slice(left, width - right)
+    return slice(0, height), slice(0, width)
 
 
 def dark_padding(lines: np.ndarray) -> int:
@@ -604,9 +608,8 @@ def air_is_bright(view: Overview) -> bool:
     Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
     the border decides where both ends are equally smooth.
     """
-    area = view.area[
-        inner_part(-view.area, bright_strip)
-    ]  # bright strips are gone; in a negative they are dark
+    inner = inner_part(-view.area, bright_strip)  # those of a negative are dark
+    area = view.area[inner]
     if min(area.shape) < 16:
         return False
     spans = [np.ptp(area, axis=axis) > FLAT_SPAN * np.ptp(area) for axis in (1, 0)]
@@ -658,9 +661,10 @@ def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
         air = area <= np.percentile(area, 2)
     level, noise = median_and_spread(area[air])
     tissue = float(np.median(area[core]))
-    if noise > UNEVEN_AIR * (tissue - level):
-        return levels_amid_fat(area, dark, FAT_ROUGHNESS * (tissue - level)) or (level, noise, tissue)
-    return level, noise, tissue
+    levels, contrast = (level, noise, tissue), tissue - level
+    if noise <= UNEVEN_AIR * contrast:
+        return levels
+    return levels_amid_fat(area, dark, FAT_ROUGHNESS * contrast) or levels
 
 
 def levels_amid_fat(
@@ -668,17 +672,21 @@ def levels_amid_fat(
 ) -> tuple[float, float, float] | None:
     """grey_levels where the breast nearly fills the image and its `dark` part is mostly fat, else None.
 
-    Fat is rough, air is smooth; without any smooth part all is breast, and air far below it. So is fog
-    smooth: on film most of the dark part is, and what is darker than fog is a frame.
+    Fat is rough, air is smooth; without any smooth part all is breast, and air far below it. Fog is
+    smooth too: on film most of the dark part is, and what is darker than fog is a frame. Noise is rough
+    pixel by pixel, fat is so in its shapes.
     """
-    gradient = cv2.morphologyEx(area, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    smooth = coherent(dark & (gradient < roughness))
+    kernel = np.ones((3, 3), np.uint8)
+    shapes = cv2.morphologyEx(cv2.GaussianBlur(area, (0, 0), 4), cv2.MORPH_GRADIENT, kernel)
+    grain = median_and_spread((area - cv2.GaussianBlur(area, (0, 0), 1.5))[dark])[1]
+    if np.median(shapes[dark]) < grain:
+        return None
+    smooth = coherent(dark & (cv2.morphologyEx(area, cv2.MORPH_GRADIENT, kernel) < roughness))
     if smooth.mean() < MIN_SMOOTH_AIR:
         tissue = float(np.median(area))
         return 2 * float(area.min()) - tissue, 0.0, tissue
-    on_border = smooth.copy()
-    on_border[1:-1, 1:-1] = False
-    if smooth.sum() > dark.sum() / 2 or not on_border.any():
+    on_border = smooth[[0, -1]].any() or smooth[:, [0, -1]].any()
+    if smooth.sum() > dark.sum() / 2 or not on_border:
         return None
     return *median_and_spread(area[smooth]), float(np.median(area[~smooth]))
 

@@ -87,6 +87,24 @@ def test_an_image_on_a_black_canvas_keeps_its_mask(trap):
         assert found.sum() == found[place].sum()
 
 
+def test_noise_in_the_air_is_not_taken_for_fat():
+    """Both are rough where few pixels were averaged."""
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        truth = phantom(seed, "none", "CC", 12)
+        noisy = truth.image + 4095 * (0.1 + 0.05 * rng.standard_normal(truth.image.shape))
+        found = mammo.segment_breast_tissue(noisy.clip(0, 4095).astype(np.uint16))
+        assert iou(found, truth.breast) > 0.95
+
+
+def test_a_single_bright_line_is_no_breast():
+    image = np.zeros((1900, 1700), np.uint16)
+    image[800:804] = 3000
+    mask = mammo.segment_breast_tissue(image)
+    assert not mask.any()
+    assert not mammo.segment_pectoral_muscle(image, mask).any()
+
+
 def test_a_frame_darker_than_the_film_is_not_taken_for_its_air():
     """Only rough tissue beside an even grey level makes that level air; fog is smooth."""
     truth = phantom(2, "film", "CC", 8)
