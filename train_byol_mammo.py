@@ -713,9 +713,8 @@ def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarr
     breast = closed_at_chest(largest_component(smooth > level))
     pad = OPENING + 1
     padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
-    opened = cv2.morphologyEx(padded, cv2.MORPH_OPEN, disc)[pad:-pad, pad:-pad]
-    breast = closed_at_chest(largest_component(opened > 0))
+    opened = coherent(padded.view(bool))[pad:-pad, pad:-pad]
+    breast = closed_at_chest(largest_component(opened))
     inner = cv2.erode(breast.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1) > 0
     trimmed = (inner | (breast & (area > level))).astype(np.uint8)
     return largest_component(cv2.morphologyEx(trimmed, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)) > 0)

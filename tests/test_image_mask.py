@@ -106,7 +106,7 @@ def test_a_single_bright_line_is_no_breast():
 
 
 def test_a_frame_darker_than_the_film_is_not_taken_for_its_air():
-    """Only rough tissue beside an even grey level makes that level air; fog is smooth."""
+    """Air is looked for amid what is dark only where that is as rough as fat; fog is smooth."""
     truth = phantom(2, "film", "CC", 8)
     framed = truth.image.copy()
     framed[: framed.shape[0] // 8, -framed.shape[1] // 4 :] = 0
