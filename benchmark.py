@@ -108,13 +108,12 @@ def otsu_all(paths: Sequence[Path]) -> None:
 def extract_all(paths: Sequence[Path], cache: Path, workers: int) -> None:
     """The cache of these files, from nothing, without the run's pictures."""
     shutil.rmtree(cache, ignore_errors=True)
-    (cache / "parts").mkdir(parents=True)
     config = mammo.Config(
         data_dir=str(paths[0].parent), num_workers=workers, pixel_spacing_mm=PHANTOM_SPACING
     )
     sources = mammo.list_sources(config.data_dir).iloc[: len(paths)]
-    mammo.extract_all(sources, config, cache / "parts")
-    mammo.merge_parts(cache, sources, {}, config)
+    records = mammo.extract_all(sources, config, cache / "extracted")
+    mammo.finish_cache(cache, records, sources, {}, config)
 
 
 def best_time(function: Callable[[], None], repeats: int) -> float:

@@ -69,7 +69,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -1169,6 +1169,7 @@ IMAGE_COLUMNS = (  # of images.csv
     "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm".split()
 )
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
+SYNC_EVERY = 1.0  # s between two writes of the journal: as much work is lost where extraction is killed
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
 
 
@@ -1338,27 +1339,106 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def _extract_to_part(index: int, path: str, spacing_mm: float, config: Config, parts: str) -> str:
-    """Write one image's pixels and record; returns the reason where the image was skipped."""
+def extract_to_file(
+    index: int, path: str, spacing_mm: float, config: Config, folder: str
+) -> dict[str, Any]:
+    """Extract image number `index` and append its pixels to the folder's file of their depth.
+
+    Returns its record for the Journal, with the `offset` of its pixels or the `error` that skipped it.
+    """
     cv2.setNumThreads(1)  # one process per core is already running
     keep_freed_memory()
-    stem = Path(parts) / f"{index:07d}"
     try:
         record, pixels = extract_image(path, spacing_mm, config)
     except ImageReadError as error:
-        record, pixels = {"error": error.reason}, np.zeros((0, 0), np.uint8)
-    with replacing(stem.with_suffix(".npy")) as temporary:
-        np.save(temporary, pixels)
-    write_atomic(stem.with_suffix(".json"), json.dumps(record))  # last: it marks the part as done
-    return str(record.get("error", ""))
+        return {"index": index, "error": error.reason}
+    target, dtype = pixel_file(Path(folder), record["bit_depth"])
+    return {"index": index, **record, "offset": append_pixels(target, pixels.astype(dtype, copy=False))}
+
+
+def pixel_file(folder: Path, bit_depth: int) -> tuple[Path, np.dtype]:
+    """Where images of this depth are extracted to, and as what."""
+    dtype = np.dtype(np.uint8 if bit_depth <= 8 else np.uint16)
+    return folder / f"pixels_{dtype}.npy", dtype
+
+
+def append_pixels(path: Path, pixels: np.ndarray) -> int:
+    """Append an image to an .npy file to which many processes write; returns its offset in values.
+
+    Only places are taken in turn: pixels are written once, side by side, and stay where they are, in
+    the order in which images end. A killed process may leave a hole there that no index names.
+    """
+    with naming(path):
+        with FileLock(path.with_suffix(".lock"), poll_interval=0.001):
+            path.touch()
+            start = max(NPY_HEADER, path.stat().st_size)
+            os.truncate(path, start + pixels.nbytes)
+        with path.open("r+b") as out:
+            out.seek(start)
+            out.write(np.ascontiguousarray(pixels).data)
+    return (start - NPY_HEADER) // pixels.itemsize
+
+
+class Journal:
+    """records.jsonl of a folder: a line for each extracted image, once its pixels are on the disk.
+
+    Every SYNC_EVERY seconds, in a thread: the disk is waited for beside the work on the next images.
+    `records` are the lines by image number, without those whose pixels are gone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path = folder, folder / "records.jsonl"
+        text = self.path.read_text() if self.path.is_file() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed process may leave half a line
+        self.records = {line["index"]: line for line in map(json.loads, lines) if self._is_there(line)}
+        write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in self.records.values()))
+        self.waiting: list[dict[str, Any]] = []
+        self.thread = ThreadPoolExecutor(1)
+        self.written = self.thread.submit(self._write, [])
+        self.due = time.monotonic() + SYNC_EVERY
+
+    def _is_there(self, record: dict[str, Any]) -> bool:
+        if "error" in record:
+            return True
+        path, dtype = pixel_file(self.folder, record["bit_depth"])
+        end = NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
+        return path.is_file() and path.stat().st_size >= end
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Note an image's record. Raises the OSError of an earlier write."""
+        self.records[record["index"]] = record
+        self.waiting.append(record)
+        if time.monotonic() >= self.due:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the last records and wait for them."""
+        with self.thread:
+            self._flush()
+            self.written.result()
+
+    def _flush(self) -> None:
+        self.written.result()
+        self.written = self.thread.submit(self._write, self.waiting)
+        self.waiting, self.due = [], time.monotonic() + SYNC_EVERY
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        for pixels in self.folder.glob("pixels_*.npy"):
+            with naming(pixels), pixels.open("rb") as file:
+                os.fsync(file.fileno())
+        with naming(self.path), self.path.open("a") as out:
+            out.write("".join(f"{json.dumps(record)}\n" for record in records))
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def build_cache(config: Config) -> Path:
     """Return the folder of the finished pixel cache, extracting whatever is missing.
 
-    Images run in parallel processes, each part is kept until all are there, so that an interrupted
-    build goes on where it stopped; the folder appears under its name only when complete. A second
-    run that needs the same cache waits for the first.
+    Images run in parallel processes and a journal tells which are done, so that an interrupted build
+    goes on where it stopped; the folder appears under its name only when complete. A second run that
+    needs the same cache waits for the first.
     """
     sources = list_sources(config.data_dir)
     inputs = cache_inputs(sources, config)
@@ -1373,10 +1453,10 @@ def build_cache(config: Config) -> Path:
                 print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
                 move_aside(final)
             if not is_finished(building):  # else the last run was killed while it drew
-                (building / "parts").mkdir(parents=True, exist_ok=True)
-                extract_all(sources, config, building / "parts")
-                merge_parts(building, sources, inputs, config)
+                records = extract_all(sources, config, building / "extracted")
+                finish_cache(building, records, sources, inputs, config)
             draw_extraction(config, building)
+            shutil.rmtree(building / "extracted", ignore_errors=True)
             sweep(building)
             os.replace(building, final)
     return final
@@ -1391,38 +1471,48 @@ def is_finished(cache: Path) -> bool:
         return False
 
 
-def extract_all(sources: pd.DataFrame, config: Config, parts: Path) -> None:
-    """Write the parts of all images that have none yet, in parallel processes."""
+def extract_all(sources: pd.DataFrame, config: Config, folder: Path) -> list[dict[str, Any]]:
+    """Extract the images that a folder's journal does not hold yet; returns all records, in order."""
+    journal = Journal(folder)
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
     jobs = [
-        (index, path, float(mm), config, str(parts))
+        (index, path, float(mm), config, str(folder))
         for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
-        if not (parts / f"{index:07d}.json").is_file()
+        if index not in journal.records
     ]
     try:
-        run_in_parallel(_extract_to_part, jobs, config, "tiles", "image")
+        try:
+            run_in_parallel(extract_to_file, jobs, config, "tiles", "image", journal.add)
+        finally:
+            journal.close()
     except BrokenProcessPool as error:
-        left = [job[1] for job in jobs if not (parts / f"{job[0]:07d}.json").is_file()]
+        left = [job[1] for job in jobs if job[0] not in journal.records]
         suspects = left[: min(config.num_workers, available_cores())]
         raise MammoError(
             f"an extraction process was killed at one of {', '.join(suspects)}, for want of memory "
             "perhaps; lower --num_workers and start again: finished images are kept. If it ends there "
             "again, one of these files crashes its decoder: move it away"
         ) from error
+    return [journal.records[index] for index in range(len(sources))]
 
 
 def run_in_parallel(
-    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], config: Config, desc: str, unit: str
+    function: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    config: Config,
+    desc: str,
+    unit: str,
+    done: Callable[[Any], None] = lambda result: None,
 ) -> None:
     """Call `function(*job)` for each job, in NUM_WORKERS processes, with a progress bar.
 
-    An error or Ctrl-C drops the jobs that have not begun.
+    `done` gets each result in this process. An error or Ctrl-C drops the jobs that have not begun.
     """
     workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
     with progress(mode=config.progress, total=len(jobs), desc=desc, unit=unit) as bar:
         if workers == 1:
             for job in jobs:
-                function(*job)
+                done(function(*job))
                 bar.update()
             return
         # Plain fork can hang once torch has started threads; a fork server imports the libraries once.
@@ -1432,7 +1522,7 @@ def run_in_parallel(
         with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
             try:
                 for future in as_completed([pool.submit(function, *job) for job in jobs]):
-                    future.result()
+                    done(future.result())
                     bar.update()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -1455,28 +1545,39 @@ def start_worker() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def merge_parts(building: Path, sources: pd.DataFrame, inputs: dict[str, Any], config: Config) -> None:
-    """Join the parts into pixels.npy, images.csv, tiles.csv, rejections.csv and cache.json.
+def finish_cache(
+    building: Path,
+    records: list[dict[str, Any]],
+    sources: pd.DataFrame,
+    inputs: dict[str, Any],
+    config: Config,
+) -> None:
+    """Write images.csv, tiles.csv, rejections.csv, cache.json and, last, pixels.npy.
 
-    One part at a time is in memory. Raises MammoError where no tile was kept.
+    `records` are extract_all's. Raises MammoError where no tile was kept.
     """
-    # By number: a killed process may have left a half-written file among them.
-    parts = [building / "parts" / f"{index:07d}.json" for index in range(len(sources))]
-    records = [json.loads(part.read_text()) for part in parts]
     tiles = _choose_tiles(records, config)
     rejections = _funnel(records, tiles, sources)
     if tiles.empty:
         raise MammoError(f"no tile was kept.\n{describe_funnel(rejections)}")
-    images, tiles = _write_pixels(building, parts, records, tiles, sources, config)
-    write_atomic(building / "images.csv", images.to_csv(index=False))
-    write_atomic(building / "tiles.csv", tiles.to_csv(index=False))
-    write_atomic(building / "rejections.csv", rejections.to_csv(index=False))
+    images, boxes = _index_images(records, tiles, sources, config)
+    deepest = images["bit_depth"].max()
+    pixels, dtype = pixel_file(building / "extracted", deepest)
+    if rejections["capped"].any() or pixel_file(pixels.parent, images["bit_depth"].min())[0] != pixels:
+        pixels = gather_pixels(pixels.parent, images, boxes)
+        images["offset"] = (images["height"] * images["width"]).cumsum().shift(fill_value=0)
+    with naming(pixels), pixels.open("r+b") as out:
+        write_npy_header(out, dtype, (pixels.stat().st_size - NPY_HEADER) // dtype.itemsize)
+    tiles = tiles.assign(image=tiles.groupby("image").ngroup())
+    sizes = {"pixels.npy": pixels.stat().st_size}
+    for name, table in (("images", images), ("tiles", tiles), ("rejections", rejections)):
+        path = building / f"{name}.csv"
+        write_atomic(path, table.to_csv(index=False))
+        sizes[path.name] = path.stat().st_size
     versions = {"numpy": np.__version__, "opencv": cv2.__version__}
-    names = ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv")
-    sizes = {name: (building / name).stat().st_size for name in names}
     summary = {"inputs": inputs, "versions": versions, "sizes": sizes, "finished": True}
     write_atomic(building / "cache.json", json.dumps(summary, indent=2))
-    shutil.rmtree(building / "parts")
+    os.replace(pixels, building / "pixels.npy")  # last: without it the rest counts for nothing
 
 
 def _choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
@@ -1534,57 +1635,45 @@ def describe_funnel(rejections: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _write_pixels(
-    building: Path,
-    parts: list[Path],
-    records: list[dict[str, Any]],
-    tiles: pd.DataFrame,
-    sources: pd.DataFrame,
-    config: Config,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Write pixels.npy; return images.csv's rows and the tiles with `image` as a row of them."""
-    rows, boxes, offset = [], [], 0
+def _index_images(
+    records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.DataFrame, config: Config
+) -> tuple[pd.DataFrame, list[tuple[tuple[int, int], slice, slice]]]:
+    """The rows of images.csv, and of each the shape that was extracted and the part of it to keep."""
+    rows, boxes = [], []
     for index, group in tiles.groupby("image"):
         record = records[int(index)]
         (y0, x0), shape = record["origin"], record["shape"]
-        # Smaller than the part where MAX_TILES cut tiles.
+        # Smaller than what was extracted where MAX_TILES cut tiles.
         ys, xs = tile_box(group, config, (y0 + shape[0], x0 + shape[1]))
-        height, width = ys.stop - ys.start, xs.stop - xs.start
+        box = (record["offset"], ys.stop - ys.start, xs.stop - xs.start, ys.start, xs.start)
         source = sources.loc[int(index), ["image", "study_id", "laterality", "view"]]
-        window, depth, spacing_mm = record["window"], record["bit_depth"], record["spacing_mm"]
-        rows.append([*source, offset, height, width, ys.start, xs.start, *window, depth, spacing_mm])
-        inside = np.s_[ys.start - y0 : ys.stop - y0, xs.start - x0 : xs.stop - x0]
-        boxes.append((parts[int(index)].with_suffix(".npy"), inside))
-        offset += height * width
-    images = pd.DataFrame(rows, columns=IMAGE_COLUMNS)
-    dtype = np.dtype(np.uint16 if (images["bit_depth"] > 8).any() else np.uint8)
-    move_pixels(boxes, dtype, building / "pixels.npy")
-    return images, tiles.assign(image=tiles.groupby("image").ngroup())
+        rows.append([*source, *box, *record["window"], record["bit_depth"], record["spacing_mm"]])
+        boxes.append((shape, slice(ys.start - y0, ys.stop - y0), slice(xs.start - x0, xs.stop - x0)))
+    return pd.DataFrame(rows, columns=IMAGE_COLUMNS), boxes
 
 
-def move_pixels(boxes: list[tuple[Path, tuple[slice, slice]]], dtype: np.dtype, target: Path) -> None:
-    """Move boxes of parts into one flat .npy file, in order.
+def gather_pixels(
+    folder: Path, images: pd.DataFrame, boxes: list[tuple[tuple[int, int], slice, slice]]
+) -> Path:
+    """Write a folder's pixels.npy of the parts to keep, in order, one image at a time in memory.
 
-    A part is deleted once its pixels are safe, so that an archive takes its space on the disk once, not
-    twice; a move that was interrupted goes on behind what is there already. Raises MammoError where a
-    part is gone otherwise.
+    This second copy is for capped tiles and for archives of 8-bit and deeper images: those share uint16.
     """
-    sizes = [math.prod(side.stop - side.start for side in box) for _, box in boxes]
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (sum(sizes),)}
-    target.touch()
-    moved = target.stat().st_size
-    with naming(target), target.open("r+b") as out:
-        np.lib.format.write_array_header_2_0(out, header)
-        for (path, box), size in zip(boxes, sizes, strict=True):
-            if path.is_file():
-                with naming(path):
-                    part = np.load(path)
-                out.write(np.ascontiguousarray(part[box], dtype).data)
-                out.flush()
-                os.fsync(out.fileno())
-                path.unlink()
-            elif out.seek(size * dtype.itemsize, os.SEEK_CUR) > moved:
-                raise MammoError(f"{path} is gone; delete {target.parent} and start again")
+    dtype = pixel_file(folder, images["bit_depth"].max())[1]
+    with replacing(folder / "pixels.npy") as temporary, temporary.open("wb") as out:
+        out.write(bytes(NPY_HEADER))
+        for row, (shape, ys, xs) in zip(images.itertuples(), boxes, strict=True):
+            path, source = pixel_file(folder, row.bit_depth)
+            start = NPY_HEADER + row.offset * source.itemsize
+            pixels = np.fromfile(path, source, math.prod(shape), offset=start).reshape(shape)
+            out.write(np.ascontiguousarray(pixels[ys, xs], dtype).data)
+    return folder / "pixels.npy"
+
+
+def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
+    """Write the NPY_HEADER bytes that make an .npy file of the `length` values that follow."""
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_2_0(file, header)
 
 
 class MammogramTiles:
@@ -1606,7 +1695,9 @@ class MammogramTiles:
         self.tile_size: int = inputs["settings"]["tile_size"]
         source = np.load(self.cache / "pixels.npy", mmap_mode="c")
         shape = -(-self.images[["height", "width"]].to_numpy() // reduce)
-        offset = np.cumsum(shape.prod(1)) - shape.prod(1)
+        offset = self.images["offset"].to_numpy()
+        if reduce > 1:
+            offset = np.cumsum(shape.prod(1)) - shape.prod(1)
         grey_scale = 256 if reduce > 1 and source.dtype == np.uint8 else 1
         array = source if reduce == 1 else self._reduced(source, shape, grey_scale)
         # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
@@ -1665,8 +1756,7 @@ class MammogramTiles:
                 sweep(self.cache, path.name)
                 # Written, not mapped: a full disk is an error then, and no crash.
                 with replacing(path) as temporary, temporary.open("wb") as out:
-                    header = {"descr": "<u2", "fortran_order": False, "shape": (total,)}
-                    np.lib.format.write_array_header_2_0(out, header)
+                    write_npy_header(out, np.dtype(np.uint16), total)
                     for image, (h, w) in zip(self.images.itertuples(), shape, strict=True):
                         stop = image.offset + image.height * image.width
                         crop = source[image.offset : stop].reshape(image.height, image.width)
