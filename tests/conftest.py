@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import settings
@@ -74,6 +75,26 @@ def small_config(folder, *flags):
     places = ["--data_dir", str(folder / "images"), "--output_dir", str(folder / "runs")]
     places += ["--cache_dir", str(folder / "cache")]
     return mammo.parse_args([*places, *SMALL, *flags])
+
+
+def assert_same_cache(cache, other):
+    """Both caches hold the same tables, and the same pixels of each image wherever these lie."""
+    for name in ("tiles.csv", "rejections.csv"):
+        assert (cache / name).read_bytes() == (other / name).read_bytes()
+    images, others = (pd.read_csv(folder / "images.csv") for folder in (cache, other))
+    pd.testing.assert_frame_equal(images.drop(columns="offset"), others.drop(columns="offset"))
+    pixels, more = (np.load(folder / "pixels.npy", mmap_mode="r") for folder in (cache, other))
+    assert pixels.dtype == more.dtype
+    for start, place, size in zip(
+        images["offset"], others["offset"], images["height"] * images["width"], strict=True
+    ):
+        np.testing.assert_array_equal(pixels[start : start + size], more[place : place + size])
+
+
+def images_done(folder):
+    """How many images an unfinished cache below `folder` has on record."""
+    journals = folder.glob("**/cache/.*.building/extracted/records.jsonl")
+    return sum(journal.read_text().count("\n") for journal in journals)
 
 
 @pytest.fixture(scope="session")

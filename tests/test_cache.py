@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import breast_image, small_config, write_images
+from conftest import assert_same_cache, breast_image, small_config, write_images
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,14 +23,30 @@ def test_pixels_are_the_masked_originals(archive, tiles):
     pixels = np.load(tiles.cache / "pixels.npy", mmap_mode="r")
     assert pixels.dtype == np.uint16
     assert len(pixels) == (tiles.images["height"] * tiles.images["width"]).sum()
+    assert_masked_originals(archive, tiles)
+    assert (tiles.images["bit_depth"] == 12).all()
+    assert len(np.unique(pixels)) > 1000
+
+
+def assert_masked_originals(folder, tiles):
+    """Each image's pixels in the cache are those of its file, 0 outside the breast mask."""
+    pixels = np.load(tiles.cache / "pixels.npy", mmap_mode="r")
     for row in tiles.images.itertuples():
-        source = mammo.read_mammogram(archive / "images" / row.image)
+        source = mammo.read_mammogram(folder / "images" / row.image)
         mask = mammo.segment_breast_tissue(source)
         box = (slice(row.y0, row.y0 + row.height), slice(row.x0, row.x0 + row.width))
         stored = pixels[row.offset : row.offset + row.height * row.width].reshape(row.height, -1)
         np.testing.assert_array_equal(stored, np.where(mask, source, 0)[box])
-        assert row.bit_depth == 12
-    assert len(np.unique(pixels)) > 1000
+
+
+@pytest.mark.parametrize("flags", [(), ("--max_tiles", "9")])
+def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flags):
+    write_images(tmp_path / "images", 2, bits=12)
+    cv2.imwrite(str(tmp_path / "images" / "shallow.png"), breast_image(seed=7)[0])
+    tiles = mammo.MammogramTiles(mammo.build_cache(small_config(tmp_path, *flags)))
+    assert sorted(tiles.images["bit_depth"]) == [8, 12, 12]
+    assert np.load(tiles.cache / "pixels.npy", mmap_mode="r").dtype == np.uint16
+    assert_masked_originals(tmp_path, tiles)
 
 
 def test_tables_hold_the_contract_and_agree(tiles):
@@ -117,9 +135,51 @@ def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypa
     cache = mammo.build_cache(config)
     assert len(calls) == 5  # two kept, one tried again, one left
     whole = mammo.build_cache(small_config(archive))
-    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
-        assert (cache / name).read_bytes() == (whole / name).read_bytes()
-    assert not (cache / "parts").exists()
+    assert_same_cache(cache, whole)
+    assert not (cache / "extracted").exists()
+
+
+def cut_journal(folder):
+    with (folder / "records.jsonl").open("a") as journal:
+        journal.write('{"index": 3, "err')
+
+
+DAMAGE = {
+    "half a line of the journal": cut_journal,
+    "pixels gone": lambda folder: (folder / "pixels_uint16.npy").unlink(),
+    "pixels cut short": lambda folder: os.truncate(folder / "pixels_uint16.npy", 2000),
+    "a hole behind the pixels": lambda folder: mammo.append_pixels(
+        folder / "pixels_uint16.npy", np.ones((5, 7), np.uint16)
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(DAMAGE))
+def test_what_a_killed_extraction_leaves_is_gone_on_from_or_done_again(
+    archive, tmp_path, damage, monkeypatch
+):
+    shutil.copytree(archive / "images", tmp_path / "images")
+    config = small_config(tmp_path)
+    sources = mammo.list_sources(config.data_dir)
+    inputs = mammo.cache_inputs(sources, config)
+    building = Path(config.cache_dir) / f".{mammo.cache_key(inputs)}.building"
+    mammo.extract_all(sources.iloc[:3], config, building / "extracted")
+    DAMAGE[damage](building / "extracted")
+    again = []
+    extract = mammo.extract_image
+    monkeypatch.setattr(mammo, "extract_image", lambda *job: again.append(job) or extract(*job))
+    assert_same_cache(mammo.build_cache(config), mammo.build_cache(small_config(archive)))
+    assert len(again) == (4 if damage in ("pixels gone", "pixels cut short") else 1)
+
+
+def test_processes_append_pixels_side_by_side(tmp_path):
+    images = [np.full((50 + index, 40), index, np.uint16) for index in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        offsets = list(pool.map(lambda image: mammo.append_pixels(tmp_path / "a.npy", image), images))
+    pixels = np.fromfile(tmp_path / "a.npy", np.uint16, offset=mammo.NPY_HEADER)
+    assert len(pixels) == sum(image.size for image in images)
+    for image, start in zip(images, offsets, strict=True):
+        np.testing.assert_array_equal(pixels[start : start + image.size], image.ravel())
 
 
 def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
@@ -204,8 +264,7 @@ def test_parallel_extraction_writes_the_same_cache(tmp_path, archive):
     shutil.copytree(archive / "images", tmp_path / "images")
     cache = mammo.build_cache(small_config(tmp_path, "--num_workers", "2"))
     whole = mammo.build_cache(small_config(archive))
-    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
-        assert (cache / name).read_bytes() == (whole / name).read_bytes()
+    assert_same_cache(cache, whole)
 
 
 def _build(config, out):
@@ -232,28 +291,3 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         mammo.list_sources(tmp_path / "nowhere")
     with pytest.raises(mammo.MammoError, match=r"no image with \.png"):
         mammo.list_sources(tmp_path)
-
-
-def test_an_interrupted_move_of_pixels_goes_on_and_takes_no_space_twice(tmp_path):
-    arrays = [np.arange(12, dtype=np.uint8).reshape(3, 4) + 50 * index for index in range(3)]
-    boxes = [(tmp_path / f"{index}.npy", np.s_[0:2, 1:4]) for index in range(3)]
-    target, wide = tmp_path / "pixels.npy", np.dtype(np.uint16)
-    for (path, _), array in zip(boxes, arrays, strict=True):
-        np.save(path, array)
-    boxes[2][0].write_bytes(b"cut short")
-    with pytest.raises(ValueError, match=r"pickled|magic"):
-        mammo.move_pixels(boxes, wide, target)
-    assert [path.is_file() for path, _ in boxes] == [False, False, True]
-    np.save(boxes[2][0], arrays[2])
-    mammo.move_pixels(boxes, wide, target)
-    moved = np.load(target)
-    assert moved.dtype == wide
-    assert moved.tolist() == np.concatenate([array[0:2, 1:4].ravel() for array in arrays]).tolist()
-    assert not any(path.is_file() for path, _ in boxes)
-
-
-def test_a_part_that_is_gone_is_named(tmp_path):
-    boxes = [(tmp_path / f"{index}.npy", np.s_[0:2, 0:2]) for index in range(2)]
-    np.save(boxes[0][0], np.zeros((2, 2), np.uint8))
-    with pytest.raises(mammo.MammoError, match=r"1\.npy is gone"):
-        mammo.move_pixels(boxes, np.dtype(np.uint8), tmp_path / "pixels.npy")

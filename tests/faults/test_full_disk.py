@@ -12,12 +12,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import stages
 import torch
-from conftest import SMALL, small_config, write_images
+from conftest import SMALL, assert_same_cache, images_done, small_config, write_images
 from test_prepare_runs import good_file
 from test_training import weights_hash
 
@@ -301,7 +300,7 @@ def test_of_two_builders_one_builds_and_the_other_waits(tmp_path, killed):
     flags = arguments(data, tmp_path, "--max_steps", "1")
     first = stages.start("train_byol_mammo", [*flags, "--run_name", "first"], tmp_path / "first.log")
     until = time.monotonic() + 60
-    while not list(tmp_path.glob("cache/.*.building/parts/*.json")) and time.monotonic() < until:
+    while not images_done(tmp_path) and time.monotonic() < until:
         time.sleep(0.002)
     second = stages.start("train_byol_mammo", [*flags, "--run_name", "second"], tmp_path / "second.log")
     if killed:
@@ -312,25 +311,7 @@ def test_of_two_builders_one_builds_and_the_other_waits(tmp_path, killed):
     printed = (tmp_path / "first.log").read_text() + (tmp_path / "second.log").read_text()
     assert (first.exitcode, second.exitcode) == (-signal.SIGKILL if killed else 0, 0), printed
     alone = mammo.build_cache(mammo.parse_args([*flags, "--cache_dir", str(tmp_path / "alone")]))
-    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
-        assert (alone / name).read_bytes() == (tmp_path / "cache" / alone.name / name).read_bytes()
+    assert_same_cache(alone, tmp_path / "cache" / alone.name)
     if not killed:
         printed = (tmp_path / "second.log").read_text()
         assert "tiles:" not in printed  # its progress bar: it read no image
-
-
-def test_a_half_written_part_of_a_killed_process_is_no_image(archive, tmp_path):
-    """As it lies there after SIGKILL between the temporary file and its new name."""
-    shutil.copytree(archive / "images", tmp_path / "images")
-    config = small_config(tmp_path)
-    inputs = mammo.cache_inputs(mammo.list_sources(config.data_dir), config)
-    parts = Path(config.cache_dir) / f".{mammo.cache_key(inputs)}.building" / "parts"
-    parts.mkdir(parents=True)
-    (parts / f"{mammo.UNFINISHED}0000001.json.abc.json").write_text('{"error": "none"')
-    (parts / f"{mammo.UNFINISHED}0000001.npy.abc.npy").write_bytes(b"x")
-    cache = mammo.build_cache(config)
-    whole = mammo.build_cache(small_config(archive))
-    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
-        assert (cache / name).read_bytes() == (whole / name).read_bytes()
-    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
-    assert np.load(cache / "pixels.npy", mmap_mode="r").size > 1000

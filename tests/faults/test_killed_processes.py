@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import stages
 import torch
-from conftest import small_config, write_images
+from conftest import assert_same_cache, images_done, small_config, write_images
 from test_classifier import TILES, labelled, settings_of  # noqa: F401
 from test_full_disk import all_whole, arguments, same_result, whole  # noqa: F401
 from test_prepare_runs import good_file, tree
@@ -66,11 +66,10 @@ def undisturbed(stage: Stage) -> Stage:
 
 
 def same_cache(folder: Path, truth: Path) -> None:
-    """Both folders hold one finished cache of the same bytes."""
+    """Both folders hold one finished cache of the same content."""
     caches = [next(place.glob("cache/[!.]*")) for place in (folder, truth)]
     assert caches[0].name == caches[1].name
-    for name in ("pixels.npy", "images.csv", "tiles.csv", "rejections.csv"):
-        assert (caches[0] / name).read_bytes() == (caches[1] / name).read_bytes()
+    assert_same_cache(*caches)
 
 
 def same_runs(folder: Path, truth: Path) -> None:
@@ -263,8 +262,7 @@ def test_killed_workers_are_named_and_a_killed_run_leaves_none(tmp_path):
     data = write_images(tmp_path / "images", 24, bits=12)
     flags = arguments(data, tmp_path, "--max_steps", "1", "--num_workers", "2")
     process = stages.start("train_byol_mammo", flags, tmp_path / "log")
-    parts = lambda: len(list(tmp_path.glob("cache/.*.building/parts/[!.]*.json")))  # noqa: E731
-    wait_until(parts)
+    wait_until(lambda: images_done(tmp_path))
     os.kill(extraction_workers(process.pid)[-1], signal.SIGKILL)
     process.join(60)
     printed = (tmp_path / "log").read_text()
@@ -272,17 +270,17 @@ def test_killed_workers_are_named_and_a_killed_run_leaves_none(tmp_path):
     assert "an extraction process was killed at one of" in printed
     assert str(data) in printed.split("killed at one of")[1]
     assert "--num_workers" in printed
-    before = parts()
+    before = images_done(tmp_path)
     assert 1 <= before < 24
 
     process = stages.start("train_byol_mammo", flags, tmp_path / "log")
-    wait_until(lambda: parts() > before)
+    wait_until(lambda: images_done(tmp_path) > before)
     workers = extraction_workers(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert workers
     wait_until(lambda: not [pid for pid in workers if is_running(pid)], 20)
-    assert parts() < 24
+    assert images_done(tmp_path) < 24
     code, printed = stages.finish("train_byol_mammo", flags, tmp_path / "log")
     assert code == 0, printed
     assert not list(tmp_path.rglob(f"{mammo.UNFINISHED}*"))
@@ -327,7 +325,7 @@ def test_ctrl_c_elsewhere_ends_within_five_seconds(name, tmp_path, request):
     stage, folder = request.getfixturevalue(name), tmp_path / "stopped"
     signs = {
         "prepare": "out/.prepare_dataset.journal.jsonl",
-        "extraction": "cache/.*.building/parts/*.json",
+        "extraction": "cache/.*.building/extracted/pixels_*.npy",
         "classifier": "tuned/last.pth",
     }
     printed = interrupt(stage, folder, lambda: list(folder.glob(signs[name])))
@@ -341,7 +339,6 @@ def test_ctrl_c_reaches_extraction_processes_and_all_end(tmp_path):
     data = write_images(tmp_path / "images", 24, bits=12)
     flags = lambda folder: arguments(data, folder, "--max_steps", "1", "--num_workers", "2")  # noqa: E731
     stage = Stage("train_byol_mammo", flags, lambda *_: None, tmp_path / "none")
-    sign = lambda: list(tmp_path.glob("run/cache/.*.building/parts/[!.]*.json"))  # noqa: E731
-    printed = interrupt(stage, tmp_path / "run", sign)
+    printed = interrupt(stage, tmp_path / "run", lambda: images_done(tmp_path))
     assert "interrupted; the same command goes on where it stopped" in printed
     stage.finish(tmp_path / "run")
