@@ -7,6 +7,7 @@ BYOL then learns from two medically safe views of every tile: full bit depth, on
     python train_byol_mammo.py --data_dir split_images/training          # one GPU, or the CPU
     python train_byol_mammo.py --backbone resnet18 --weights none --view_size 128 --epochs 3
     torchrun --nproc_per_node 4 train_byol_mammo.py --data_dir ...       # four GPUs, or submit_byol.sh
+    python train_byol_mammo.py --extract_only --qc_pages                 # the tiles alone, to look at
     python train_byol_mammo.py --report runs/byol_resnet50               # write its report.html again
     python train_byol_mammo.py --help                                    # every setting, one line each
 
@@ -109,6 +110,7 @@ PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (Vi
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
 QC_PAGES = False  # one picture for each image into the run's qc folder: mask, muscle, tiles by outcome
+EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 VIEW_SIZE = 0  # px, side of a view; 0 = the tile size
 BACKBONE = "resnet50"  # resnet18, resnet34 or resnet50 (torchvision)
@@ -156,9 +158,9 @@ CHOICES = {
 LR_BATCH = 32  # batch size at which LR is meant
 # Settings that may differ between a run and its resumption: they don't change the weights.
 FREE_ON_RESUME = (
-    "output_dir run_name cache_dir data_dir qc_pages num_workers max_steps save_every log_every device "
-    "compile grad_checkpoint deterministic on_collapse resume wandb_mode wandb_project checkpoint_every "
-    "labels probe_every progress report_every report"
+    "output_dir run_name cache_dir data_dir qc_pages extract_only num_workers max_steps save_every "
+    "log_every device compile grad_checkpoint deterministic on_collapse resume wandb_mode wandb_project "
+    "checkpoint_every labels probe_every progress report_every report"
 ).split()  # fmt: skip
 
 
@@ -186,6 +188,7 @@ class Config:
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
     qc_pages: bool = QC_PAGES
+    extract_only: bool = EXTRACT_ONLY
     num_workers: int = NUM_WORKERS
     view_size: int = VIEW_SIZE
     backbone: str = BACKBONE
@@ -1469,6 +1472,17 @@ def build_cache(config: Config) -> Path:
             sweep(building)
             os.replace(building, final)
     return final
+
+
+def extract_only(config: Config) -> Path:
+    """Build the cache without a model, as on a node without a GPU; returns its folder."""
+    cache = build_cache(config)
+    if config.qc_pages:
+        draw_qc_pages(config, config.run_dir / "qc")
+        print(f"qc pages  {config.run_dir / 'qc'}")
+    print(describe_funnel(pd.read_csv(cache / "rejections.csv", keep_default_na=False)))
+    print(f"cache     {cache}: {', '.join(EXTRACTION_PICTURES)} show it; training finds it there")
+    return cache
 
 
 def is_finished(cache: Path) -> bool:
@@ -4150,6 +4164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_args(argv)
         if config.report:
             print(write_report(Path(config.report)))
+        elif config.extract_only:
+            extract_only(config)
         else:
             train(config)
         return 0

@@ -193,3 +193,20 @@ def test_sixteen_bit_images_reach_the_views_whole(tmp_path):
     assert len(torch.unique(view)) > 1000
     assert breast_image(bits=16)[0].dtype == np.uint16
     assert sys.version_info >= (3, 10)
+
+
+def test_extraction_alone_leaves_a_cache_that_training_finds(tmp_path):
+    write_images(tmp_path / "images", 2, bits=12)
+    done = train_script(tmp_path, "--extract_only", "--qc_pages")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"positions [\d,]+, kept [1-9]", done.stdout)
+    cache = next((tmp_path / "cache").glob("[!.]*"))
+    assert str(cache) in done.stdout
+    assert all((cache / name).is_file() for name in mammo.EXTRACTION_PICTURES)
+    run = tmp_path / "runs" / "byol_resnet18"
+    assert [path.name for path in run.iterdir()] == ["qc"]
+    assert len(list((run / "qc").iterdir())) == 2
+    done = train_script(tmp_path, "--max_steps", "1", "--report_every", "0", "--progress", "lines")
+    assert done.returncode == 0, done.stderr
+    assert "tiles:" not in done.stdout + done.stderr  # the progress of an extraction
+    assert (run / "backbone.safetensors").is_file()
