@@ -41,6 +41,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import html
@@ -1177,11 +1178,11 @@ def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
 # breast mask are 0: labels, markers and film edges never reach a view.
 
 EXTRACTION_PICTURES = ("segmentation.png", "grid.png", "tiles.png")
-IMAGE_COLUMNS = (  # of images.csv
+IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies between images is no one's
     "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm".split()
 )
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
-SYNC_EVERY = 1.0  # s between two writes of the journal: as much work is lost where extraction is killed
+SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does as much again
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
 
 
@@ -1364,8 +1365,9 @@ def extract_to_file(
         record, pixels = extract_image(path, spacing_mm, config)
     except ImageReadError as error:
         return {"index": index, "error": error.reason}
-    target, dtype = pixel_file(Path(folder), record["bit_depth"])
-    return {"index": index, **record, "offset": append_pixels(target, pixels.astype(dtype, copy=False))}
+    file, dtype = pixel_file(Path(folder), record["bit_depth"])
+    offset = append_pixels(file, np.ascontiguousarray(pixels, dtype))
+    return {"index": index, "folder": Path(folder).name, "offset": offset, **record}
 
 
 def pixel_file(folder: Path, bit_depth: int) -> tuple[Path, np.dtype]:
@@ -1375,74 +1377,107 @@ def pixel_file(folder: Path, bit_depth: int) -> tuple[Path, np.dtype]:
 
 
 def append_pixels(path: Path, pixels: np.ndarray) -> int:
-    """Append an image to an .npy file to which many processes write; returns its offset in values.
+    """Append an image to a file that the processes of an extraction share; returns its offset in values.
 
-    Only places are taken in turn: pixels are written once, side by side, and stay where they are, in
-    the order in which images end. A killed process may leave a hole there that no index names.
+    A single write to a file open for appending lands in one piece behind all others (POSIX write()).
     """
-    with naming(path):
-        with FileLock(path.with_suffix(".lock"), poll_interval=0.001):
-            path.touch()
-            start = max(NPY_HEADER, path.stat().st_size)
-            os.truncate(path, start + pixels.nbytes)
-        with path.open("r+b") as out:
-            out.seek(start)
-            out.write(np.ascontiguousarray(pixels).data)
-    return (start - NPY_HEADER) // pixels.itemsize
+    with naming(path), path.open("ab", buffering=0) as out:
+        written = out.write(pixels.data)
+        start = out.tell() - written - NPY_HEADER
+    if written < pixels.nbytes or start % pixels.itemsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return start // pixels.itemsize
+
+
+CLOSED = "closed.json"  # in the folder of an extraction that nobody writes to: lengths of its files
 
 
 class Journal:
-    """records.jsonl of a folder: a line for each extracted image, once its pixels are on the disk.
+    """A folder with the images that an extraction has finished: their pixels and a line about each.
 
-    Every SYNC_EVERY seconds, in a thread: the disk is waited for beside the work on the next images.
-    `records` are the lines by image number, without those whose pixels are gone.
+    Each start takes one below `extracted` that was closed as it should be, or makes one: what a killed
+    process left, or one on another node still writes, is read but never appended to. The disk is waited
+    for in a thread, beside the work on the next images.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.path = folder, folder / "records.jsonl"
-        text = self.path.read_text() if self.path.is_file() else ""
-        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed process may leave half a line
-        self.records = {line["index"]: line for line in map(json.loads, lines) if self._is_there(line)}
-        write_atomic(self.path, "".join(f"{json.dumps(line)}\n" for line in self.records.values()))
+    def __init__(self, extracted: Path) -> None:
+        self.folder, self.ends = take_folder(extracted)
         self.waiting: list[dict[str, Any]] = []
-        self.thread = ThreadPoolExecutor(1)
-        self.written = self.thread.submit(self._write, [])
+        self.writer = ThreadPoolExecutor(1)
+        self.written = self.writer.submit(self._write)
         self.due = time.monotonic() + SYNC_EVERY
 
-    def _is_there(self, record: dict[str, Any]) -> bool:
-        if "error" in record:
-            return True
-        path, dtype = pixel_file(self.folder, record["bit_depth"])
-        end = NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
-        return path.is_file() and path.stat().st_size >= end
-
     def add(self, record: dict[str, Any]) -> None:
-        """Note an image's record. Raises the OSError of an earlier write."""
-        self.records[record["index"]] = record
+        """Note a finished image. Raises the OSError of an earlier write."""
         self.waiting.append(record)
-        if time.monotonic() >= self.due:
-            self._flush()
+        if "offset" in record:
+            path, dtype = pixel_file(self.folder, record["bit_depth"])
+            end = NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
+            self.ends[path] = max(self.ends[path], end)
+        if time.monotonic() >= self.due and self.written.done():
+            self.written.result()
+            self.written = self.writer.submit(self._write)
+            self.due = time.monotonic() + SYNC_EVERY
 
     def close(self) -> None:
-        """Write the last records and wait for them."""
-        with self.thread:
-            self._flush()
-            self.written.result()
+        """Give back the room of images that did not end, as on a full disk, and write the last lines."""
+        self.writer.shutdown()
+        for path, end in self.ends.items():
+            os.truncate(path, end)
+        self._write()
+        ends = {path.name: end for path, end in self.ends.items()}
+        write_atomic(self.folder / CLOSED, json.dumps(ends))
 
-    def _flush(self) -> None:
-        self.written.result()
-        self.written = self.thread.submit(self._write, self.waiting)
-        self.waiting, self.due = [], time.monotonic() + SYNC_EVERY
-
-    def _write(self, records: list[dict[str, Any]]) -> None:
-        for pixels in self.folder.glob("pixels_*.npy"):
-            with naming(pixels), pixels.open("rb") as file:
+    def _write(self) -> None:
+        """Append what waits to records.jsonl once its pixels are safe."""
+        records = list(self.waiting)
+        for path in self.ends:
+            with naming(path), path.open("rb") as file:
                 os.fsync(file.fileno())
-        with naming(self.path), self.path.open("a") as out:
-            out.write("".join(f"{json.dumps(record)}\n" for record in records))
+        path = self.folder / "records.jsonl"
+        with naming(path), path.open("a") as out:
+            # A full disk may have left half a line.
+            out.write("\n" + "".join(f"{json.dumps(record)}\n" for record in records))
             out.flush()
             os.fsync(out.fileno())
+        del self.waiting[: len(records)]
+
+
+def take_folder(extracted: Path) -> tuple[Path, dict[Path, int]]:
+    """A folder to extract to, and the length of its pixel files: one that was closed, else a new one."""
+    for closed in extracted.glob(f"*/{CLOSED}"):
+        with suppress(OSError, ValueError):
+            ends = {closed.with_name(name): end for name, end in json.loads(closed.read_text()).items()}
+            if all(path.stat().st_size == end for path, end in ends.items()):
+                closed.unlink()  # one of several starts succeeds
+                return closed.parent, ends
+    folder = extracted / f"{socket.gethostname()}_{os.getpid()}_{time.time_ns()}"
+    folder.mkdir(parents=True)
+    ends = {pixel_file(folder, bits)[0]: NPY_HEADER for bits in (8, 16)}
+    for path in ends:
+        with naming(path):
+            path.write_bytes(bytes(NPY_HEADER))
+    return folder, ends
+
+
+def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
+    """The lines of all journals by image number, without damaged ones and those without pixels."""
+    records = {}
+    for journal in extracted.glob("*/records.jsonl"):
+        with journal.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError):  # half a line, where a process was killed
+                    record = json.loads(line)
+                    if "error" in record or pixels_are_there(extracted, record):
+                        records[record["index"]] = record
+    return records
+
+
+def pixels_are_there(extracted: Path, record: dict[str, Any]) -> bool:
+    """Whether an image's pixels are where its record says: scratch file systems purge old files."""
+    path, dtype = pixel_file(extracted / record["folder"], record["bit_depth"])
+    end = NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
+    return path.is_file() and path.stat().st_size >= end
 
 
 def build_cache(config: Config) -> Path:
@@ -1467,8 +1502,8 @@ def build_cache(config: Config) -> Path:
             if not is_finished(building):  # else the last run was killed while it drew
                 records = extract_all(sources, config, building / "extracted")
                 finish_cache(building, records, sources, inputs, config)
-            draw_extraction(config, building)
             shutil.rmtree(building / "extracted", ignore_errors=True)
+            draw_extraction(config, building)
             sweep(building)
             os.replace(building, final)
     return final
@@ -1494,29 +1529,32 @@ def is_finished(cache: Path) -> bool:
         return False
 
 
-def extract_all(sources: pd.DataFrame, config: Config, folder: Path) -> list[dict[str, Any]]:
-    """Extract the images that a folder's journal does not hold yet; returns all records, in order."""
-    journal = Journal(folder)
+def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[dict[str, Any]]:
+    """Extract the images that no journal below `extracted` holds yet; returns the records of all."""
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
+    finished = read_records(extracted)
+    journal = Journal(extracted)
     jobs = [
-        (index, path, float(mm), config, str(folder))
+        (index, path, float(mm), config, str(journal.folder))
         for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
-        if index not in journal.records
+        if index not in finished
     ]
     try:
         try:
-            run_in_parallel(extract_to_file, jobs, config, "tiles", "image", journal.add)
+            run_in_parallel(extract_to_file, jobs, config, "tiles", "image", done=journal.add)
         finally:
             journal.close()
     except BrokenProcessPool as error:
-        left = [job[1] for job in jobs if job[0] not in journal.records]
+        finished = read_records(extracted)
+        left = [job[1] for job in jobs if job[0] not in finished]
         suspects = left[: min(config.num_workers, available_cores())]
         raise MammoError(
             f"an extraction process was killed at one of {', '.join(suspects)}, for want of memory "
             "perhaps; lower --num_workers and start again: finished images are kept. If it ends there "
             "again, one of these files crashes its decoder: move it away"
         ) from error
-    return [journal.records[index] for index in range(len(sources))]
+    finished = read_records(extracted)
+    return [finished[index] for index in range(len(sources))]
 
 
 def run_in_parallel(
@@ -1526,10 +1564,11 @@ def run_in_parallel(
     desc: str,
     unit: str,
     done: Callable[[Any], None] = lambda result: None,
+    threads: bool = False,
 ) -> None:
-    """Call `function(*job)` for each job, in NUM_WORKERS processes, with a progress bar.
+    """Call `function(*job)` for each job, in NUM_WORKERS processes or threads, with a progress bar.
 
-    `done` gets each result in this process. An error or Ctrl-C drops the jobs that have not begun.
+    `done` gets each result, here. An error or Ctrl-C drops the jobs that have not begun.
     """
     workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
     with progress(mode=config.progress, total=len(jobs), desc=desc, unit=unit) as bar:
@@ -1538,18 +1577,31 @@ def run_in_parallel(
                 done(function(*job))
                 bar.update()
             return
-        # Plain fork can hang once torch has started threads; a fork server imports the libraries once.
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
+        with ThreadPoolExecutor(workers) if threads else process_pool(workers) as pool:
+            running = {pool.submit(function, *job) for job in jobs}
             try:
-                for future in as_completed([pool.submit(function, *job) for job in jobs]):
+                for future in as_completed(running.copy()):
+                    running.discard(future)
                     done(future.result())
                     bar.update()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
+                for future in running:  # what ended meanwhile is not lost
+                    if not future.cancelled() and not future.exception():
+                        with suppress(OSError):
+                            done(future.result())
                 raise
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that import the libraries once and end with this one.
+
+    Plain fork can hang once torch has started threads; a fork server can't.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
 
 def start_worker() -> None:
@@ -1583,14 +1635,19 @@ def finish_cache(
     rejections = _funnel(records, tiles, sources)
     if tiles.empty:
         raise MammoError(f"no tile was kept.\n{describe_funnel(rejections)}")
-    images, boxes = _index_images(records, tiles, sources, config)
-    deepest = images["bit_depth"].max()
-    pixels, dtype = pixel_file(building / "extracted", deepest)
-    if rejections["capped"].any() or pixel_file(pixels.parent, images["bit_depth"].min())[0] != pixels:
-        pixels = gather_pixels(pixels.parent, images, boxes)
+    images, parts = _index_images(building / "extracted", records, tiles, sources, config)
+    files = {part[0] for part in parts}
+    if len(files) == 1 and not rejections["capped"].any():
+        pixels, dtype = files.pop(), parts[0][1]
+        with naming(pixels), pixels.open("r+b") as out:
+            write_npy_header(out, dtype, (pixels.stat().st_size - NPY_HEADER) // dtype.itemsize)
+            os.fsync(out.fileno())
+    else:
         images["offset"] = (images["height"] * images["width"]).cumsum().shift(fill_value=0)
-    with naming(pixels), pixels.open("r+b") as out:
-        write_npy_header(out, dtype, (pixels.stat().st_size - NPY_HEADER) // dtype.itemsize)
+        pixels = building / "extracted" / "pixels.npy"
+        sweep(pixels.parent)
+        with replacing(pixels) as temporary:
+            gather_pixels(images, parts, temporary, config)
     tiles = tiles.assign(image=tiles.groupby("image").ngroup())
     sizes = {"pixels.npy": pixels.stat().st_size}
     for name, table in (("images", images), ("tiles", tiles), ("rejections", rejections)):
@@ -1658,11 +1715,18 @@ def describe_funnel(rejections: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, offset, shape, what to keep
+
+
 def _index_images(
-    records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.DataFrame, config: Config
-) -> tuple[pd.DataFrame, list[tuple[tuple[int, int], slice, slice]]]:
-    """The rows of images.csv, and of each the shape that was extracted and the part of it to keep."""
-    rows, boxes = [], []
+    extracted: Path,
+    records: list[dict[str, Any]],
+    tiles: pd.DataFrame,
+    sources: pd.DataFrame,
+    config: Config,
+) -> tuple[pd.DataFrame, list[Part]]:
+    """The rows of images.csv, and where the pixels of each were extracted to."""
+    rows, parts = [], []
     for index, group in tiles.groupby("image"):
         record = records[int(index)]
         (y0, x0), shape = record["origin"], record["shape"]
@@ -1671,26 +1735,35 @@ def _index_images(
         box = (record["offset"], ys.stop - ys.start, xs.stop - xs.start, ys.start, xs.start)
         source = sources.loc[int(index), ["image", "study_id", "laterality", "view"]]
         rows.append([*source, *box, *record["window"], record["bit_depth"], record["spacing_mm"]])
-        boxes.append((shape, slice(ys.start - y0, ys.stop - y0), slice(xs.start - x0, xs.stop - x0)))
-    return pd.DataFrame(rows, columns=IMAGE_COLUMNS), boxes
+        file, dtype = pixel_file(extracted / record["folder"], record["bit_depth"])
+        inside = slice(ys.start - y0, ys.stop - y0), slice(xs.start - x0, xs.stop - x0)
+        parts.append((file, dtype, record["offset"], tuple(shape), *inside))
+    return pd.DataFrame(rows, columns=IMAGE_COLUMNS), parts
 
 
-def gather_pixels(
-    folder: Path, images: pd.DataFrame, boxes: list[tuple[tuple[int, int], slice, slice]]
-) -> Path:
-    """Write a folder's pixels.npy of the parts to keep, in order, one image at a time in memory.
+def gather_pixels(images: pd.DataFrame, parts: list[Part], target: Path, config: Config) -> None:
+    """Copy the images' pixels to one .npy file, to the offsets in `images`, several images at a time.
 
-    This second copy is for capped tiles and for archives of 8-bit and deeper images: those share uint16.
+    A second copy: for extractions that were interrupted, for MAX_TILES, and for archives of 8-bit and
+    deeper images, which share uint16.
     """
-    dtype = pixel_file(folder, images["bit_depth"].max())[1]
-    with replacing(folder / "pixels.npy") as temporary, temporary.open("wb") as out:
-        out.write(bytes(NPY_HEADER))
-        for row, (shape, ys, xs) in zip(images.itertuples(), boxes, strict=True):
-            path, source = pixel_file(folder, row.bit_depth)
-            start = NPY_HEADER + row.offset * source.itemsize
-            pixels = np.fromfile(path, source, math.prod(shape), offset=start).reshape(shape)
-            out.write(np.ascontiguousarray(pixels[ys, xs], dtype).data)
-    return folder / "pixels.npy"
+    dtype = max(part[1] for part in parts)
+    length = int((images["height"] * images["width"]).sum())
+    with target.open("wb") as out:
+        write_npy_header(out, dtype, length)
+        out.truncate(NPY_HEADER + length * dtype.itemsize)
+    starts = NPY_HEADER + images["offset"] * dtype.itemsize
+    jobs = [(part, dtype, target, start) for part, start in zip(parts, starts, strict=True)]
+    run_in_parallel(copy_part, jobs, config, "cache", "image", threads=True)
+
+
+def copy_part(part: Part, dtype: np.dtype, target: Path, start: int) -> None:
+    """Copy what is to be kept of an extracted image to byte `start` of the target."""
+    file, source, offset, shape, ys, xs = part
+    pixels = np.fromfile(file, source, math.prod(shape), offset=NPY_HEADER + offset * source.itemsize)
+    with target.open("r+b") as out:
+        out.seek(start)
+        out.write(np.ascontiguousarray(pixels.reshape(shape)[ys, xs], dtype).data)
 
 
 def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:

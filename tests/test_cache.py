@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -139,47 +139,101 @@ def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypa
     assert not (cache / "extracted").exists()
 
 
-def cut_journal(folder):
-    with (folder / "records.jsonl").open("a") as journal:
-        journal.write('{"index": 3, "err')
-
-
-DAMAGE = {
-    "half a line of the journal": cut_journal,
-    "pixels gone": lambda folder: (folder / "pixels_uint16.npy").unlink(),
-    "pixels cut short": lambda folder: os.truncate(folder / "pixels_uint16.npy", 2000),
-    "a hole behind the pixels": lambda folder: mammo.append_pixels(
-        folder / "pixels_uint16.npy", np.ones((5, 7), np.uint16)
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", sorted(DAMAGE))
-def test_what_a_killed_extraction_leaves_is_gone_on_from_or_done_again(
-    archive, tmp_path, damage, monkeypatch
-):
-    shutil.copytree(archive / "images", tmp_path / "images")
-    config = small_config(tmp_path)
+def first_start(folder, archive):
+    """Three of the archive's four images extracted by a start that ended there; config, their folder."""
+    shutil.copytree(archive / "images", folder / "images")
+    config = small_config(folder)
     sources = mammo.list_sources(config.data_dir)
     inputs = mammo.cache_inputs(sources, config)
-    building = Path(config.cache_dir) / f".{mammo.cache_key(inputs)}.building"
-    mammo.extract_all(sources.iloc[:3], config, building / "extracted")
-    DAMAGE[damage](building / "extracted")
+    extracted = Path(config.cache_dir) / f".{mammo.cache_key(inputs)}.building" / "extracted"
+    journal = mammo.Journal(extracted)
+    for index, path in enumerate(sources["path"][:3]):
+        journal.add(mammo.extract_to_file(index, path, 0.3, config, str(journal.folder)))
+    journal.close()
+    return config, journal.folder
+
+
+def write_at_the_end(path, content):
+    with path.open("ab") as file:
+        file.write(content)
+
+
+DAMAGE = {  # and how many of three finished images it costs
+    "nothing is wrong": (lambda folder: None, 0),
+    "half a line": (lambda folder: write_at_the_end(folder / "records.jsonl", b'{"index": 3, "er'), 0),
+    "a line of nothing": (lambda folder: write_at_the_end(folder / "records.jsonl", bytes(40)), 0),
+    "pixels of an image without a line": (
+        lambda folder: write_at_the_end(folder / "pixels_uint16.npy", bytes(1001)), 0
+    ),
+    "journal gone": (lambda folder: (folder / "records.jsonl").unlink(), 3),
+    "pixels gone": (lambda folder: (folder / "pixels_uint16.npy").unlink(), 3),
+    "pixels cut": (lambda folder: cut_by(folder / "pixels_uint16.npy", 101), 1),
+}  # fmt: skip
+
+
+def cut_by(path, size):
+    os.truncate(path, path.stat().st_size - size)
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGE))
+def test_what_an_interrupted_extraction_leaves_is_used_or_made_again(
+    archive, tmp_path, name, monkeypatch
+):
+    config, folder = first_start(tmp_path, archive)
+    damage, cost = DAMAGE[name]
+    damage(folder)
     again = []
-    extract = mammo.extract_image
+    extract, gather = mammo.extract_image, mammo.gather_pixels
     monkeypatch.setattr(mammo, "extract_image", lambda *job: again.append(job) or extract(*job))
+    monkeypatch.setattr(mammo, "gather_pixels", lambda *job: copies.append(job) or gather(*job))
+    copies = []
+    cache = mammo.build_cache(config)
+    assert_same_cache(cache, mammo.build_cache(small_config(archive)))
+    assert len(again) == 1 + cost
+    assert bool(copies) == (
+        "pixels" in name and cost < 3
+    )  # the folder of the first start was gone on with
+    assert not (cache / "extracted").exists()
+
+
+def test_two_builders_whose_lock_fails_them_spoil_nothing(archive, tmp_path, monkeypatch):
+    """On file systems whose locks don't reach other nodes: a second one extracts in between."""
+    config, _ = first_start(tmp_path / "a", archive)
+    second, _ = first_start(tmp_path / "b", archive)
+    extract, started = mammo.extract_image, []
+
+    def disturbed(*job):
+        if not started:
+            started.append(True)
+            mammo.extract_all(
+                mammo.list_sources(second.data_dir), second, folder_of(config) / "extracted"
+            )
+        return extract(*job)
+
+    monkeypatch.setattr(mammo, "extract_image", disturbed)
     assert_same_cache(mammo.build_cache(config), mammo.build_cache(small_config(archive)))
-    assert len(again) == (4 if damage in ("pixels gone", "pixels cut short") else 1)
 
 
-def test_processes_append_pixels_side_by_side(tmp_path):
-    images = [np.full((50 + index, 40), index, np.uint16) for index in range(40)]
-    with ThreadPoolExecutor(8) as pool:
-        offsets = list(pool.map(lambda image: mammo.append_pixels(tmp_path / "a.npy", image), images))
-    pixels = np.fromfile(tmp_path / "a.npy", np.uint16, offset=mammo.NPY_HEADER)
-    assert len(pixels) == sum(image.size for image in images)
-    for image, start in zip(images, offsets, strict=True):
-        np.testing.assert_array_equal(pixels[start : start + image.size], image.ravel())
+def folder_of(config):
+    """Where a config's cache is being built."""
+    return next(Path(config.cache_dir).glob(".*.building"))
+
+
+def append_many(path, numbers):
+    return [mammo.append_pixels(path, np.full((50, 40 + n), n, np.uint16)) for n in numbers]
+
+
+def test_processes_append_pixels_in_one_piece_each(tmp_path):
+    path = tmp_path / "pixels.npy"
+    path.write_bytes(bytes(mammo.NPY_HEADER))
+    shares = [range(start, 200, 4) for start in range(4)]
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        offsets = list(pool.map(append_many, [path] * 4, shares))
+    pixels = np.fromfile(path, np.uint16, offset=mammo.NPY_HEADER)
+    assert len(pixels) == sum(50 * (40 + n) for n in range(200))
+    for share, places in zip(shares, offsets, strict=True):
+        for n, start in zip(share, places, strict=True):
+            assert (pixels[start : start + 50 * (40 + n)] == n).all()
 
 
 def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):

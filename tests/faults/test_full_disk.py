@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import stages
@@ -102,6 +103,25 @@ def fill_and_resume(data: Path, disk: Path, spaces: list[int]) -> int:
     code, printed = stages.finish("train_byol_mammo", arguments(data, disk), data.parent / "log")
     assert code == 0, printed
     return stopped
+
+
+def test_a_disk_that_gets_ever_a_little_room_gets_ever_further(tmp_path, disk):
+    """What was extracted stays on record, and what a full disk cut short gives its room back."""
+    write_images(tmp_path / "images", 24, bits=12)
+    config = small_config(tmp_path, "--num_workers", "2", "--cache_dir", str(disk / "cache"))
+    counts = [0]
+    while counts[-1] < 24:
+        with nearly_full(disk, 1_500_000):
+            with contextlib.suppress(OSError):
+                mammo.build_cache(config)
+                break
+        counts.append(images_done(disk))
+        assert counts[-1] > counts[-2]
+    cache = mammo.build_cache(config)
+    assert len(counts) > 2
+    pixels = np.load(cache / "pixels.npy", mmap_mode="r")
+    images = pd.read_csv(cache / "images.csv")
+    assert len(pixels) == (images["height"] * images["width"]).sum()  # nothing was written twice
 
 
 def undisturbed(folder: Path) -> tuple[Path, Path]:

@@ -325,7 +325,7 @@ def test_ctrl_c_elsewhere_ends_within_five_seconds(name, tmp_path, request):
     stage, folder = request.getfixturevalue(name), tmp_path / "stopped"
     signs = {
         "prepare": "out/.prepare_dataset.journal.jsonl",
-        "extraction": "cache/.*.building/extracted/pixels_*.npy",
+        "extraction": "cache/.*.building/extracted/*/records.jsonl",
         "classifier": "tuned/last.pth",
     }
     printed = interrupt(stage, folder, lambda: list(folder.glob(signs[name])))
