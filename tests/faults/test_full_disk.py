@@ -111,10 +111,9 @@ def test_a_disk_that_gets_ever_a_little_room_gets_ever_further(tmp_path, disk):
     config = small_config(tmp_path, "--num_workers", "2", "--cache_dir", str(disk / "cache"))
     counts = [0]
     while counts[-1] < 24:
-        with nearly_full(disk, 1_500_000):
-            with contextlib.suppress(OSError):
-                mammo.build_cache(config)
-                break
+        with nearly_full(disk, 1_500_000), contextlib.suppress(OSError):
+            mammo.build_cache(config)
+            break
         counts.append(images_done(disk))
         assert counts[-1] > counts[-2]
     cache = mammo.build_cache(config)
