@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -217,6 +218,37 @@ def test_two_builders_whose_lock_fails_them_spoil_nothing(archive, tmp_path, mon
 def folder_of(config):
     """Where a config's cache is being built."""
     return next(Path(config.cache_dir).glob(".*.building"))
+
+
+def test_an_image_that_did_not_end_gives_its_room_back(archive, tmp_path):
+    _, folder = first_start(tmp_path, archive)
+    journal = mammo.Journal(folder.parent)
+    assert journal.folder == folder  # closed as it should be
+    before = (folder / "pixels_uint16.npy").stat().st_size
+    mammo.append_pixels(folder / "pixels_uint16.npy", np.ones((5, 7), np.uint16))
+    journal.close()
+    assert (folder / "pixels_uint16.npy").stat().st_size == before
+    assert len(mammo.read_records(folder.parent)) == 3
+
+
+def test_jobs_that_end_while_another_fails_are_not_lost(archive, monkeypatch):
+    monkeypatch.setattr(mammo, "available_cores", lambda: 2)
+    results = []
+
+    def note(number):
+        results.append(number)
+        if len(results) == 1:
+            raise KeyboardInterrupt
+
+    def wait(number):
+        time.sleep(0.1 * number)
+        return number
+
+    config = dataclasses.replace(small_config(archive), num_workers=2)
+    jobs = [(number,) for number in range(1, 9)]
+    with pytest.raises(KeyboardInterrupt):
+        mammo.run_in_parallel(wait, jobs, config, "jobs", "job", done=note, threads=True)
+    assert 2 <= len(results) < 8
 
 
 def append_many(path, numbers):
