@@ -1540,10 +1540,11 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
         if index not in finished
     ]
     try:
-        try:
-            run_in_parallel(extract_to_file, jobs, config, "tiles", "image", done=journal.add)
-        finally:
-            journal.close()
+        with signals_as_ctrl_c():
+            try:
+                run_in_parallel(extract_to_file, jobs, config, "tiles", "image", done=journal.add)
+            finally:
+                journal.close()
     except BrokenProcessPool as error:
         finished = read_records(extracted)
         left = [job[1] for job in jobs if job[0] not in finished]
@@ -1555,6 +1556,24 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
         ) from error
     finished = read_records(extracted)
     return [finished[index] for index in range(len(sources))]
+
+
+@contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """Let the first SIGTERM or SIGUSR1, as of a time limit, end what is inside in order, like Ctrl-C."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    names = ("SIGTERM", "SIGUSR1")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    former = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def run_in_parallel(

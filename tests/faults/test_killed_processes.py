@@ -333,6 +333,21 @@ def test_ctrl_c_elsewhere_ends_within_five_seconds(name, tmp_path, request):
     stage.finish(folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_of_a_time_limit_end_an_extraction_in_order(tmp_path, number):
+    data = write_images(tmp_path / "images", 24, bits=12)
+    flags = arguments(data, tmp_path / "run", "--max_steps", "1", "--num_workers", "2")
+    (tmp_path / "run").mkdir()
+    process = stages.start("train_byol_mammo", flags, tmp_path / "log")
+    wait_until(lambda: images_done(tmp_path / "run"))
+    os.kill(process.pid, number)
+    os.kill(process.pid, number)  # the job's shell hands on what SLURM sends as well
+    process.join(60)
+    assert process.exitcode == 130, (tmp_path / "log").read_text()
+    assert "the same command goes on where it stopped" in (tmp_path / "log").read_text()
+    assert list(tmp_path.glob(f"run/cache/.*.building/extracted/*/{mammo.CLOSED}"))
+
+
 @pytest.mark.slow
 def test_ctrl_c_reaches_extraction_processes_and_all_end(tmp_path):
     """A terminal sends it to the whole group: parent, fork server and workers."""
