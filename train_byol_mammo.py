@@ -66,7 +66,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -1182,7 +1182,7 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
     "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm".split()
 )
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
-SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does as much again
+SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does that much again
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
 
 
@@ -1366,14 +1366,20 @@ def extract_to_file(
     except ImageReadError as error:
         return {"index": index, "error": error.reason}
     file, dtype = pixel_file(Path(folder), record["bit_depth"])
-    offset = append_pixels(file, np.ascontiguousarray(pixels, dtype))
-    return {"index": index, "folder": Path(folder).name, "offset": offset, **record}
+    offset = append_pixels(file, np.ascontiguousarray(pixels, dtype)) if pixels.size else 0
+    return {"index": index, "offset": offset, **record}
 
 
 def pixel_file(folder: Path, bit_depth: int) -> tuple[Path, np.dtype]:
     """Where images of this depth are extracted to, and as what."""
     dtype = np.dtype(np.uint8 if bit_depth <= 8 else np.uint16)
     return folder / f"pixels_{dtype}.npy", dtype
+
+
+def pixels_end(folder: Path, record: dict[str, Any]) -> tuple[Path, int]:
+    """The file that holds an image's pixels, and where they end in it, in bytes."""
+    path, dtype = pixel_file(folder, record["bit_depth"])
+    return path, NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
 
 
 def append_pixels(path: Path, pixels: np.ndarray) -> int:
@@ -1384,7 +1390,7 @@ def append_pixels(path: Path, pixels: np.ndarray) -> int:
     with naming(path), path.open("ab", buffering=0) as out:
         written = out.write(pixels.data)
         start = out.tell() - written - NPY_HEADER
-    if written < pixels.nbytes or start % pixels.itemsize:
+    if written < pixels.nbytes or start % pixels.itemsize:  # this image was cut short, or the one before
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return start // pixels.itemsize
 
@@ -1409,18 +1415,17 @@ class Journal:
 
     def add(self, record: dict[str, Any]) -> None:
         """Note a finished image. Raises the OSError of an earlier write."""
-        self.waiting.append(record)
         if "offset" in record:
-            path, dtype = pixel_file(self.folder, record["bit_depth"])
-            end = NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
+            path, end = pixels_end(self.folder, record)
             self.ends[path] = max(self.ends[path], end)
+        self.waiting.append(record)  # last: what Ctrl-C cuts off here is neither kept nor on record
         if time.monotonic() >= self.due and self.written.done():
             self.written.result()
             self.written = self.writer.submit(self._write)
             self.due = time.monotonic() + SYNC_EVERY
 
     def close(self) -> None:
-        """Give back the room of images that did not end, as on a full disk, and write the last lines."""
+        """Give back the room behind the last finished image, as on a full disk, and write what waits."""
         self.writer.shutdown()
         for path, end in self.ends.items():
             os.truncate(path, end)
@@ -1448,8 +1453,9 @@ def take_folder(extracted: Path) -> tuple[Path, dict[Path, int]]:
     for closed in extracted.glob(f"*/{CLOSED}"):
         with suppress(OSError, ValueError):
             ends = {closed.with_name(name): end for name, end in json.loads(closed.read_text()).items()}
-            if all(path.stat().st_size == end for path, end in ends.items()):
-                closed.unlink()  # one of several starts succeeds
+            closed.unlink()  # of several starts one succeeds
+            whole = all(path.stat().st_size == end for path, end in ends.items())
+            if whole and closed.with_name("records.jsonl").is_file():
                 return closed.parent, ends
     folder = extracted / f"{socket.gethostname()}_{os.getpid()}_{time.time_ns()}"
     folder.mkdir(parents=True)
@@ -1461,23 +1467,24 @@ def take_folder(extracted: Path) -> tuple[Path, dict[Path, int]]:
 
 
 def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
-    """The lines of all journals by image number, without damaged ones and those without pixels."""
+    """The lines of all journals by image number, each with the `folder` of its pixels.
+
+    Left out are damaged lines and those whose pixels are gone: scratch file systems purge old files.
+    """
     records = {}
     for journal in extracted.glob("*/records.jsonl"):
+        folder = journal.parent
+        sizes = {path: path.stat().st_size for path in folder.glob("pixels_*.npy")}
         with journal.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 with suppress(ValueError):  # half a line, where a process was killed
-                    record = json.loads(line)
-                    if "error" in record or pixels_are_there(extracted, record):
-                        records[record["index"]] = record
+                    record = {"folder": folder, **json.loads(line)}
+                    if "error" not in record:
+                        path, end = pixels_end(folder, record)
+                        if end > sizes.get(path, 0):
+                            continue
+                    records[record["index"]] = record
     return records
-
-
-def pixels_are_there(extracted: Path, record: dict[str, Any]) -> bool:
-    """Whether an image's pixels are where its record says: scratch file systems purge old files."""
-    path, dtype = pixel_file(extracted / record["folder"], record["bit_depth"])
-    end = NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
-    return path.is_file() and path.stat().st_size >= end
 
 
 def build_cache(config: Config) -> Path:
@@ -1511,10 +1518,13 @@ def build_cache(config: Config) -> Path:
 
 def extract_only(config: Config) -> Path:
     """Build the cache without a model, as on a node without a GPU; returns its folder."""
+    pages = config.run_dir / "qc"
+    if config.qc_pages:
+        pages.mkdir(parents=True, exist_ok=True)  # what can fail in seconds comes first
     cache = build_cache(config)
     if config.qc_pages:
-        draw_qc_pages(config, config.run_dir / "qc")
-        print(f"qc pages  {config.run_dir / 'qc'}")
+        draw_qc_pages(config, pages)
+        print(f"qc pages  {pages}")
     print(describe_funnel(pd.read_csv(cache / "rejections.csv", keep_default_na=False)))
     print(f"cache     {cache}: {', '.join(EXTRACTION_PICTURES)} show it; training finds it there")
     return cache
@@ -1533,16 +1543,17 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
     """Extract the images that no journal below `extracted` holds yet; returns the records of all."""
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
     finished = read_records(extracted)
-    journal = Journal(extracted)
     jobs = [
-        (index, path, float(mm), config, str(journal.folder))
+        (index, path, float(mm), config)
         for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
         if index not in finished
     ]
     try:
         with signals_as_ctrl_c():
+            journal = Journal(extracted)
             try:
-                run_in_parallel(extract_to_file, jobs, config, "tiles", "image", done=journal.add)
+                extract = functools.partial(extract_to_file, folder=str(journal.folder))
+                run_in_parallel(extract, jobs, config, "tiles", "image", done=journal.add)
             finally:
                 journal.close()
     except BrokenProcessPool as error:
@@ -1597,16 +1608,18 @@ def run_in_parallel(
                 bar.update()
             return
         with ThreadPoolExecutor(workers) if threads else process_pool(workers) as pool:
-            running = {pool.submit(function, *job) for job in jobs}
+            running = set()
             try:
+                for job in jobs:
+                    running.add(pool.submit(function, *job))
                 for future in as_completed(running.copy()):
                     running.discard(future)
                     done(future.result())
                     bar.update()
             except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future in running:  # what ended meanwhile is not lost
-                    if not future.cancelled() and not future.exception():
+                begun = [future for future in running if not future.cancel()]
+                for future in wait(begun).done:  # none of these is lost
+                    if not future.exception():
                         with suppress(OSError):
                             done(future.result())
                 raise
@@ -1654,9 +1667,9 @@ def finish_cache(
     rejections = _funnel(records, tiles, sources)
     if tiles.empty:
         raise MammoError(f"no tile was kept.\n{describe_funnel(rejections)}")
-    images, parts = _index_images(building / "extracted", records, tiles, sources, config)
+    images, parts = _index_images(records, tiles, sources, config)
     files = {part[0] for part in parts}
-    if len(files) == 1 and not rejections["capped"].any():
+    if len(files) == 1 and not rejections["capped"].any():  # it becomes pixels.npy as it is
         pixels, dtype = files.pop(), parts[0][1]
         with naming(pixels), pixels.open("r+b") as out:
             write_npy_header(out, dtype, (pixels.stat().st_size - NPY_HEADER) // dtype.itemsize)
@@ -1665,6 +1678,7 @@ def finish_cache(
         images["offset"] = (images["height"] * images["width"]).cumsum().shift(fill_value=0)
         pixels = building / "extracted" / "pixels.npy"
         sweep(pixels.parent)
+        pixels.unlink(missing_ok=True)  # of a start that was killed behind this
         with replacing(pixels) as temporary:
             gather_pixels(images, parts, temporary, config)
     tiles = tiles.assign(image=tiles.groupby("image").ngroup())
@@ -1738,11 +1752,7 @@ Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, offset
 
 
 def _index_images(
-    extracted: Path,
-    records: list[dict[str, Any]],
-    tiles: pd.DataFrame,
-    sources: pd.DataFrame,
-    config: Config,
+    records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.DataFrame, config: Config
 ) -> tuple[pd.DataFrame, list[Part]]:
     """The rows of images.csv, and where the pixels of each were extracted to."""
     rows, parts = [], []
@@ -1754,7 +1764,7 @@ def _index_images(
         box = (record["offset"], ys.stop - ys.start, xs.stop - xs.start, ys.start, xs.start)
         source = sources.loc[int(index), ["image", "study_id", "laterality", "view"]]
         rows.append([*source, *box, *record["window"], record["bit_depth"], record["spacing_mm"]])
-        file, dtype = pixel_file(extracted / record["folder"], record["bit_depth"])
+        file, dtype = pixel_file(record["folder"], record["bit_depth"])
         inside = slice(ys.start - y0, ys.stop - y0), slice(xs.start - x0, xs.stop - x0)
         parts.append((file, dtype, record["offset"], tuple(shape), *inside))
     return pd.DataFrame(rows, columns=IMAGE_COLUMNS), parts
@@ -1763,7 +1773,7 @@ def _index_images(
 def gather_pixels(images: pd.DataFrame, parts: list[Part], target: Path, config: Config) -> None:
     """Copy the images' pixels to one .npy file, to the offsets in `images`, several images at a time.
 
-    A second copy: for extractions that were interrupted, for MAX_TILES, and for archives of 8-bit and
+    A second copy: for extractions that were killed, for MAX_TILES, and for archives of 8-bit and
     deeper images, which share uint16.
     """
     dtype = max(part[1] for part in parts)
@@ -1772,17 +1782,18 @@ def gather_pixels(images: pd.DataFrame, parts: list[Part], target: Path, config:
         write_npy_header(out, dtype, length)
         out.truncate(NPY_HEADER + length * dtype.itemsize)
     starts = NPY_HEADER + images["offset"] * dtype.itemsize
-    jobs = [(part, dtype, target, start) for part, start in zip(parts, starts, strict=True)]
+
+    def copy_part(part: Part, start: int) -> None:
+        file, source, offset, shape, ys, xs = part
+        pixels = np.fromfile(
+            file, source, math.prod(shape), offset=NPY_HEADER + offset * source.itemsize
+        )
+        with target.open("r+b") as out:
+            out.seek(start)
+            out.write(np.ascontiguousarray(pixels.reshape(shape)[ys, xs], dtype).data)
+
+    jobs = list(zip(parts, starts, strict=True))
     run_in_parallel(copy_part, jobs, config, "cache", "image", threads=True)
-
-
-def copy_part(part: Part, dtype: np.dtype, target: Path, start: int) -> None:
-    """Copy what is to be kept of an extracted image to byte `start` of the target."""
-    file, source, offset, shape, ys, xs = part
-    pixels = np.fromfile(file, source, math.prod(shape), offset=NPY_HEADER + offset * source.itemsize)
-    with target.open("r+b") as out:
-        out.seek(start)
-        out.write(np.ascontiguousarray(pixels.reshape(shape)[ys, xs], dtype).data)
 
 
 def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:

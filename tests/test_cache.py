@@ -166,7 +166,7 @@ DAMAGE = {  # and how many of three finished images it costs
     "pixels of an image without a line": (
         lambda folder: write_at_the_end(folder / "pixels_uint16.npy", bytes(1001)), 0
     ),
-    "journal gone": (lambda folder: (folder / "records.jsonl").unlink(), 3),
+    "lines gone": (lambda folder: (folder / "records.jsonl").unlink(), 3),
     "pixels gone": (lambda folder: (folder / "pixels_uint16.npy").unlink(), 3),
     "pixels cut": (lambda folder: cut_by(folder / "pixels_uint16.npy", 101), 1),
 }  # fmt: skip
@@ -197,7 +197,7 @@ def test_what_an_interrupted_extraction_leaves_is_used_or_made_again(
     assert not (cache / "extracted").exists()
 
 
-def test_two_builders_whose_lock_fails_them_spoil_nothing(archive, tmp_path, monkeypatch):
+def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_path, monkeypatch):
     """On file systems whose locks don't reach other nodes: a second one extracts in between."""
     config, _ = first_start(tmp_path / "a", archive)
     second, _ = first_start(tmp_path / "b", archive)
@@ -249,6 +249,19 @@ def test_jobs_that_end_while_another_fails_are_not_lost(archive, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         mammo.run_in_parallel(wait, jobs, config, "jobs", "job", done=note, threads=True)
     assert 2 <= len(results) < 8
+
+
+def test_an_image_without_tiles_takes_no_place_behind_one_that_was_cut_short(tmp_path):
+    write_images(tmp_path / "images", 1, bits=12)
+    config = small_config(tmp_path, "--min_freq_energy", "1e9")
+    journal = mammo.Journal(tmp_path / "extracted")
+    path = journal.folder / "pixels_uint16.npy"
+    write_at_the_end(path, b"cut")
+    image = str(tmp_path / "images" / "s0_i0.png")
+    journal.add(mammo.extract_to_file(0, image, 0.3, config, str(journal.folder)))
+    journal.close()
+    assert path.stat().st_size == mammo.NPY_HEADER
+    assert mammo.read_records(tmp_path / "extracted")[0]["tiles"]["x"] == []
 
 
 def append_many(path, numbers):
