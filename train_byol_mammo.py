@@ -1183,7 +1183,10 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
 )
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
 SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does that much again
+CLOSED = "closed.json"  # lengths of the files in an extraction's folder that nobody writes to any more
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
+
+Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, offset, shape, what to keep
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:
@@ -1395,9 +1398,6 @@ def append_pixels(path: Path, pixels: np.ndarray) -> int:
     return start // pixels.itemsize
 
 
-CLOSED = "closed.json"  # in the folder of an extraction that nobody writes to: lengths of its files
-
-
 class Journal:
     """A folder with the images that an extraction has finished: their pixels and a line about each.
 
@@ -1514,20 +1514,6 @@ def build_cache(config: Config) -> Path:
             sweep(building)
             os.replace(building, final)
     return final
-
-
-def extract_only(config: Config) -> Path:
-    """Build the cache without a model, as on a node without a GPU; returns its folder."""
-    pages = config.run_dir / "qc"
-    if config.qc_pages:
-        pages.mkdir(parents=True, exist_ok=True)  # what can fail in seconds comes first
-    cache = build_cache(config)
-    if config.qc_pages:
-        draw_qc_pages(config, pages)
-        print(f"qc pages  {pages}")
-    print(describe_funnel(pd.read_csv(cache / "rejections.csv", keep_default_na=False)))
-    print(f"cache     {cache}: {', '.join(EXTRACTION_PICTURES)} show it; training finds it there")
-    return cache
 
 
 def is_finished(cache: Path) -> bool:
@@ -1746,9 +1732,6 @@ def describe_funnel(rejections: pd.DataFrame) -> str:
     if len(skipped) > 10:
         lines.append(f"  ... and {len(skipped) - 10:,} more in rejections.csv")
     return "\n".join(lines)
-
-
-Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, offset, shape, what to keep
 
 
 def _index_images(
@@ -4164,6 +4147,20 @@ def train(config: Config) -> Path:
         if world.leads:
             finish_run(run, tracker)
     return run.folder
+
+
+def extract_only(config: Config) -> Path:
+    """Build the cache without a model, as on a node without a GPU; returns its folder."""
+    pages = config.run_dir / "qc"
+    if config.qc_pages:
+        pages.mkdir(parents=True, exist_ok=True)  # what can fail in seconds comes first
+    cache = build_cache(config)
+    if config.qc_pages:
+        draw_qc_pages(config, pages)
+        print(f"qc pages  {pages}")
+    print(describe_funnel(pd.read_csv(cache / "rejections.csv", keep_default_na=False)))
+    print(f"cache     {cache}: {', '.join(EXTRACTION_PICTURES)} show it; training finds it there")
+    return cache
 
 
 def set_determinism(config: Config, device: torch.device) -> None:
