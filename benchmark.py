@@ -16,7 +16,7 @@ extraction: reading, masking, choosing and caching tiles, pixels on disk include
 memory: the peak of one extracting process, for few and for ten times as many images.
 masks: breast masks, bit depths and clusters of specks on phantoms with exact truth (no timing); with
     --data_dir, masks of those images once they are spoilt by frames, tape, a canvas, noise, or cut until
-    hardly any air is left, against their masks as they are.
+    hardly any air is left, against their masks as they are, and bit depths of those that have over 8.
 step: the whole training step (views, step, metrics), with the share of each part, against
     bare      the optimiser step on constant views that lie on the device already
     product   a large matrix product in the same precision: what the arithmetic can do
@@ -52,7 +52,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,7 @@ def benchmark_memory(options: argparse.Namespace, scratch: Path) -> None:
 
 # ---- 2 Masks ---------------------------------------------------------------------------------------
 
+FINE_STRIDE = 32  # px between the tiles of real images, which are few
 TRAP_SIZE, VINDR_SIZE = (1760, 1400), (3518, 2800)  # rows, columns at 0.17 and 0.085 mm
 
 
@@ -287,16 +288,16 @@ def vindr_phantom(seed: int) -> phantoms.Phantom:
     return phantoms.make_phantom(spec)
 
 
-def benchmark_encodings(count: int, scratch: Path) -> None:
+def benchmark_encodings(images: Iterable[np.ndarray], stride: int, scratch: Path) -> None:
     """Print how well masks and kept tiles of one picture agree over bit depths and polarity."""
-    config, results = mammo.Config(), []
-    for seed in range(count):
-        image = vindr_phantom(seed).image
+    config, results = mammo.Config(tile_stride=stride), []
+    for image in images:
+        whole = image << 16 - mammo.bit_depth(image)
         encodings = {
-            "16 bit": image,
-            "12 bit": image >> 4,
-            "8 bit": (image >> 8).astype(np.uint8),
-            "inverted": 65535 - image,
+            "16 bit": whole,
+            "12 bit": whole >> 4,
+            "8 bit": (whole >> 8).astype(np.uint8),
+            "inverted": 65535 - whole,
         }
         for name, encoded in encodings.items():
             read = as_read(encoded, scratch)
@@ -308,8 +309,9 @@ def benchmark_encodings(count: int, scratch: Path) -> None:
             same = (kept == reference[1]).sum()
             sizes = kept.sum() + reference[1].sum(), len(kept)
             results.append((name, overlap(mask, reference[0]), both, sizes[0], same, sizes[1]))
-    print(f"{count} phantoms in other encodings against 16 bit: worst mask IoU, tiles that agree")
     table = pd.DataFrame(results, columns=["name", "iou", "both", "kept", "same", "positions"])
+    count = int((table["name"] == "16 bit").sum())
+    print(f"{count} images in other encodings against 16 bit: worst mask IoU, tiles that agree")
     for name, rows in table.groupby("name", sort=False):
         shares = rows["both"].sum() / rows["kept"].sum(), rows["same"].sum() / rows["positions"].sum()
         print(f"  {name:9s} {rows['iou'].min():.4f}  kept {shares[0]:.4f}, of all {shares[1]:.4f}")
@@ -758,10 +760,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.what == "memory":
             benchmark_memory(options, scratch)
         elif options.what == "masks" and options.data_dir:
-            benchmark_spoilt(mammo.find_images(options.data_dir), scratch)
+            paths = mammo.find_images(options.data_dir)
+            benchmark_spoilt(paths, scratch)
+            images = map(mammo.read_mammogram, paths)
+            deep = (image for image in images if mammo.bit_depth(image) > 8)
+            benchmark_encodings(deep, FINE_STRIDE, scratch)
         elif options.what == "masks":
             benchmark_traps(options.seeds, scratch)
-            benchmark_encodings(options.seeds, scratch)
+            drawn = (vindr_phantom(seed).image for seed in range(options.seeds))
+            benchmark_encodings(drawn, mammo.TILE_STRIDE, scratch)
             benchmark_clusters(options.images)
         elif options.what == "all":
             benchmark_training(options, scratch, ["step", "loop", "views"])
