@@ -213,9 +213,6 @@ def read_header(dataset: Dataset) -> dict[str, str]:
     }
 
 
-# SOF markers of JPEG (without DHT, JPG and DAC, which lie between them) and of JPEG-LS.
-FRAME_HEADERS = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}
-
 # 3 Pixels -----------------------------------------------------------------------------------------
 # Padding, rescale, window and inversion each map one stored value to another. They are worked out
 # once for every value between the image's extremes; the image is then a single look-up.
@@ -268,7 +265,7 @@ def grey_table(stored: np.ndarray, dataset: Dataset, window: str, padding: np.nd
     slope would have to be rounded. A negative slope and a look-up table do change the image.
     """
     top, slope = 2**dataset.BitsStored - 1, float(dataset.get("RescaleSlope") or 1)
-    has_window = "WindowCenter" in dataset and "WindowWidth" in dataset
+    has_window = bool(numbers(dataset, "WindowCenter") and numbers(dataset, "WindowWidth"))
     invert = air_is_high(dataset)
     if window == "voi" and (dataset.get("VOILUTSequence") or has_window):
         values, top = windowed(stored, dataset)
@@ -334,27 +331,29 @@ def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, flo
     return look_up(stored, low, table).astype(np.uint8 if narrow else np.uint16, copy=False), share
 
 
+# SOF markers of JPEG (without DHT, JPG and DAC, which lie between them) and of JPEG-LS.
+FRAME_HEADERS = {*range(0xFFC0, 0xFFD0), 0xFFF7} - {0xFFC4, 0xFFC8, 0xFFCC}
+JPEG_2000_START = b"\xff\x4f\xff\x51"  # SOC and SIZ, ISO 15444-1 A.5.1; in other syntaxes by chance
+
+
 def check_frame(dataset: Dataset) -> None:
     """Refuse a compressed image that is not of the header's size, before its decoder makes room for it.
 
     Raises DicomError; a frame whose own header is not found is left to the decoder.
     """
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    jpeg_2000 = "2000" in dataset.file_meta.TransferSyntaxUID.name
     found: tuple[int, ...] = ()
-    if (start := frame.find(b"\xff\x4f\xff\x51")) >= 0:  # JPEG 2000: SOC and SIZ, ISO 15444-1 A.5.1
-        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
-        found = (bottom - top, right - left, *struct.unpack_from(">H", frame, start + 40))
-    elif (
-        frame[:2] == b"\xff\xd8"
-    ):  # JPEG and JPEG-LS: segments up to the frame header, ISO 10918-1 B.2.2
+    if frame[:2] == b"\xff\xd8":  # JPEG, JPEG-LS: segments up to the frame header, ISO 10918-1 B.2.2
         at = 2
         while at + 10 <= len(frame) and not found:
             marker, length, _, height, width, components = struct.unpack_from(">HHBHHB", frame, at)
-            if (
-                0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)
-            ) or marker == 0xFFF7:
+            if marker in FRAME_HEADERS:
                 found = (height, width, components)
             at += 2 + length
+    elif jpeg_2000 and (start := frame.find(JPEG_2000_START)) >= 0:
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        found = (bottom - top, right - left, *struct.unpack_from(">H", frame, start + 40))
     if found and found != (dataset.Rows, dataset.Columns, 1):
         raise DicomError("its compressed image is not of the size that the header says")
 

@@ -141,7 +141,9 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
     "problems.csv": ["check", "split", "file", "detail"],
     CLAIMS: ["file", *SOURCE],
 }
-SIGNATURES = {**REPORTS, "manifest.csv": REPORTS["manifest.csv"][:14]}  # older manifests have these
+# What each file of ours has at least; older manifests have these.
+SIGNATURES = {**REPORTS, "manifest.csv": REPORTS["manifest.csv"][:14], "labels.csv": LABELS}
+SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation"}  # other names for ours
 OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
 TEMPORARY = ".prepare_dataset.tmp"  # ending of files not yet complete
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -328,6 +330,10 @@ def read_table(
     alone = 0 if tables else int((~table["places"].str.contains("/")).sum())
     if alone:
         notes.append(f"{alone} images lie in no folder of their own: each counts as a patient")
+    if not tables and len(table) > 1 and patients(table).nunique() == 1:
+        notes.append("all images lie in one folder and count as one patient: give it as --images_root")
+    if "split" in table:
+        table["split"] = table["split"].map(lambda name: SPLIT_NAMES.get(name.lower(), name))
     if "split" not in table or options.split == "patient":
         table["split"] = split_by_patient(table, options.test_share)
         notes.append(f"split by patient, {options.test_share:.0%} of them for test")
@@ -374,11 +380,14 @@ def is_safe_name(name: str) -> bool:
 
 
 def safe_name(name: str) -> str:
-    """`name` with what cannot be part of a file name turned into '_'; long ones keep their end."""
+    """`name` with what cannot be part of a file name turned into '_'; long ones keep their end.
+
+    Those that would be too long or without a letter, such as two in Chinese, are told by a hash.
+    """
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".-")
-    if len(safe) <= MAX_ID_LENGTH:
+    if not name or (len(safe) <= MAX_ID_LENGTH and re.search("[A-Za-z0-9]", safe)):
         return safe
-    return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}_{safe[-64:].lstrip('.-')}"
+    return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}_{safe[-64:].lstrip('.-')}"
 
 
 def check_ids(table: pd.DataFrame) -> None:
@@ -486,7 +495,7 @@ def side(value: str) -> str:
 
 def adapt_vindr(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
     """VinDr-Mammo breast-level_annotations.csv: <study_id>/<image_id>.png or .dicom."""
-    table = raw[[name for name in REQUIRED + OPTIONAL if name in raw]].copy()
+    table = raw[[name for name in [*REQUIRED, *OPTIONAL, "patient_id"] if name in raw]].copy()
     return table.assign(places=table["study_id"] + "/" + table["image_id"])
 
 
@@ -641,6 +650,12 @@ GENERIC: dict[str, tuple[str, Callable[[str], str]]] = {
     "calcification": ("", flag),
     "cancer": ("", flag),
 }
+UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something of
+    flag: "1, 0, yes, no, true and false are",
+    side: "L, R, left and right are",
+    birads: "0 to 6, 4A to 4C and BI-RADS before them are",
+    density: "A to D and 1 to 4 are",
+}
 
 
 def generic_adapter(columns: str) -> Adapter:
@@ -659,14 +674,20 @@ def generic_adapter(columns: str) -> Adapter:
         stems = raw[names["image"]].map(lambda name: without_suffix(name.replace("\\", "/").lstrip("/")))
         table = pd.DataFrame({"image_id": stems.map(safe_name), "places": stems + "\nname " + stems})
         for ours, theirs in names.items():
-            if GENERIC[ours][0]:
-                table[GENERIC[ours][0]] = raw[theirs].map(GENERIC[ours][1])
-        for name in {"mass", "calcification", "cancer"} & set(names):
-            for key, value in zip(
-                zip(table["study_id"], table["image_id"], strict=True), raw[names[name]], strict=True
-            ):
-                labels.setdefault(key, ImageLabels()).add({name: flag(value)})
-        return table
+            column, reader = GENERIC[ours]
+            values = raw[theirs].map(reader)
+            said = raw[theirs][raw[theirs] != ""]
+            if len(said) and (values == "").all():
+                raise RefusedError(
+                    f"--columns {ours}={theirs}: no value of {theirs} is understood, such as "
+                    f"{said.iloc[0][:MAX_ID_LENGTH]!r}; {UNDERSTOOD[reader]}"
+                )
+            table[column or ours] = values
+        findings = [name for name in names if name in ("mass", "calcification", "cancer")]
+        for row in table.to_dict("records") if findings else ():
+            key = row["study_id"], row["image_id"]
+            labels.setdefault(key, ImageLabels()).add({name: row[name] for name in findings})
+        return table.drop(columns=["image", *findings])
 
     return Adapter("the columns given", tuple(names.values()), adapt)
 
@@ -1006,12 +1027,14 @@ def make_plan(options: Options) -> Plan:
         notes.append(f"{len(ambiguous)} images have several files: {some(ambiguous)}")
     plan = Plan(options, [], {}, {}, {}, missing, extra, [], notes, moved, labels)
     if options.findings_csv:
-        plan.labels |= read_findings(options.findings_csv, table, notes)
+        for key, found in read_findings(options.findings_csv, table, notes).items():
+            found.values = plan.labels.get(key, ImageLabels()).values | found.values
+            plan.labels[key] = found
     read_reports(plan)
+    earlier = plan.previous.keys() | plan.claimed.keys()
     for row in matched.to_dict("records"):
         try:
-            ours = row["file"] in {**plan.previous, **plan.claimed}
-            plan.items.append(inspect(row, options, ours))
+            plan.items.append(inspect(row, options, row["file"] in earlier))
         except SkipImageError as reason:
             plan.skipped.append({**row, "reason": str(reason)})
     return plan
@@ -1035,14 +1058,8 @@ def read_reports(plan: Plan) -> None:
     reports = {name: read_report(folder / name, name) for name in REPORTS}
     plan.previous, plan.claimed = reports["manifest.csv"], reports[CLAIMS]
     plan.checked = {**reports["image_checks.csv"], **read_journal(folder / JOURNAL)}
-    labels = folder / "labels.csv"
-    if plan.labels and labels.exists():
-        try:
-            ours = set(LABELS) <= set(pd.read_csv(labels, nrows=0).columns)
-        except (OSError, ValueError):
-            ours = False
-        if not ours:
-            raise RefusedError(f"{labels} is in the way and not from this program; move it elsewhere")
+    if plan.labels:
+        read_report(folder / "labels.csv", "labels.csv")
 
 
 def read_report(path: Path, name: str) -> dict[str, dict[str, str]]:
@@ -1428,7 +1445,7 @@ def flush(path: Path) -> None:
 
 BOX = ["xmin", "ymin", "xmax", "ymax"]
 # VinDr-Mammo's categories that have a column of another name; the others keep theirs, as snake case.
-CATEGORY_COLUMNS = {"mass": "mass", "suspicious_calcification": "calcification"}
+CATEGORY_COLUMNS = {"suspicious_calcification": "calcification"}
 
 
 def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labels:
@@ -1502,6 +1519,8 @@ def make_labels(plan: Plan) -> list[dict[str, str]]:
         entry = plan.labels.get((study, image["image_id"])) or plan.labels.get((study, f"side {tag}"))
         entry = entry or ImageLabels()
         known = {name: image[name] for name in LABELS if name in image}
+        if image["patient_id"] not in ("", study):
+            known["patient_id"] = image["patient_id"]
         boxes = "" if entry.boxes is None else json.dumps(fit_boxes(entry, image, plan))
         rows.append({"image": image["file"], **known, **entry.values, "boxes": boxes})
     return rows
@@ -1765,9 +1784,11 @@ def print_summary(plan: Plan) -> None:
     for note in plan.notes:
         print(f"note: {note}")
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
-    splits = sorted(set(rows["split"]), key=lambda name: (name != "training", name))
+    splits = sorted(set(rows["split"]) - {"test"}, key=lambda name: (name != "training", name))
     if splits:
         print(f"Next: python train_byol_mammo.py --data_dir {options.output_dir / splits[0]}")
+    elif len(rows):
+        print("All images are in the split test: there is none to pre-train on")
     else:
         print("No image was laid out; the reasons are in skipped.csv")
 

@@ -282,9 +282,9 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def setting_help() -> dict[str, str]:
-    """The one-line comment of each constant, by lower-case name."""
-    source = Path(__file__).read_text(encoding="utf-8")
+def setting_help(script: str = __file__) -> dict[str, str]:
+    """The one-line comment of each constant of a script, by lower-case name."""
+    source = Path(script).read_text(encoding="utf-8")
     found = re.findall(r"^([A-Z][A-Z_]+) = [^#\n]+  # (.+)$", source, flags=re.MULTILINE)
     return {name.lower(): comment for name, comment in found}
 
@@ -296,13 +296,22 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Turn flags into a Config; `--tile-size` equals `--tile_size`. Raises MammoError on a typo."""
-    parser = _Parser(
-        description=(__doc__ or "").split("Contents")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    return Config(**parse_fields(Config, make_parser(__doc__), setting_help(), argv))
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that raises MammoError; its description is the docstring up to the contents."""
+    form = argparse.RawDescriptionHelpFormatter
+    return _Parser(
+        description=(doc or "").split("Contents")[0], formatter_class=form, allow_abbrev=False
     )
-    comments = setting_help()
-    for field in dataclasses.fields(Config):
+
+
+def parse_fields(
+    kind_of: Any, parser: argparse.ArgumentParser, comments: dict[str, str], argv: Sequence[str] | None
+) -> dict[str, Any]:
+    """The values of a dataclass's fields as flags, and of what else the parser knows."""
+    for field in dataclasses.fields(kind_of):
         text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
         if isinstance(field.default, bool):
             parser.add_argument(f"--{field.name}", action="store_true", help=text)
@@ -315,13 +324,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     words = [
         re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words
     ]
-    namespace, unknown = parser.parse_known_args(words)
+    namespace, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see --help"
         raise MammoError(f"unknown argument {unknown[0]}{hint}")
-    return Config(**vars(namespace))
+    return vars(namespace)
 
 
 # ---- 2 Image ---------------------------------------------------------------------------------------
@@ -425,7 +434,10 @@ def declared_samples(path: str | Path) -> int:
     except OSError as error:
         if error.errno:
             raise ImageReadError(path, f"can't be read: {error.strerror}") from error
-        raise ImageReadError(path, "can't be decoded: damaged, or not an image") from error
+        with open(path, "rb") as file:
+            dicom = file.read(132).endswith(b"DICM")  # after a preamble of 128 bytes (PS3.10, 7.1)
+        reason = "DICOM; prepare_dataset.py makes PNG of it" if dicom else "damaged, or not an image"
+        raise ImageReadError(path, f"can't be decoded: {reason}") from error
     except Exception as error:  # Pillow raises almost anything on damaged headers
         raise ImageReadError(path, "can't be decoded: its header is damaged") from error
 
@@ -2653,8 +2665,8 @@ def read_labels(path: str | Path, findings: Sequence[str] = CLASSES) -> pd.DataF
 
     Columns: `image` (path relative to the file's folder, or a bare name), each of `findings` as float
     (1, 0, NaN = unknown), `boxes` as lists of dicts with `finding` (set of column names), xmin, ymin,
-    xmax, ymax in px; the others as text, '' where absent (study_id, split, laterality, view,
-    breast_density). Raises MammoError with file, row and remedy.
+    xmax, ymax in px; the others as text, '' where absent (study_id, patient_id, split, laterality,
+    view, breast_density). Raises MammoError with file, row and remedy.
     """
     path = Path(path)
     if not path.is_file():
@@ -2672,7 +2684,7 @@ def read_labels(path: str | Path, findings: Sequence[str] = CLASSES) -> pd.DataF
                 f"labels {path}: {name} of {row['image']} is {row[name]!r}, not 0, 1 or empty"
             )
         table[name] = number
-    for name in ("study_id", "split", "laterality", "view", "breast_density", "boxes"):
+    for name in ("study_id", "patient_id", "split", "laterality", "view", "breast_density", "boxes"):
         if name not in table:
             table[name] = ""
     table["boxes"] = [

@@ -27,11 +27,9 @@ and a study have the highest of their images'. Research use only; not for clinic
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +69,7 @@ VIEW_SIZE = 0  # px, side of what the network sees of a tile; 0 = as in pre-trai
 PIXEL_SPACING_MM = 0.0  # mm per pixel where the manifest gives none; 0 = as in pre-training
 MIN_FREQ_ENERGY = 0.0  # speck energy a tile must reach; 0 = all tissue, as masses need no specks
 MODE = "finetune"  # probe = frozen backbone, logistic head; finetune = all weights, from the probe on
-VALIDATION_SHARE = 0.2  # of the training studies, for early stopping and the choice of regularisation
+VALIDATION_SHARE = 0.2  # of the training studies (1 in 2, 3, 4 ...), to stop early and to choose by
 FOLDS = 0  # folds by study for compare; 0 = fit on training, score on test, 5 folds without a test split
 NEGATIVES_PER_IMAGE = 16  # tiles without finding drawn per image for the probe; 0 = all
 NEGATIVES_PER_POSITIVE = 3.0  # tiles without finding drawn per epoch of fine-tuning, anew each epoch
@@ -98,11 +96,12 @@ COMMANDS = {
     "predict": "probability per finding and a map for each image",
     "embed": "features of all tiles as .npy and .csv, and a 2-D map of them",
 }
+UNTRAINED = ("none", "imagenet")  # weights that saw no mammogram
 OPERANDS = {"compare": "WEIGHTS", "predict": "IMAGE"}
-# Settings that don't change what fine-tuning learns.
+# Settings that don't change what fine-tuning learns; the labels themselves are compared.
 FREE_ON_RESUME = (
-    "data_dir labels output_dir run_name cache_dir split folds bootstrap top_tiles num_workers device "
-    "resume wandb_mode wandb_project shuffle_labels"
+    "data_dir labels shuffle_labels output_dir run_name cache_dir split folds bootstrap top_tiles "
+    "num_workers device resume wandb_mode wandb_project"
 ).split()
 # Mild: labels must stay true, and a tile's box is only known for the tile as it lies.
 MILD_VIEW = mammo.ViewSpec(rotation=15, scale=0.1, brightness=0.15, contrast=0.15, flip=True)
@@ -154,7 +153,7 @@ class Settings:
             raise MammoError(f"--mode {self.mode}: choose probe or finetune")
         if not self.names or len(set(self.names)) < len(self.names):
             raise MammoError(f"--findings {self.findings!r}: name each column of labels.csv once")
-        bounds = {"validation_share": (0.01, 0.9), "epochs": (1, 10**6), "batch_size": (2, 65536)}
+        bounds = {"validation_share": (0.01, 0.5), "epochs": (1, 10**6), "batch_size": (2, 65536)}
         bounds |= {"bootstrap": (100, 10**6), "patience": (1, 10**6), "top_tiles": (1, 100)}
         bounds |= {"negatives_per_positive": (0.1, 10**6), "lr": (0, 100), "backbone_lr": (0, 100)}
         for name, (low, high) in bounds.items():
@@ -173,38 +172,13 @@ class Settings:
         return Path(self.output_dir) / (self.run_name or default)
 
 
-def setting_help() -> dict[str, str]:
-    """The one-line comment of each constant, by lower-case name."""
-    found = re.findall(r"^([A-Z_]+) = [^#\n]+  # (.+)$", Path(__file__).read_text("utf-8"), re.MULTILINE)
-    return {name.lower(): comment for name, comment in found}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise MammoError(f"{message} (see --help)")
-
-
 def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Settings]:
     """Command, its operands (weights or images) and Settings. Raises MammoError on a typo."""
-    parser = _Parser(
-        description=(__doc__ or "").split("Contents")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = mammo.make_parser(__doc__)
     commands = "; ".join(f"{name}: {text}" for name, text in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("operands", nargs="*", help="weights for compare, images or folders for predict")
-    comments = setting_help()
-    for field in dataclasses.fields(Settings):
-        text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
-        names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-        if isinstance(field.default, bool):
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(*names, dest=field.name, action=action, default=field.default, help=text)
-        else:
-            kind = type(field.default)
-            parser.add_argument(*names, dest=field.name, type=kind, default=field.default, help=text)
-    values = vars(parser.parse_intermixed_args(argv))
+    values = mammo.parse_fields(Settings, parser, mammo.setting_help(__file__), argv)
     command, operands = values.pop("command"), values.pop("operands")
     if command in OPERANDS and not operands:
         raise MammoError(f"{command} needs {OPERANDS[command]} ... (see --help)")
@@ -220,9 +194,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Setti
 class LabelledTiles:
     """Tiles with what is known of them.
 
-    `targets` (N, findings) float32: 1, 0, NaN = unknown. `table`: one row for each tile: image,
+    `targets` (N, findings) float32: 1, 0, NaN = unknown. `table`: one row for each tile: image, patient,
     study_id, laterality, view, split, breast_density, labelled, row (of images.csv), x, y (px).
-    `image_targets` (images, findings) float32, by row of images.csv.
+    `image_targets` (images, findings) float32, by row of images.csv. `untiled`: the labels of images
+    that have no tile.
     """
 
     tiles: mammo.MammogramTiles
@@ -230,28 +205,37 @@ class LabelledTiles:
     targets: np.ndarray
     table: pd.DataFrame
     image_targets: np.ndarray
+    untiled: pd.DataFrame
 
     @property
     def studies(self) -> np.ndarray:
-        """Study of each tile (N,)."""
-        return self.table["study_id"].to_numpy(str)
+        """What splits and intervals go by (N,): a tile's study, or its patient where known."""
+        return self.table["patient"].to_numpy(str)
 
     def in_split(self, split: str) -> np.ndarray:
-        """Ids of the tiles of a split; `training` holds those without a split, too."""
-        split_of = self.table["split"].to_numpy(str)
-        wanted = (split_of == split) | ((split_of == "") & (split == "training")) | (split == "all")
-        return np.flatnonzero(wanted & self.table["labelled"].to_numpy())
+        """Ids of the tiles of a split."""
+        return np.flatnonzero(is_of_split(self.table, split) & self.table["labelled"].to_numpy())
+
+
+INNER = ["row", "labelled", "patient", "patient_id"]  # columns that are not written to files
+
+
+def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
+    """Which rows are of a split; `training` holds those without a split, too."""
+    split_of = table["split"].to_numpy(str)
+    return (split_of == split) | ((split_of == "") & (split == "training")) | (split == "all")
 
 
 def check_leak(labels: pd.DataFrame, path: str) -> None:
-    """Raises MammoError where a study has images in more than one split."""
-    splits = labels[labels["study_id"] != ""].groupby("study_id")["split"].unique()
-    for study, found in splits.items():
-        if len(found) > 1:
-            raise MammoError(
-                f"labels {path}: study {study} is in the splits {' and '.join(sorted(found))}: its "
-                "images would be learnt and judged at once; give each study one split"
-            )
+    """Raises MammoError where a study or patient has images in more than one split."""
+    for kind in ("study", "patient"):
+        known = labels[labels[f"{kind}_id"] != ""]
+        for name, found in known.groupby(f"{kind}_id")["split"].unique().items():
+            if len(found) > 1:
+                raise MammoError(
+                    f"labels {path}: {kind} {name} is in the splits {' and '.join(sorted(found))}: its "
+                    f"images would be learnt and judged at once; give each {kind} one split"
+                )
 
 
 def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
@@ -280,11 +264,22 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
     tiles = mammo.MammogramTiles(mammo.build_cache(config), side)
     mammo.hold_on_device(tiles, mammo.choose_device(config), config)
     rows = mammo.match_labels(labels, where[0], tiles.images["image"], where[1])
-    return join_labels(tiles, labels, rows, settings)
+    untiled = labels.loc[np.setdiff1d(found[found >= 0], rows)]
+    if len(untiled):
+        print(
+            f"note: {len(untiled):,} labelled images have no tile, first {untiled['image'].iloc[0]}; "
+            f"reasons in {tiles.cache / 'rejections.csv'}",
+            file=sys.stderr,
+        )
+    return join_labels(tiles, labels, rows, untiled, settings)
 
 
 def join_labels(
-    tiles: mammo.MammogramTiles, labels: pd.DataFrame, rows: np.ndarray, settings: Settings
+    tiles: mammo.MammogramTiles,
+    labels: pd.DataFrame,
+    rows: np.ndarray,
+    untiled: pd.DataFrame,
+    settings: Settings,
 ) -> LabelledTiles:
     """LabelledTiles of a cache; `rows` gives each image's row of `labels`, -1 = none."""
     names = settings.names
@@ -303,12 +298,20 @@ def join_labels(
         own = table[column].to_numpy(str)
         use = (given != "") if column == "study_id" else (own == "")
         table[column] = np.where(use, given, own)
-    table["split"] = known["split"].fillna("").to_numpy(str)
-    table["breast_density"] = known["breast_density"].fillna("").to_numpy(str)
+    for column in ("split", "breast_density", "patient_id"):
+        table[column] = known[column].fillna("").to_numpy(str)
     table["labelled"] = rows >= 0
+    table, untiled = with_patient(table), with_patient(untiled)
     table = table.iloc[image].reset_index(drop=True)
     table = table.assign(row=image, x=tiles.tiles["x"].to_numpy(), y=tiles.tiles["y"].to_numpy())
-    return LabelledTiles(tiles, names, targets, table, image_targets)
+    return LabelledTiles(tiles, names, targets, table, image_targets, untiled)
+
+
+def with_patient(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `patient`: patient_id, or the study where that is unknown, or else the image."""
+    study = table["study_id"].where(table["study_id"] != "", table["image"])
+    patient = table["patient_id"].where(table["patient_id"] != "", study)
+    return table.assign(study_id=study, patient=patient)
 
 
 def study_folds(studies: np.ndarray, targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -328,7 +331,8 @@ def check_classes(targets: np.ndarray, names: Sequence[str], where: str) -> None
             if not (target == value).any():
                 raise MammoError(
                     f"{where}: no tile {word} {name}, nothing can be learnt or judged; check "
-                    "labels.csv, --split and --findings, or use fewer --folds"
+                    "labels.csv, --split and --findings, use fewer --folds, or --weak_labels where "
+                    "labels have no boxes"
                 )
 
 
@@ -369,7 +373,7 @@ def start_model(settings: Settings) -> tuple[mammo.MammogramBYOL, mammo.Config]:
     name = recorded.get("backbone", settings.backbone or mammo.BACKBONE)
     if settings.backbone and settings.backbone != name:
         raise MammoError(f"--backbone {settings.backbone}: {settings.weights} holds a {name}")
-    if settings.weights in ("none", "imagenet") or settings.backbone or recorded:
+    if settings.weights in UNTRAINED or settings.backbone or recorded:
         source = "none" if recorded else settings.weights
         backbone = mammo.build_backbone(name, source)
     else:  # a file that says no architecture: its layers do
@@ -481,17 +485,18 @@ def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
     """A trained classifier and the settings with its findings. Raises MammoError for a mere backbone."""
     engine = open_engine(settings)
     state = mammo.load_checkpoint(settings.weights) if settings.weights.endswith(".pth") else {}
-    if "classifier" not in state:
+    if "classifier" not in state or "optimizer" in state:
+        problem = "it is for resuming" if "classifier" in state else "its head is not trained"
         raise MammoError(
-            f"{settings.weights}: its classification head is not trained; run train_classifier.py train "
-            "and give its classifier_best.pth"
+            f"{settings.weights}: {problem}; run train_classifier.py train and give its "
+            "classifier_best.pth"
         )
     return engine, dataclasses.replace(settings, findings=",".join(state["classes"]))
 
 
 def calibrate_untrained(engine: Engine, data: LabelledTiles, ids: np.ndarray, weights: str) -> None:
     """Calibrate batch norm on up to 1,024 of tiles `ids` where the weights saw no mammogram."""
-    if weights in ("none", "imagenet"):
+    if weights in UNTRAINED:
         rng = np.random.default_rng([engine.config.seed, 10])
         engine.calibrate(data.tiles, rng.permutation(ids)[:1024])
 
@@ -746,6 +751,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
+        content["targets"] = hashlib.sha256(job.data.targets.tobytes()).hexdigest()
         content["precision"] = mammo.precision_name(job.engine.config, job.engine.device)
     mammo.write_checkpoint(job.folder / name, content)
 
@@ -762,10 +768,12 @@ def resume_job(job: Job) -> None:
     ]
     if state["cache_key"] != job.data.tiles.cache.name:
         changed.append("the images, their tile settings or the tile code")
+    if state["targets"] != hashlib.sha256(job.data.targets.tobytes()).hexdigest():
+        changed.append("the labels")
     if changed:
         raise MammoError(
             f"{job.folder} holds a training with other settings: {'; '.join(changed)}.\n"
-            "  Give --run_name NAME for a new one, or --no-resume to move the old one aside."
+            "  Give --run_name NAME for a new one, or --no_resume to move the old one aside."
         )
     job.engine.model.load_state_dict(state["model_state_dict"])
     job.optimizer.load_state_dict(state["optimizer"])
@@ -793,11 +801,8 @@ def record_epoch(job: Job, loss: float, tracker: mammo.Tracker) -> None:
 
 def finetune(job: Job, tracker: mammo.Tracker) -> None:
     """Fine-tune from the probe (epoch 0) until EPOCHS, or until validation stops improving."""
-    build_optimizer(job)
     settings = job.settings
-    if (job.folder / "last.pth").is_file():
-        resume_job(job)
-    else:
+    if not job.rows:
         start_from_probe(job)
         record_epoch(job, 0.0, tracker)
     steps = steps_per_epoch(job)
@@ -883,30 +888,38 @@ def describe(scores: np.ndarray, target: np.ndarray, studies: np.ndarray, settin
     }
 
 
-LEVELS = {  # level: what makes one unit of it
-    "image_max": ["row"],
-    "image_noisy_or": ["row"],
-    "breast": ["study_id", "laterality"],
-    "study": ["study_id"],
-}
+def predictions(
+    data: LabelledTiles, ids: np.ndarray, scores: np.ndarray, split: str
+) -> dict[str, pd.DataFrame]:
+    """One table for each level: what is known of a unit, `<finding>` (truth) and `p_<finding>`.
 
-
-def predictions(data: LabelledTiles, ids: np.ndarray, scores: np.ndarray) -> dict[str, pd.DataFrame]:
-    """One table for each level: what is known of a unit, `<finding>` (truth) and `p_<finding>`."""
+    Images of the split without a tile have probability 0: what they show is missed.
+    """
     tile = data.table.iloc[ids].reset_index(drop=True)
     p = [f"p_{name}" for name in data.names]
     tile[data.names], tile[p] = data.targets[ids], scores
     rows = tile.groupby("row")
-    known = rows[["image", "study_id", "split", "laterality", "view", "breast_density"]].first()
+    columns = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
+    known = rows[columns].first()
     known[data.names] = data.image_targets[known.index]
+    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*columns, *data.names]]
+    untiled = untiled.assign(**dict.fromkeys(p, 0.0))
     tables = {"tile": tile}
-    tables["image_max"] = known.join(rows[p].max()).reset_index()
-    tables["image_noisy_or"] = known.join(1 - (1 - tile[p]).groupby(tile["row"]).prod()).reset_index()
-    for level in ("breast", "study"):
-        keys = LEVELS[level]
-        groups = tables["image_max"].groupby(keys)
-        density = groups["breast_density"].first()
-        tables[level] = groups[[*data.names, *p]].max().join(density).reset_index()
+    noisy_or = 1 - (1 - tile[p]).groupby(tile["row"]).prod()
+    for level, found in (("image_max", rows[p].max()), ("image_noisy_or", noisy_or)):
+        tables[level] = pd.concat([known.join(found).reset_index(), untiled], ignore_index=True)
+    image = tables["image_max"]
+    sided = image[image["laterality"] != ""]
+    for level, part, keys in (
+        ("breast", sided, ["study_id", "laterality"]),
+        ("study", image, ["study_id"]),
+    ):
+        groups = part.groupby(keys)
+        table = groups[[*data.names, *p]].max().join(groups[["patient", "breast_density"]].first())
+        # Without a finding is only what is so in every view.
+        unsure = part[data.names].isna().groupby([part[key] for key in keys]).any()
+        table[data.names] = table[data.names].mask(unsure & (table[data.names] != 1))
+        tables[level] = table.reset_index()
     return tables
 
 
@@ -926,7 +939,7 @@ def evaluation_table(
                 figures = describe(
                     known[f"p_{name}"].to_numpy(float),
                     known[name].to_numpy(float),
-                    known["study_id"].to_numpy(str),
+                    known["patient"].to_numpy(str),
                     settings,
                 )
                 rows.append({"level": level, "group": group, "finding": name, **figures})
@@ -1117,6 +1130,10 @@ def draw_prediction(
 def train(settings: Settings) -> Path:
     """Train the classification head, and with --mode finetune the backbone; returns the folder."""
     job = prepare_job(settings)
+    if settings.mode == "finetune":
+        build_optimizer(job)
+        if (job.folder / "last.pth").is_file():
+            resume_job(job)
     config = dataclasses.replace(
         job.engine.config, output_dir=str(job.folder.parent), run_name=job.folder.name
     )
@@ -1151,13 +1168,17 @@ def train(settings: Settings) -> Path:
 def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     """Frozen-probe AUROC of each of `starts` on the same tiles and folds; the first is the reference."""
     engines: dict[str, Engine] = {}
-    for start in starts:
+    backbone = settings.backbone  # of checkpoints, opened first, those without take theirs
+    for start in sorted(starts, key=lambda start: start in UNTRAINED):
+        if start in UNTRAINED and engines:
+            backbone = backbone or next(iter(engines.values())).config.backbone
         try:
-            engines[start] = open_engine(dataclasses.replace(settings, weights=start))
+            engines[start] = open_engine(dataclasses.replace(settings, weights=start, backbone=backbone))
         except MammoError as error:
             if start != "imagenet":
                 raise
             print(f"note: imagenet not run: {str(error).splitlines()[0]}", file=sys.stderr)
+    engines = {start: engines[start] for start in starts if start in engines}
     config = shared_config(engines, settings)
     data = load_labelled(settings, config)
     parts = comparison_folds(data, settings)
@@ -1188,7 +1209,7 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
 def shared_config(engines: dict[str, Engine], settings: Settings) -> mammo.Config:
     """The tiles to compare on: those of the checkpoints. Raises MammoError where they differ."""
     names = ("tile_size", "tile_stride", "view_side", "pixel_spacing_mm")
-    known = {start: engine for start, engine in engines.items() if start not in ("none", "imagenet")}
+    known = {start: engine for start, engine in engines.items() if start not in UNTRAINED}
     found = {start: [getattr(e.config, name) for name in names] for start, e in known.items()}
     if len({str(values) for values in found.values()}) > 1:
         raise MammoError(
@@ -1275,13 +1296,13 @@ def evaluate(settings: Settings) -> pd.DataFrame:
         raise MammoError(
             f"--split {settings.split}: labels.csv has no such images (it has {splits}, or all)"
         )
-    tables = predictions(data, ids, engine.probabilities(data.tiles, ids, "tiles"))
+    tables = predictions(data, ids, engine.probabilities(data.tiles, ids, "tiles"), settings.split)
     table = evaluation_table(tables, data.names, settings)
     folder = settings.folder("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
     mammo.write_atomic(folder / "evaluation.csv", table.to_csv(index=False))
     for level, content in tables.items():
-        text = content.drop(columns=["row", "labelled"], errors="ignore").to_csv(index=False)
+        text = content.drop(columns=INNER, errors="ignore").to_csv(index=False)
         mammo.write_atomic(folder / f"predictions_{level}.csv", text)
     draw_curves(tables, data.names, folder)
     shown = table[table["group"] == "all"].drop(columns="group")
@@ -1328,6 +1349,8 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
         paths += mammo.find_images(operand) if operand.is_dir() else [operand]
     folder = settings.folder("predict")
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("map_*.png"):
+        earlier.unlink()
     rows = []
     for number, path in enumerate(mammo.progress(paths, desc="predict", unit="image")):
         try:
@@ -1373,7 +1396,7 @@ def embed(settings: Settings) -> np.ndarray:
     with mammo.replacing(folder / "embeddings.npy") as temporary:
         np.save(temporary, features)
     points, title = flat_map(features, settings.seed)
-    table = data.table.iloc[ids].drop(columns=["row", "labelled"]).reset_index(drop=True)
+    table = data.table.iloc[ids].drop(columns=INNER).reset_index(drop=True)
     table[data.names], table[["map_x", "map_y"]] = data.targets[ids], points
     mammo.write_atomic(folder / "embeddings.csv", table.to_csv(index=False))
     draw_embedding(points, data, ids, title, folder / "embeddings.png")

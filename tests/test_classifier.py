@@ -103,14 +103,13 @@ def test_constants_fields_flags_and_help_agree():
     assert sorted(name.lower() for name in constants) == sorted(FIELDS)
     for name, field in FIELDS.items():
         assert field.default == getattr(classifier, name.upper())
-    assert set(classifier.setting_help()) >= set(FIELDS)
     shown = run_script(ROOT / "train_classifier.py", "--help").stdout
     flags = set(re.findall(r"^  --([a-z_]+)", shown, flags=re.MULTILINE))
-    assert set(FIELDS) == flags
+    assert set(FIELDS) == {flag for flag in flags if not flag.startswith("no_")}
 
 
 def test_every_setting_is_read():
-    code = SOURCE.split("COMMANDS = ")[1].split("def setting_help")[1]
+    code = SOURCE.split("COMMANDS = ")[1].split("def parse_args")[1]
     for name in FIELDS:
         assert re.search(rf"\b{name}\b", code) or name in ("output_dir", "run_name", "findings"), name
 
@@ -348,6 +347,16 @@ def test_resuming_with_other_settings_is_refused_by_name(trained, labelled, caps
     flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
     assert run_main("train", labelled, *flags, "--lr", "0.5") == 2
     assert "--lr 0.001 -> 0.5" in capsys.readouterr().err
+    assert json.loads((trained / "config.json").read_text())["settings"]["lr"] == 0.001
+
+
+def test_resuming_with_other_labels_is_refused(trained, labelled, tmp_path, capsys):
+    flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
+    path = relabel(labelled, tmp_path, lambda t: t.assign(mass=t["calcification"], boxes="[]"))
+    changes = (["--shuffle_labels"], ["--labels", path, "--weak_labels"])
+    for change in changes:
+        assert run_main("train", labelled, *flags, *change) == 2
+        assert "the labels" in capsys.readouterr().err
 
 
 # ---- commands
@@ -372,7 +381,7 @@ def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, label
     )
     folder = tmp_path / "evaluate"
     table = pd.read_csv(folder / "evaluation.csv")
-    assert set(table["level"]) == {"tile", *classifier.LEVELS}
+    assert set(table["level"]) == {"tile", "image_max", "image_noisy_or", "breast", "study"}
     tiles = pd.read_csv(folder / "predictions_tile.csv")
     images = pd.read_csv(folder / "predictions_image_max.csv")
     either = pd.read_csv(folder / "predictions_image_noisy_or.csv")
@@ -392,6 +401,46 @@ def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, label
     assert {"view CC", "view MLO", "laterality L", "laterality R"} <= set(table["group"])
     for picture in ("roc.png", "pr.png", "reliability.png"):
         assert min(cv2.imread(str(folder / picture)).shape[:2]) > 300
+
+
+def test_images_without_a_tile_and_views_without_a_label(tmp_path):
+    nan = np.nan
+    tile = pd.DataFrame(
+        {
+            "image": ["a", "b", "c"], "study_id": ["s", "s", "t"], "patient": ["p", "p", "q"],
+            "split": "test", "laterality": ["L", "L", ""], "view": ["CC", "MLO", ""],
+            "breast_density": "", "labelled": True, "row": [0, 1, 2],
+        }
+    )  # fmt: skip
+    untiled = pd.DataFrame(
+        {
+            "image": ["d", "e"], "study_id": ["t", "u"], "patient": ["q", "r"],
+            "split": ["test", "training"], "laterality": ["R", "R"], "view": "CC",
+            "breast_density": "", "mass": [1.0, 1.0],
+        }
+    )  # fmt: skip
+    targets = np.array([[0], [nan], [1]], np.float32)
+    data = classifier.LabelledTiles(None, ["mass"], targets, tile, targets, untiled)
+    tables = classifier.predictions(data, np.arange(3), np.array([[0.1], [0.2], [0.9]]), "test")
+    for level in ("image_max", "image_noisy_or"):
+        found = tables[level].set_index("image")["p_mass"]
+        assert found.round(6).to_dict() == {"a": 0.1, "b": 0.2, "c": 0.9, "d": 0.0}
+    breast = tables["breast"].set_index(["study_id", "laterality"])["mass"]
+    assert breast.isna().to_dict() == {("s", "L"): True, ("t", "R"): False}  # b may hold one
+    study = tables["study"].set_index("study_id")
+    assert (study.loc["t", "mass"], study.loc["t", "p_mass"]) == (1, 0.9)
+
+
+def test_splits_and_intervals_go_by_the_patient_where_known(labelled, tmp_path):
+    def change(table):
+        table["patient_id"] = table["study_id"].map({"s0": "p0", "s1": "p0", "s5": "p5"}).fillna("")
+
+    path = relabel(labelled, tmp_path, change)
+    _, _, settings = classifier.parse_args(
+        ["train", *settings_of(labelled, "--weights", "none", *TILES, "--labels", path)]
+    )
+    data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
+    assert set(data.studies) == {"p0", "s2", "s3", "s4", "p5"}
 
 
 def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path, capsys):
@@ -431,6 +480,23 @@ def test_compare_judges_all_on_the_same_tiles(trained, labelled, tmp_path, capsy
     np.testing.assert_allclose(table["gain"][1::2], gain, atol=1e-6)
     assert ((table["gain_low"] <= table["gain"]) | table["gain"].isna()).all()
     assert "note:" not in capsys.readouterr().err  # every label has its image
+
+
+def test_compare_gives_random_weights_the_checkpoints_backbone(trained, labelled, monkeypatch):
+    opened = {}
+    plain = classifier.open_engine
+
+    def note(settings):
+        engine = plain(settings)
+        opened[settings.weights] = engine.config.backbone
+        return engine
+
+    monkeypatch.setattr(classifier, "open_engine", note)
+    monkeypatch.setattr(classifier, "load_labelled", lambda *_: sys.exit(7))
+    weights = str(trained / "classifier_best.pth")
+    with pytest.raises(SystemExit):
+        run_main("compare", labelled, "none", weights, "--folds", 2)
+    assert opened == {weights: "resnet18", "none": "resnet18"}
 
 
 def test_shuffled_labels_give_chance(labelled, tmp_path):
@@ -517,6 +583,7 @@ def test_labels_without_image_and_images_without_label_are_counted(labelled, tmp
         (["compare", "none", "--folds", "1"], "0, or 2 and more"),
         (["train", "--epochs", "0"], "must lie between"),
         (["judge"], "invalid choice"),
+        (["train", "--epoch", "3"], "did you mean --epochs?"),
         (["train", "--weights", "missing.pth"], "no such file"),
     ],
 )
@@ -538,7 +605,9 @@ def test_wrong_checkpoints_are_refused(trained, labelled, tmp_path, capsys):
     del state["classifier"]
     torch.save(state, tmp_path / "byol.pth")
     assert run_main("predict", labelled, "--weights", tmp_path / "byol.pth", labelled) == 2
-    assert "classification head is not trained" in capsys.readouterr().err
+    assert "its head is not trained" in capsys.readouterr().err
+    assert run_main("predict", labelled, "--weights", trained / "last.pth", labelled) == 2
+    assert "it is for resuming" in capsys.readouterr().err
     state = torch.load(weights)
     state["model_state_dict"]["backbone.conv1.weight"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")

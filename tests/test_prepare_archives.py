@@ -113,6 +113,37 @@ def test_vindr_as_png_or_dicom(archive: Archive, suffix: str) -> None:
     assert not (archive.out / "labels.csv").exists()
 
 
+def test_a_patient_of_several_studies_stays_in_one_split(
+    archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [vindr_row(f"s{n}", f"i{n}", "") for n in range(40)]
+    for n in range(40):
+        archive.png(f"s{n}/i{n}.png")
+    lines = [f"patient_id,{VINDR}", *(f"p{n // 2},{row}" for n, row in enumerate(rows))]
+    text = "".join(line.replace(",\n", "\n").replace(",split", "") for line in lines)
+    assert archive.run(archive.table(text)) == 0
+    split = archive.read("manifest.csv").groupby("patient_id")["split"].unique()
+    assert {tuple(found) for found in split} == {("training",), ("test",)}
+    table = archive.table(
+        f"patient_id,{VINDR}p1,{vindr_row('s1', 'i1', 'training')}p1,{vindr_row('s2', 'i2', 'test')}"
+    )
+    assert archive.run(table) == 2
+    assert "1 patients stand in more than one split: p1" in capsys.readouterr().err
+
+
+def test_other_names_of_splits(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = ("test", "Train", "val")
+    for split in splits:
+        archive.png(f"{split}/a.png")
+    table = archive.table(VINDR + "".join(vindr_row(split, "a", split) for split in splits))
+    assert archive.run(table) == 0
+    files = ["test/test_a.png", "training/Train_a.png", "validation/val_a.png"]
+    assert sorted(archive.read("manifest.csv")["file"]) == files
+    assert f"--data_dir {archive.out / 'training'}\n" in capsys.readouterr().out
+    assert archive.run(archive.table(VINDR + vindr_row("test", "a", "test"))) == 0
+    assert "there is none to pre-train on" in capsys.readouterr().out
+
+
 def cbis_row(
     kind: str, split: str, patient: str, side: str, view: str, number: int, **values: str
 ) -> str:
@@ -267,6 +298,7 @@ def test_generic_columns(archive: Archive) -> None:
         ("image=path,study=exam,colour=x", "'colour' is not known"),
         ("image=path,study=", "'study' is not known"),
         ("image=path,study=examination", "examination (nearest: exam)"),
+        ("image=path,study=exam,cancer=exam", "no value of exam is understood, such as 'E1'; 1, 0, yes"),
     ],
 )
 def test_wrong_columns_are_refused(
@@ -294,6 +326,20 @@ def test_long_and_odd_paths_make_safe_names(
     assert names[1].startswith("study_")
     assert names[1].endswith("image.png")
     assert len(names[1]) < 205
+
+
+def test_folders_are_patients(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("患者", "病人", "p3"):
+        archive.png(f"{name}/1.png")
+    assert archive.run("none") == 0
+    assert archive.read("manifest.csv")["patient_id"].nunique() == 3
+    assert "count as one patient" not in capsys.readouterr().out
+    inner = archive.folder / "download" / "images"
+    inner.parent.mkdir()
+    archive.images.rename(inner)
+    places = ["--images_root", str(inner.parent), "--output_dir", str(archive.folder / "again")]
+    assert prep.main(["--csv_path", "none", *places]) == 0
+    assert "all images lie in one folder and count as one patient" in capsys.readouterr().out
 
 
 @settings(max_examples=200, deadline=None)
@@ -365,6 +411,17 @@ def test_findings_become_labels(archive: Archive, capsys: pytest.CaptureFixture[
     assert boxes(labels, "b") == boxes(labels, "c") == []
     assert labels["boxes"].iloc[3] == ""
     assert "1 images of finding_annotations.csv are not in the table: s9/z" in capsys.readouterr().out
+
+
+def test_findings_join_what_the_table_says(archive: Archive) -> None:
+    archive.png("s1/a.png")
+    table = archive.table("exam,path,cancer,who\ns1,s1/a.png,1,p7\n")
+    path = archive.table(FINDINGS + finding("s1", "s1_a", "['Mass']", "1,2,30,40"), "findings.csv")
+    columns = "study=exam,image=path,cancer=cancer,patient=who"
+    assert archive.run(table, "--columns", columns, "--findings_csv", path, "--test_share", "0") == 0
+    row = archive.labels().iloc[0]
+    assert (row["mass"], row["calcification"], row["cancer"], row["patient_id"]) == ("1", "0", "1", "p7")
+    assert len(json.loads(row["boxes"])) == 1
 
 
 def test_boxes_that_leave_the_image(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:

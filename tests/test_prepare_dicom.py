@@ -361,6 +361,12 @@ def test_voi_without_a_window_keeps_the_values(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(make_dicom(breast()), tmp_path, "voi"), breast())
 
 
+def test_empty_window_is_no_window(tmp_path: Path) -> None:
+    dataset = make_dicom(breast())
+    dataset.WindowCenter = dataset.WindowWidth = None
+    assert np.array_equal(read(dataset, tmp_path, "voi"), read(make_dicom(breast()), tmp_path))
+
+
 def test_impossible_window_is_named(tmp_path: Path) -> None:
     dataset = make_dicom(breast(), WindowCenter=100, WindowWidth=0)
     with pytest.raises(dicom.DicomError, match="cannot be applied"):
@@ -465,6 +471,15 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, tags: dict, reason: str | 
     with pytest.raises(dicom.DicomError, match=reason) as caught:
         read(dataset, tmp_path)
     assert not any(value in str(caught.value) for value in IDENTIFIERS.values())
+
+
+def test_pixels_that_look_like_a_jpeg_2000_header(tmp_path: Path) -> None:
+    pixels = np.zeros((96, 80), np.uint8)
+    pixels[40, 10:60] = np.tile([255, 79, 255, 81, 7], 10)
+    path = save(make_dicom(pixels, bits=8), tmp_path / "image.dcm")
+    recode(path, "RLELossless")
+    assert b"\xff\x4f\xff\x51" in path.read_bytes()
+    assert np.array_equal(dicom.read_dicom(path)[0], pixels)
 
 
 @pytest.mark.parametrize(
