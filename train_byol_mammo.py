@@ -79,7 +79,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from kornia_rs import io as kornia_io
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
@@ -337,9 +337,7 @@ def parse_fields(
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-MAX_SAMPLES = (
-    150_000_000  # pixels times channels of the largest image read: a mammogram has 10-30 million
-)
+MAX_SAMPLES = 150_000_000  # pixels times channels of the largest image read; most have 10-30 million
 
 
 class ImageReadError(MammoError):
@@ -351,14 +349,22 @@ class ImageReadError(MammoError):
 
 
 def find_images(data_dir: str | Path) -> list[Path]:
-    """All images under a folder in sorted order. Raises MammoError where there is none.
+    """All images under a folder, in linked ones too, sorted. Raises MammoError where there is none.
 
     Links that lead nowhere are among them: they are skipped by name later, not lost in silence.
     """
     root = Path(data_dir)
     if not root.is_dir():
         raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+    found: list[Path] = []
+    entered: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in entered:  # a circle of links
+            subfolders.clear()
+            continue
+        entered.add(os.path.realpath(folder))
+        found += [Path(folder, name) for name in names]
+    paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it")
     return paths
@@ -429,8 +435,8 @@ def declared_samples(path: str | Path) -> int:
             with Image.open(path, formats=("PNG", "TIFF", "JPEG", "PPM")) as image:
                 channels = 3 if image.mode == "P" else len(image.getbands())
                 return image.width * image.height * channels
-    except Image.DecompressionBombError:
-        return sys.maxsize
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which it names
+        raise ImageReadError(path, f"declares more values than a mammogram has: {error}") from error
     except OSError as error:
         if error.errno:
             raise ImageReadError(path, f"can't be read: {error.strerror}") from error
@@ -852,7 +858,7 @@ def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def find_muscle(view: Overview, breast: np.ndarray) -> np.ndarray:
     """segment_pectoral_muscle on the reduced copy: (h, w) bool."""
     area, nothing = view.area, np.zeros(breast.shape, bool)
-    if not 0 < breast.mean() < CLOSE_UP:
+    if not breast.any() or breast.mean() >= CLOSE_UP:
         return nothing
     mirrored = chest_side(breast) == -1
     if mirrored:
@@ -1196,9 +1202,11 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
 SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does that much again
 CLOSED = "closed.json"  # lengths of the files in an extraction's folder that nobody writes to any more
-VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see make_views)
+VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see VIEW_1)
 
-Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, offset, shape, what to keep
+Part = tuple[
+    Path, np.dtype, int, tuple[int, int], slice, slice
+]  # file, dtype, offset, shape, what to keep
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:
@@ -1207,7 +1215,7 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     Study, laterality, view and spacing come from manifest.csv in the folder or beside it (written by
     prepare_dataset.py); without one, each image counts as a study of its own.
     """
-    root = Path(data_dir).resolve()
+    root = Path(os.path.abspath(data_dir))  # a linked folder keeps the manifest beside the link
     paths = find_images(root)
     stats = [path.stat() if path.is_file() else path.lstat() for path in paths]
     sources = pd.DataFrame(
@@ -1283,7 +1291,8 @@ def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     )
     rows = sources.drop(columns="path").to_csv(index=False)
     return {
-        "settings": {name: getattr(config, name) for name in settings.split()},
+        # As floats: 40, typed as a flag, is 40.0.
+        "settings": {name: float(getattr(config, name)) for name in settings.split()},
         "code": code_version(),
         "files": hashlib.sha256(rows.encode()).hexdigest(),
     }
@@ -1304,8 +1313,8 @@ def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]
     grey = image[::step, ::step][mask[::step, ::step]]
     if not grey.size:
         return 0.0, 1.0
-    low, high = np.percentile(grey, (0.1, 99.9), method="nearest")
-    return float(low), float(max(high, low + 1))
+    low, high = (float(level) for level in np.percentile(grey, (0.1, 99.9), method="nearest"))
+    return low, max(high, low + 1)
 
 
 def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[str, Any], np.ndarray]:
@@ -1363,7 +1372,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc before 2.35 takes
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
@@ -1513,7 +1522,12 @@ def build_cache(config: Config) -> Path:
         return final
     building = final.with_name(f".{final.name}.building")
     building.mkdir(parents=True, exist_ok=True)
-    with FileLock(building.with_suffix(".lock")):
+    lock = FileLock(building.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"note: another process builds {final}: waiting for it", file=sys.stderr)
+    with lock:
         if not is_finished(final):
             if final.exists():
                 print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
@@ -1522,7 +1536,7 @@ def build_cache(config: Config) -> Path:
                 records = extract_all(sources, config, building / "extracted")
                 finish_cache(building, records, sources, inputs, config)
             shutil.rmtree(building / "extracted", ignore_errors=True)
-            draw_extraction(config, building)
+            draw_extraction(sources, config, building)
             sweep(building)
             os.replace(building, final)
     return final
@@ -1810,7 +1824,8 @@ class MammogramTiles:
 
     def __init__(self, cache: str | Path, reduce: int = 1) -> None:
         self.cache, self.reduce = Path(cache), reduce
-        self.images = pd.read_csv(self.cache / "images.csv", keep_default_na=False)
+        words = {"study_id": str}  # 007 is another study than 7
+        self.images = pd.read_csv(self.cache / "images.csv", keep_default_na=False, dtype=words)
         self.tiles = pd.read_csv(self.cache / "tiles.csv")
         inputs = json.loads((self.cache / "cache.json").read_text())["inputs"]
         self.tile_size: int = inputs["settings"]["tile_size"]
@@ -1991,15 +2006,15 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) -> Tensor:
-    """Blur, brightness and contrast of (B, 1, S, S), parameters per sample; air stays 0."""
+    """Blur, brightness and contrast of (B, 1, S, S), parameters per sample; zeros stay 0."""
     count = len(view)
     draw = rng.uniform(-1, 1, (count, 2)) * (spec.brightness, spec.contrast) + 1
     # A sigma near 0 leaves the view as it is: half of the views are not blurred.
-    sigma = np.where(rng.random(count) < 0.5, rng.uniform(0, spec.blur, count), 0).clip(1e-3)
-    factors = to_device(np.column_stack([draw, sigma]).astype(np.float32), view.device)
-    brightness, contrast, sigma_ = factors.T.reshape(3, count, 1, 1, 1)
+    sigmas = np.where(rng.random(count) < 0.5, rng.uniform(0, spec.blur, count), 0).clip(1e-3)
+    factors = to_device(np.column_stack([draw, sigmas]).astype(np.float32), view.device)
+    brightness, contrast, sigma = factors.T.reshape(3, count, 1, 1, 1)
     if spec.blur:
-        view = _gaussian_blur(view, sigma_)
+        view = _gaussian_blur(view, sigma)
     view = view * brightness
     tissue = view > 0
     mean = view.sum((1, 2, 3), keepdim=True) / tissue.sum((1, 2, 3), keepdim=True).clamp_min(1)
@@ -2995,20 +3010,22 @@ def load_sample(index: int, source: pd.Series, config: Config) -> Sample:
     return Sample(title, image, mask, muscle, table, intensity_window(image, mask))
 
 
-def draw_extraction(config: Config, folder: Path, count: int = 4) -> None:
+def draw_extraction(sources: pd.DataFrame, config: Config, folder: Path, count: int = 4) -> None:
     """Write EXTRACTION_PICTURES of a few images that gave tiles, evenly spaced, into the cache."""
-    sources = list_sources(config.data_dir)
     kept = pd.read_csv(folder / "rejections.csv")["kept"]
     usable = np.flatnonzero(kept)
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int))]
-    samples = [load_sample(index, sources.loc[index], config) for index in chosen]
+    samples = []
+    for index in chosen:
+        with suppress(ImageReadError):  # changed since it was extracted
+            samples.append(load_sample(index, sources.loc[index], config))
     draw_segmentation(samples, folder / "segmentation.png")
     draw_grid(samples, config, folder / "grid.png")
     draw_tiles(samples, config, folder / "tiles.png")
 
 
 def draw_qc_pages(config: Config, folder: Path) -> None:
-    """qc/<number>.png for each image: outlines and tile centres by outcome, to flip through."""
+    """<number>.png for each image: outlines and tile centres by outcome, to flip through."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         (index, source, config, folder / f"{index:06d}.png")
@@ -4133,7 +4150,7 @@ def train(config: Config) -> Path:
     if world.leads:
         start_folder(run)
         if config.qc_pages:
-            draw_qc_pages(config, run.folder / "qc")
+            draw_qc_pages(config, run.folder / "qc" / cache.name)
     metrics = MetricsFile(run.folder / "metrics.csv", run.step, world.leads)
     tracker = Tracker(run.wandb_id, config, world.leads)
     options = {"total": limit, "initial": run.step, "desc": "train", "unit": "step"}
@@ -4168,6 +4185,7 @@ def extract_only(config: Config) -> Path:
         pages.mkdir(parents=True, exist_ok=True)  # what can fail in seconds comes first
     cache = build_cache(config)
     if config.qc_pages:
+        pages /= cache.name
         draw_qc_pages(config, pages)
         print(f"qc pages  {pages}")
     print(describe_funnel(pd.read_csv(cache / "rejections.csv", keep_default_na=False)))

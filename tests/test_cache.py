@@ -381,6 +381,57 @@ def test_two_runs_at_once_build_one_cache(tmp_path):
     assert json.loads((Path(found.pop()) / "cache.json").read_text())["finished"]
 
 
+def test_images_in_linked_folders_are_found_once(tmp_path):
+    write_images(tmp_path / "site", 1)
+    write_images(tmp_path / "images" / "a", 1)
+    (tmp_path / "images" / "b").symlink_to(tmp_path / "site")
+    (tmp_path / "site" / "back").symlink_to(tmp_path / "images")  # a circle
+    found = mammo.list_sources(tmp_path / "images")["image"]
+    assert [Path(name).parent.as_posix() for name in found] == ["a", "b"]
+
+
+def test_a_linked_folder_keeps_the_manifest_beside_the_link(tmp_path):
+    write_images(tmp_path / "elsewhere", 1)
+    name = next((tmp_path / "elsewhere").iterdir()).name
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "training").symlink_to(tmp_path / "elsewhere")
+    table = f"file,study_id,spacing_mm\ntraining/{name},007,0.05\n"
+    (tmp_path / "split" / "manifest.csv").write_text(table)
+    sources = mammo.list_sources(tmp_path / "split" / "training")
+    assert sources.loc[0, ["study_id", "spacing_mm"]].tolist() == ["007", 0.05]
+
+
+def test_study_ids_stay_words(archive, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(mammo.build_cache(small_config(archive)), cache)
+    images = pd.read_csv(cache / "images.csv")
+    images["study_id"] = [f"{number:03}" for number in images.index]
+    images.to_csv(cache / "images.csv", index=False)
+    assert mammo.MammogramTiles(cache).images["study_id"][:2].tolist() == ["000", "001"]
+
+
+def test_a_setting_typed_out_is_the_default(tmp_path):
+    write_images(tmp_path, 1)
+    keys = set()
+    for flags in ([], ["--min_tile_intensity", "40", "--max_tiles", "0"]):
+        config = mammo.parse_args(["--data_dir", str(tmp_path), *flags])
+        keys.add(mammo.cache_key(mammo.cache_inputs(mammo.list_sources(tmp_path), config)))
+    assert len(keys) == 1
+
+
+def test_images_that_go_during_the_extraction_are_left_out_of_its_pictures(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 3)
+    config, finish = small_config(tmp_path), mammo.finish_cache
+
+    def finish_then_lose_one(*words):
+        finish(*words)
+        sorted((tmp_path / "images").iterdir())[0].unlink()
+
+    monkeypatch.setattr(mammo, "finish_cache", finish_then_lose_one)
+    cache = mammo.build_cache(config)
+    assert all((cache / name).is_file() for name in mammo.EXTRACTION_PICTURES)
+
+
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(mammo.MammoError, match="no such folder"):
         mammo.list_sources(tmp_path / "nowhere")

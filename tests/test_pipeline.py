@@ -96,7 +96,7 @@ def test_a_run_starts_from_another_runs_weights(finished):
         folder, "--weights", weights, "--run_name", "second", "--max_steps", "1", "--qc_pages"
     )
     assert done.returncode == 0, done.stderr
-    assert len(list((folder / "runs" / "second" / "qc").glob("*.png"))) == 5  # the broken one is named
+    assert len(list((folder / "runs" / "second" / "qc").glob("*/*.png"))) == 5  # the broken one is named
 
 
 def test_wandb_offline_keeps_every_metric_and_sends_nothing(finished):
@@ -205,7 +205,10 @@ def test_extraction_alone_leaves_a_cache_that_training_finds(tmp_path):
     assert all((cache / name).is_file() for name in mammo.EXTRACTION_PICTURES)
     run = tmp_path / "runs" / "byol_resnet18"
     assert [path.name for path in run.iterdir()] == ["qc"]
-    assert len(list((run / "qc").iterdir())) == 2
+    assert len(list((run / "qc" / cache.name).iterdir())) == 2
+    done = train_script(tmp_path, "--extract_only", "--qc_pages", "--min_breast_ratio", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert len(list((run / "qc").glob("*/*.png"))) == 4  # pages of other tiles stand beside them
     done = train_script(tmp_path, "--max_steps", "1", "--report_every", "0", "--progress", "lines")
     assert done.returncode == 0, done.stderr
     assert "tiles:" not in done.stdout + done.stderr  # the progress of an extraction

@@ -92,6 +92,15 @@ def test_window_and_intensity_do_not_depend_on_bit_depth():
     )
 
 
+def test_a_saturated_tile_has_a_window():
+    for kind in (np.uint8, np.uint16):
+        image = np.full((512, 512), np.iinfo(kind).max, kind)
+        low, high = mammo.intensity_window(image, np.ones(image.shape, bool))
+        assert high == low + 1
+        table = mammo.score_tiles(image, np.ones(image.shape, bool), mammo.Config())
+        assert table["mean_intensity"].notna().all()
+
+
 def test_thresholds_of_zero_keep_everything_with_breast():
     image, mask = breast_image()
     config = mammo.Config(
