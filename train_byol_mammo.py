@@ -1524,10 +1524,11 @@ def build_cache(config: Config) -> Path:
     building.mkdir(parents=True, exist_ok=True)
     lock = FileLock(building.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         print(f"note: another process builds {final}: waiting for it", file=sys.stderr)
-    with lock:
+        held = lock.acquire()
+    with held:
         if not is_finished(final):
             if final.exists():
                 print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
