@@ -64,6 +64,8 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
@@ -110,7 +112,7 @@ EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscl
 PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
-QC_PAGES = False  # one picture for each image into the run's qc folder: mask, muscle, tiles by outcome
+QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run's qc folder
 EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 VIEW_SIZE = 0  # px, side of a view; 0 = the tile size
@@ -271,7 +273,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "lr": (0, 100),
     "warmup_epochs": (0, math.inf),
     "weight_decay": (0, 10),
-    "monitor_tiles": (0, 65536),
+    "monitor_tiles": (2, 65536),
     "freq_loss_weight": (0, 1000),
     "probe_every": (1, math.inf),
     "checkpoint_every": (0, math.inf),
@@ -366,7 +368,8 @@ def find_images(data_dir: str | Path) -> list[Path]:
         found += [Path(folder, name) for name in names]
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it")
+        hint = "; prepare_dataset.py makes PNG of DICOM" if found else ""
+        raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it{hint}")
     return paths
 
 
@@ -1555,6 +1558,13 @@ def is_finished(cache: Path) -> bool:
 def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[dict[str, Any]]:
     """Extract the images that no journal below `extracted` holds yet; returns the records of all."""
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
+    unknown = int(sources["spacing_mm"].isna().sum())
+    if unknown > 0 and (unknown < len(sources) or config.pixel_spacing_mm == PIXEL_SPACING_MM):
+        print(
+            f"note: {unknown} of {len(sources)} images don't tell their pixel size: "
+            f"--pixel_spacing_mm {config.pixel_spacing_mm} is taken",
+            file=sys.stderr,
+        )
     finished = read_records(extracted)
     jobs = [
         (index, path, float(mm), config)
@@ -1679,7 +1689,10 @@ def finish_cache(
     tiles = _choose_tiles(records, config)
     rejections = _funnel(records, tiles, sources)
     if tiles.empty:
-        raise MammoError(f"no tile was kept.\n{describe_funnel(rejections)}")
+        raise MammoError(
+            f"no tile was kept.\n{describe_funnel(rejections)}\nloosen the criterion that rejects most "
+            f"(--{', --'.join(THRESHOLDS.values())}), or look at --extract_only --qc_pages"
+        )
     images, parts = _index_images(records, tiles, sources, config)
     files = {part[0] for part in parts}
     if len(files) == 1 and not rejections["capped"].any():  # it becomes pixels.npy as it is
@@ -1829,7 +1842,7 @@ class MammogramTiles:
         self.images = pd.read_csv(self.cache / "images.csv", keep_default_na=False, dtype=words)
         self.tiles = pd.read_csv(self.cache / "tiles.csv")
         inputs = json.loads((self.cache / "cache.json").read_text())["inputs"]
-        self.tile_size: int = inputs["settings"]["tile_size"]
+        self.tile_size = int(inputs["settings"]["tile_size"])
         source = np.load(self.cache / "pixels.npy", mmap_mode="c")
         shape = -(-self.images[["height", "width"]].to_numpy() // reduce)
         offset = self.images["offset"].to_numpy()
@@ -2007,17 +2020,21 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) -> Tensor:
-    """Blur, brightness and contrast of (B, 1, S, S), parameters per sample; zeros stay 0."""
+    """Blur, brightness and contrast of (B, 1, S, S), parameters per sample; air stays 0."""
     count = len(view)
     draw = rng.uniform(-1, 1, (count, 2)) * (spec.brightness, spec.contrast) + 1
     # A sigma near 0 leaves the view as it is: half of the views are not blurred.
     sigmas = np.where(rng.random(count) < 0.5, rng.uniform(0, spec.blur, count), 0).clip(1e-3)
     factors = to_device(np.column_stack([draw, sigmas]).astype(np.float32), view.device)
     brightness, contrast, sigma = factors.T.reshape(3, count, 1, 1, 1)
-    if spec.blur:
-        view = _gaussian_blur(view, sigma)
-    view = view * brightness
     tissue = view > 0
+    if spec.blur:
+        # What spreads beyond the skin would be lifted to grey by a lower contrast: air stays air.
+        both = torch.cat([view, tissue.to(view.dtype)])
+        view, cover = _gaussian_blur(both, sigma.repeat(2, 1, 1, 1)).chunk(2)
+        tissue = cover > 0.5
+        view = view * tissue
+    view = view * brightness
     mean = view.sum((1, 2, 3), keepdim=True) / tissue.sum((1, 2, 3), keepdim=True).clamp_min(1)
     return torch.where(tissue, (view - mean) * contrast + mean, 0.0).clamp_min(0)
 
@@ -2101,9 +2118,10 @@ def _imagenet_state(name: str) -> dict[str, Tensor]:
     socket.setdefaulttimeout(20)  # a firewall that drops packets must not hang the job
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
+    except Exception as error:  # URLError, a wrong hash, and whatever a damaged file raises
+        reason = str(error) or type(error).__name__
         raise MammoError(
-            f"ImageNet weights of {name} are not on this machine and can't be downloaded ({error}).\n"
+            f"ImageNet weights of {name} are missing or damaged and can't be downloaded ({reason}).\n"
             f"  get:   {weights.url}\n"
             f"  put:   {file}\n"
             f"  or:    --weights PATH of that file, or --weights none to start from random weights"
@@ -2135,7 +2153,8 @@ def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
             state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
         return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
     except Exception as error:  # torch and safetensors raise many kinds on damaged files
-        raise MammoError(f"weights {path}: can't be read ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise MammoError(f"weights {path}: can't be read ({reason})") from error
 
 
 def _load_state(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -2157,6 +2176,8 @@ def load_backbone(path: str | Path) -> nn.Module:
     """
     state, name = read_backbone_state(path)
     name = name or _architecture(state)
+    if name not in torchvision.models.list_models():
+        raise MammoError(f"weights {path}: torchvision has no model {name!r}")
     backbone = build_backbone(name)
     _load_state(backbone, state, str(path))
     return backbone.eval()
@@ -2451,17 +2472,12 @@ UNFINISHED = ".unfinished."  # how the name of a file begins until it is complet
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(
-        prefix=f"{UNFINISHED}{path.name}.", suffix=path.suffix, dir=path.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         with naming(path):
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -2481,12 +2497,6 @@ def sweep(folder: Path, name: str = "") -> None:
     """Remove what a killed process left half-written in a folder, of one file or of all."""
     for leftover in folder.glob(f"{UNFINISHED}{name}*"):
         leftover.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_atomic(path: str | Path, text: str) -> None:
@@ -2525,6 +2535,7 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write plain types and tensors for load_checkpoint. Raises MammoError where one is no number."""
+    content = on_cpu(content)
     if not all_finite(content):
         raise MammoError(f"{path} is not written: its values are no numbers; the file before it stays")
     buffer = io.BytesIO()  # torch.save to a full disk would raise a RuntimeError that says nothing of it
@@ -2533,19 +2544,21 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
+def on_cpu(content: Any) -> Any:
+    """Nested dicts and lists with their tensors on the CPU: plain torch.load then needs no GPU."""
+    if isinstance(content, Tensor):
+        return content.cpu()
+    if isinstance(content, dict):
+        return {key: on_cpu(part) for key, part in content.items()}
+    return [on_cpu(part) for part in content] if isinstance(content, list | tuple) else content
+
+
 def all_finite(content: Any) -> bool:
-    """Whether no tensor in nested dicts and lists holds NaN or infinity; waits once for each device."""
-    flags: dict[torch.device, list[Tensor]] = {}
-
-    def find(part: Any) -> None:
-        if isinstance(part, Tensor):
-            flags.setdefault(part.device, []).append(part.isfinite().all())
-        elif isinstance(part, dict | list | tuple):
-            for item in part.values() if isinstance(part, dict) else part:
-                find(item)
-
-    find(content)
-    return all(bool(torch.stack(found).all()) for found in flags.values())
+    """Whether no tensor in nested dicts and lists holds NaN or infinity."""
+    if isinstance(content, Tensor):
+        return bool(content.isfinite().all())
+    parts = content.values() if isinstance(content, dict) else content
+    return not isinstance(content, dict | list) or all(map(all_finite, parts))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -2581,7 +2594,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     if run.world.leads:
         note_precision(state, precision_name(run.config, run.device))
     if state["processes"] != run.world.size:  # the same place in the schedule, with other batches
-        run.step = round(state["step"] / state["steps_per_epoch"] * run.steps_per_epoch)
+        run.step_scale = run.steps_per_epoch / state["steps_per_epoch"]
+        run.step = round(state["step"] * run.step_scale)
     run.best, run.healthy, run.wandb_id = state["best"], state["healthy"], state["wandb_id"]
     if run.speck_head is not None:
         run.speck_head.load_state_dict(state["speck_head"])
@@ -2879,16 +2893,20 @@ def progress(items: Any = None, mode: str = PROGRESS, **options: Any) -> tqdm:
 
 
 class MetricsFile:
-    """metrics.csv, one row every LOG_EVERY steps. A resumed run drops rows of steps it repeats."""
+    """metrics.csv, one row every LOG_EVERY steps. A resumed run drops rows of steps it repeats.
 
-    def __init__(self, path: Path, step: int, enabled: bool = True) -> None:
+    `scale` is what the steps so far are worth now, on another number of processes.
+    """
+
+    def __init__(self, path: Path, step: int, enabled: bool = True, scale: float = 1) -> None:
         self.path, self.enabled = path, enabled
         if not enabled:
             return
         kept = pd.DataFrame(columns=METRICS)
-        if path.is_file() and step:
-            whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # a full disk cuts the last row
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
+        if whole and step:  # without the last row, which a full disk cuts
             kept = pd.read_csv(io.StringIO(whole)).reindex(columns=METRICS)
+            kept["step"] = (kept["step"] * scale).round().astype(int)
             kept = kept[kept["step"] <= step]
         write_atomic(path, kept.to_csv(index=False))
 
@@ -3020,6 +3038,8 @@ def draw_extraction(sources: pd.DataFrame, config: Config, folder: Path, count: 
     for index in chosen:
         with suppress(ImageReadError):  # changed since it was extracted
             samples.append(load_sample(index, sources.loc[index], config))
+    if not samples:
+        return
     draw_segmentation(samples, folder / "segmentation.png")
     draw_grid(samples, config, folder / "grid.png")
     draw_tiles(samples, config, folder / "tiles.png")
@@ -3300,7 +3320,9 @@ def show_run(run: Run, tracker: Tracker, state: str = "running", reason: str = "
             fresh.append("embedding")
         write_report(folder)
         if fresh:
-            tracker.log({"step": run.step, **{name: folder / f"{name}.png" for name in fresh}})
+            pictures = {name: folder / f"{name}.png" for name in fresh}
+            there = {name: path for name, path in pictures.items() if path.is_file()}
+            tracker.log({"step": run.step, **there})
     except Exception as error:
         tqdm.write(f"note: report not written ({type(error).__name__}: {error})", file=sys.stderr)
     run.shown = time.monotonic()
@@ -3579,6 +3601,7 @@ class Run:
     wandb_id: str
     world: World
     step: int = 0
+    step_scale: float = 1.0  # what steps before the resumption are worth now
     # Epoch of the best checkpoint and the figure that chose it; empty = none yet.
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     probe: Probe | None = None
@@ -3603,7 +3626,7 @@ class Run:
 
 
 def available_cores() -> int:
-    """Cores that this process may use (SLURM and containers give fewer than the node has)."""
+    """Cores that this process may use (SLURM and cpusets give fewer than the node has)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -3629,14 +3652,29 @@ def choose_device(config: Config) -> torch.device:
     index = find_world().local_rank % count if device.index is None else device.index
     if index >= count:
         raise MammoError(f"--device {name}: the GPUs here are cuda:0 to cuda:{count - 1}")
+    if count < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) and count > 1:
+        raise MammoError(f"{count} GPUs for more processes: give torchrun --nproc_per_node {count}")
     major, minor = torch.cuda.get_device_capability(index)
-    kinds = [int(kind[3:]) for kind in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", kind)]
-    if 10 * major + minor < min(kinds, default=0):
+    if not has_code_for(major, minor, torch.cuda.get_arch_list()):
         raise MammoError(
             f"PyTorch {torch.__version__} has no code for this GPU (sm_{major}{minor}); install a build "
             "that has (for a V100 one for CUDA 12.6), or give --device cpu"
         )
     return torch.device("cuda", index)
+
+
+def has_code_for(major: int, minor: int, kinds: Sequence[str]) -> bool:
+    """Whether a build for `kinds` (torch.cuda.get_arch_list) runs on a GPU of this compute capability.
+
+    Machine code (sm_) serves its own major version from its minor on, PTX (compute_) all later ones
+    (CUDA C++ programming guide, 3.1). True where the kinds are not known.
+    """
+    able = []
+    for kind in kinds:
+        if found := re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", kind):
+            version = int(found[2]), int(found[3])
+            able.append(version <= (major, minor) and (found[1] == "compute" or version[0] == major))
+    return any(able) or not able
 
 
 def note_idle_gpu(config: Config, device: torch.device) -> None:
@@ -3685,7 +3723,7 @@ def split_monitor(tiles: pd.DataFrame, config: Config) -> tuple[np.ndarray, np.n
     order = spread_over_images(tiles["image"].to_numpy(), np.random.default_rng([config.seed, 1]))
     count = min(config.monitor_tiles, len(tiles) // 10)
     if count < min(32, config.monitor_tiles):
-        return np.arange(len(tiles)), np.sort(order[: max(2, config.monitor_tiles)])
+        return np.arange(len(tiles)), np.sort(order[: config.monitor_tiles])
     return np.sort(order[count:]), np.sort(order[:count])
 
 
@@ -3944,10 +3982,11 @@ def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request that the loop obeys at the next step.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request that the loop obeys at the next step (several
+    processes when they next agree, see read_metrics).
 
-    `requested` is the number of the signal that this process got, `agreed` of the one that the run obeys
-    (see read_metrics); 0 = none. A second signal acts at once, unless it follows within REPEAT seconds:
+    `requested` is the number of the signal that this process got, `agreed` of the one that is obeyed;
+    0 = none. A second signal acts at once, unless it follows within REPEAT seconds:
     SLURM and launchers send the same one to a process and to its parent, which hands it on.
     """
 
@@ -4013,6 +4052,8 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
         state = load_checkpoint(run.folder / "last.pth")
         try:
             resume_run(run, state)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = f"{run.folder / 'last.pth'} is no state of such a run ({type(error).__name__})"
             raise MammoError(f"{reason}; --no_resume moves it aside") from error
@@ -4044,9 +4085,8 @@ SPECK_SAMPLE = 256  # tiles that scale the quantities of speck_map
 def add_speck_head(run: Run) -> None:
     """Give the run the frequency target's linear head, which starts at zero, and its targets' scale."""
     head = nn.Conv2d(run.config.input_dim, SPECK_QUANTITIES, 1).to(run.device)
-    nn.init.zeros_(head.weight)
-    assert head.bias is not None
-    nn.init.zeros_(head.bias)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     run.speck_head = head
     run.optimizer.add_param_group({"params": list(head.parameters()), "weight_decay": 0.0})
     ids = run.train_ids[:: -(-len(run.train_ids) // SPECK_SAMPLE)]
@@ -4090,7 +4130,11 @@ def compiled(function: Callable[..., Any], config: Config, device: torch.device)
     # Else the backward pass is compiled at its first call, out of the reach of `call`.
     if hasattr(lowering, "force_non_lazy_backward_lowering"):
         lowering.force_non_lazy_backward_lowering = True
-    fast = torch.compile(function)
+    try:
+        fast = torch.compile(function)
+    except RuntimeError as error:  # as on a Python that it doesn't know yet
+        print(f"note: no torch.compile, going on without ({error})", file=sys.stderr)
+        return function
 
     def call(*args: Any) -> Any:
         nonlocal fast
@@ -4126,8 +4170,8 @@ def environment(precision: str) -> dict[str, str]:
 def train(config: Config) -> Path:
     """The whole job: weights, cache, pictures, training, export. Returns the run's folder."""
     world = find_world()
-    if not config.resume and config.run_dir.exists() and world.leads:
-        move_aside(config.run_dir)
+    if is_restarted():
+        config = dataclasses.replace(config, resume=True)
     # What can fail in seconds comes before hours of extraction.
     device = choose_device(config)
     note_idle_gpu(config, device)
@@ -4138,21 +4182,61 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     backbone = build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=config.run_dir).close()  # a folder that can't be written is known by now
-    cache = build_cache(config)  # one process builds, the others wait at its lock
-    join_world(world, device)
-    run = prepare_run(config, backbone, cache)
-    limit = run.last_step
+    root = Path(config.data_dir)
+    if world.leads and (root / "manifest.csv").is_file() and (root / "test").is_dir():
+        print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
+    with claimed(config) if world.leads else nullcontext():
+        cache = build_cache(config)  # one process builds, the others wait at its lock
+        join_world(world, device)
+        return train_in_folder(prepare_run(config, backbone, cache))
+
+
+def is_restarted() -> bool:
+    """Whether SLURM or torchrun starts this job again, with the flags of its first start."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+@contextmanager
+def claimed(config: Config) -> Iterator[None]:
+    """Make the run's folder and hold it: two runs that write to one would mix their results.
+
+    A run that is not to be resumed, or can't be for want of last.pth, is moved aside first. Raises
+    MammoError where another run holds the folder.
+    """
+    folder = config.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written is known by now
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MammoError(f"another run is writing to {folder}; give --run_name NAME") from error
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
+    try:
+        left = not (folder / "last.pth").is_file() and any(folder.glob("mammogram_byol_*.pth"))
+        if left or (not config.resume and any(folder.iterdir())):
+            move_aside(folder)
+            folder.mkdir()
+        yield
+    finally:
+        lock.release()
+
+
+def train_in_folder(run: Run) -> Path:
+    """Train a run from where it stands to its last step, or to a signal; returns its folder."""
+    config, world, limit = run.config, run.world, run.last_step
     if run.step >= limit and (run.folder / "backbone.safetensors").is_file():
         if world.leads:
-            print(f"{run.folder} is finished at step {run.step}; raise --max_steps, or give --run_name")
+            more = ", or raise --max_steps" if config.max_steps else ""
+            print(f"{run.folder} is finished at step {run.step}; give --run_name NAME{more}")
         return run.folder
     if world.leads:
         start_folder(run)
         if config.qc_pages:
-            draw_qc_pages(config, run.folder / "qc" / cache.name)
-    metrics = MetricsFile(run.folder / "metrics.csv", run.step, world.leads)
+            draw_qc_pages(config, run.folder / "qc" / run.tiles.cache.name)
+    metrics = MetricsFile(run.folder / "metrics.csv", run.step, world.leads, run.step_scale)
     tracker = Tracker(run.wandb_id, config, world.leads)
     options = {"total": limit, "initial": run.step, "desc": "train", "unit": "step"}
     with (
@@ -4248,7 +4332,7 @@ def finish_run(run: Run, tracker: Tracker) -> None:
     """Write the final checkpoint, the last pictures and the exported backbone; name them."""
     folder = run.folder
     save_checkpoint(folder / "mammogram_byol_final.pth", run)
-    save_checkpoint(folder / "last.pth", run, resumable=True)
+    save_state(run)
     best = folder / "mammogram_byol_best.pth"
     if not best.is_file():  # no epoch was complete, or none was healthy
         save_checkpoint(best, run)
@@ -4318,12 +4402,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not distributed.is_initialized():
             raise
+        reason = " ".join(str(error).split())[:300]
+        message = f"error: {reason}"
         # A collective that fails is how the others learn that a process has died.
-        reason = str(error).strip().splitlines()[0]
-        message = (
-            f"error: the processes of the run lost each other ({reason}); the log of the first one "
-            "that ended says why. The same command goes on from last.pth"
-        )
+        if isinstance(error, distributed.DistError) or "gloo" in reason:
+            message = (
+                f"error: the processes of the run lost each other ({reason}); the log of the first one "
+                "that ended says why. The same command goes on from last.pth"
+            )
+        else:
+            traceback.print_exc()  # now: leaving the group may take its time
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -611,12 +611,29 @@ def prepare_job(settings: Settings) -> Job:
     check_classes(data.targets[validation_ids], settings.names, "validation studies")
     shift = prior_shift(data.targets[train_ids])
     folder = settings.folder(f"classifier_{settings.mode}")
-    if not settings.resume and folder.exists():
+    if folder.exists() and (not settings.resume or holds_another_probe(folder, settings)):
         mammo.move_aside(folder)
+        print(f"note: what {folder} held is moved aside", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     mammo.sweep(folder)
     drawn = draw_tiles(data, validation_ids, settings)
     return Job(settings, engine, data, folder, train_ids, drawn, shift)
+
+
+def holds_another_probe(folder: Path, settings: Settings) -> bool:
+    """Whether a folder holds a probe of other settings, which the next one would replace."""
+    try:
+        then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return settings.mode == "probe" and bool(changed_settings(then, settings))
+
+
+def changed_settings(then: dict[str, Any], settings: Settings) -> list[str]:
+    """Flags that shape a classifier and are not as they were, with both values."""
+    now = dataclasses.asdict(settings)
+    names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
+    return [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
 
 
 def start_from_probe(job: Job) -> None:
@@ -760,12 +777,7 @@ def resume_job(job: Job) -> None:
     """Put last.pth's state into the job. Raises MammoError where settings that shape it differ."""
     assert job.optimizer is not None and job.scaler is not None  # noqa: PT018
     state = mammo.load_checkpoint(job.folder / "last.pth")
-    now, then = dataclasses.asdict(job.settings), state["classifier"]
-    changed = [
-        f"--{name} {then.get(name)} -> {now[name]}"
-        for name in now
-        if name not in FREE_ON_RESUME and now[name] != then.get(name)
-    ]
+    changed = changed_settings(state["classifier"], job.settings)
     if state["cache_key"] != job.data.tiles.cache.name:
         changed.append("the images, their tile settings or the tile code")
     if state["targets"] != hashlib.sha256(job.data.targets.tobytes()).hexdigest():
@@ -791,7 +803,8 @@ def record_epoch(job: Job, loss: float, tracker: mammo.Tracker) -> None:
     tracker.log(row)
     mammo.write_atomic(job.folder / "metrics.csv", pd.DataFrame(job.rows).to_csv(index=False))
     found = ", ".join(f"{name} {row[f'auroc_{name}']:.3f}" for name in job.settings.names)
-    tqdm.write(f"epoch {job.epoch}: loss {loss:.3f}, validation AUROC {found}", file=sys.stderr)
+    what = f"epoch {job.epoch}: loss {loss:.3f}" if job.epoch else "probe"
+    tqdm.write(f"{what}, validation AUROC {found}", file=sys.stderr)
     if row["auroc"] > job.best_auroc:
         job.best_auroc, job.best_epoch = row["auroc"], job.epoch
         save_classifier(job, "classifier_best.pth")
@@ -819,6 +832,9 @@ def finetune(job: Job, tracker: mammo.Tracker) -> None:
 
 
 # ---- 5 Statistics ----------------------------------------------------------------------------------
+
+
+FEW_STUDIES = 20  # below which percentile intervals cover clearly less than 95 %
 
 
 def resample_studies(studies: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -851,6 +867,16 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of bootstrap draws; resamples without both classes are left out."""
     low, high = np.nanpercentile(draws, (2.5, 97.5)) if np.isfinite(draws).any() else (np.nan, np.nan)
     return float(low), float(high)
+
+
+def note_few(studies: int) -> None:
+    """Say on stderr where a bootstrap over so few studies can't be taken at its word."""
+    if studies < FEW_STUDIES:
+        print(
+            f"note: intervals and p-values from {studies} studies are too narrow: the bootstrap needs "
+            f"{FEW_STUDIES} and more",
+            file=sys.stderr,
+        )
 
 
 def paired_p(differences: np.ndarray) -> float:
@@ -1198,9 +1224,9 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     folder = settings.folder("compare")
     folder.mkdir(parents=True, exist_ok=True)
     mammo.write_atomic(folder / "compare.csv", table.to_csv(index=False))
-    print(
-        f"{len(judged):,} tiles of {len(set(data.studies[judged]))} studies, 95 % intervals over studies"
-    )
+    studies_judged = len(set(data.studies[judged]))
+    print(f"{len(judged):,} tiles of {studies_judged} studies, 95 % intervals over studies")
+    note_few(studies_judged)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"open      {folder}/compare.csv")
     return table
@@ -1306,6 +1332,7 @@ def evaluate(settings: Settings) -> pd.DataFrame:
         mammo.write_atomic(folder / f"predictions_{level}.csv", text)
     draw_curves(tables, data.names, folder)
     shown = table[table["group"] == "all"].drop(columns="group")
+    note_few(tables["image_max"]["patient"].nunique())
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for name in data.names:
         hits = located(tables["tile"], name)

@@ -350,6 +350,14 @@ def test_resuming_with_other_settings_is_refused_by_name(trained, labelled, caps
     assert json.loads((trained / "config.json").read_text())["settings"]["lr"] == 0.001
 
 
+def test_another_probe_does_not_replace_the_first(labelled, tmp_path):
+    flags = ["--weights", "none", *TILES, "--mode", "probe", "--run_name", "probe"]
+    for findings in ("mass", "mass", "calcification"):
+        assert run_main("train", labelled, *flags, "--findings", findings, out=tmp_path) == 0
+    classes = {path.parent.name: torch.load(path)["classes"] for path in tmp_path.glob("*/*.pth")}
+    assert classes == {"probe": ["calcification"], "probe_1": ["mass"]}
+
+
 def test_resuming_with_other_labels_is_refused(trained, labelled, tmp_path, capsys):
     flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
     path = relabel(labelled, tmp_path, lambda t: t.assign(mass=t["calcification"], boxes="[]"))
@@ -479,7 +487,9 @@ def test_compare_judges_all_on_the_same_tiles(trained, labelled, tmp_path, capsy
     gain = table["auroc"].diff()[1::2]
     np.testing.assert_allclose(table["gain"][1::2], gain, atol=1e-6)
     assert ((table["gain_low"] <= table["gain"]) | table["gain"].isna()).all()
-    assert "note:" not in capsys.readouterr().err  # every label has its image
+    notes = re.findall("^note:.*", capsys.readouterr().err, flags=re.MULTILINE)
+    assert len(notes) == 1  # every label has its image
+    assert "from 6 studies are too narrow" in notes[0]
 
 
 def test_compare_gives_random_weights_the_checkpoints_backbone(trained, labelled, monkeypatch):

@@ -209,17 +209,52 @@ def test_these_tensors_would_show_a_fault(tmp_path, monkeypatch, no_gpu_is_asked
         mammo.train_step(run, np.arange(4))
 
 
-def test_a_state_on_two_devices_is_checked_device_by_device(monkeypatch):
-    def stack(flags):
-        assert len({flag.device for flag in flags}) == 1
-        return torch.ones(1)
+@pytest.mark.parametrize(
+    ("gpu", "kinds", "expected"),
+    [
+        ((7, 0), ["sm_75", "sm_90", "compute_90"], False),
+        ((8, 6), ["sm_80", "sm_90"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((12, 0), ["sm_80", "sm_90"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_100", "sm_120"], True),
+        ((9, 0), [], True),
+    ],
+)
+def test_a_gpu_needs_code_for_its_kind(gpu, kinds, expected):
+    assert mammo.has_code_for(*gpu, kinds) == expected
 
-    monkeypatch.setattr(torch, "stack", stack)
-    on_two = {
-        "model": torch.ones(2),
-        "optimiser": [torch.ones(2, device="meta"), {"step": torch.ones(())}],
-    }
-    assert mammo.all_finite(on_two)
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(mammo.MammoError, match="nproc_per_node 2"):
+        mammo.choose_device(mammo.Config(device="cuda"))
+
+
+def test_checkpoints_name_no_device(tmp_path):
+    content = {"model_state_dict": {"a": torch.ones(2)}, "optimizer": {"state": [torch.zeros(1)]}}
+    moved = mammo.on_cpu({"a": FakeGPUTensor(), "b": [FakeGPUTensor()], "c": (1, None, "x")})
+    assert moved == {"a": "on the CPU", "b": ["on the CPU"], "c": [1, None, "x"]}
+    mammo.write_checkpoint(tmp_path / "a.pth", content)
+    assert torch.equal(torch.load(tmp_path / "a.pth")["model_state_dict"]["a"], torch.ones(2))
+
+
+class FakeGPUTensor(torch.Tensor):
+    def cpu(self):
+        return "on the CPU"
+
+
+def test_where_torch_compile_is_not_supported_the_step_runs_without(monkeypatch, capsys):
+    def unsupported(*_):
+        raise RuntimeError("torch.compile is not supported on Python 3.15+")
+
+    monkeypatch.setattr(torch, "compile", unsupported)
+    step = mammo.compiled(len, mammo.Config(), torch.device("cuda"))
+    assert step([1, 2]) == 2
+    assert "going on without" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,61 @@ def test_resuming_with_other_settings_is_refused_by_name(archive, tmp_path):
     assert weights_hash(folder.with_name(f"{folder.name}_1") / "last.pth") == before
 
 
+def test_a_requeued_job_goes_on_whatever_its_flags_say(archive, tmp_path, monkeypatch):
+    shutil.copytree(archive, tmp_path / "a")
+    flags = ("--epochs", "2", "--no_resume", "--max_steps")
+    folder = mammo.train(small_config(tmp_path / "a", *flags, "1"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    mammo.train(small_config(tmp_path / "a", *flags, "2"))
+    assert mammo.load_checkpoint(folder / "last.pth")["step"] == 2
+    assert [path.name for path in folder.parent.glob("[!.]*")] == [folder.name]
+
+
+def test_a_warm_start_that_fails_moves_nothing_aside(archive, tmp_path):
+    shutil.copytree(archive, tmp_path / "a")
+    folder = mammo.train(small_config(tmp_path / "a", "--epochs", "2", "--max_steps", "1"))
+    weights = str(folder / "mammogram_byol_final.pth")
+    flags = ("--epochs", "2", "--max_steps", "1", "--no_resume", "--weights")
+    with pytest.raises(mammo.MammoError, match="no such file"):
+        mammo.train(small_config(tmp_path / "a", *flags, "missing.pth"))
+    assert [path.name for path in folder.parent.glob("[!.]*")] == [folder.name]
+    mammo.train(small_config(tmp_path / "a", *flags, weights))  # its own, read before they are moved
+    assert (folder.with_name(f"{folder.name}_1") / "mammogram_byol_final.pth").is_file()
+
+
+def test_what_a_killed_run_left_without_a_state_is_moved_aside(archive, tmp_path):
+    shutil.copytree(archive, tmp_path / "a")
+    config = small_config(tmp_path / "a", "--epochs", "2", "--max_steps", "1")
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "mammogram_byol_best.pth").write_bytes(b"of another run")
+    folder = mammo.train(config)
+    assert torch.load(folder / "mammogram_byol_best.pth")["step"] == 1
+    aside = folder.with_name(f"{folder.name}_1") / "mammogram_byol_best.pth"
+    assert aside.read_bytes() == b"of another run"
+
+
+def test_a_second_run_in_one_folder_is_refused(archive, tmp_path):
+    shutil.copytree(archive, tmp_path / "a")
+    config = small_config(tmp_path / "a", "--epochs", "2", "--max_steps", "1")
+    with mammo.claimed(config), pytest.raises(mammo.MammoError, match="another run is writing to"):
+        mammo.train(config)
+    mammo.train(config)
+
+
+def test_metrics_of_another_number_of_processes_stay_in_place(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = mammo.MetricsFile(path, 0)
+    for step in (10, 20, 30):
+        metrics.write({"step": step, "epoch": step / 10})
+    mammo.MetricsFile(path, 12, scale=0.5)  # from step 25, on twice as many
+    kept = pd.read_csv(path)
+    assert kept["step"].tolist() == [5, 10]
+    assert kept["epoch"].tolist() == [1, 2]
+    path.write_text("")
+    mammo.MetricsFile(path, 12)
+    assert pd.read_csv(path).empty
+
+
 def test_a_finished_run_says_so(archive, tmp_path, capsys):
     shutil.copytree(archive, tmp_path / "a")
     config = small_config(tmp_path / "a", "--epochs", "1")

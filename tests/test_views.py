@@ -155,6 +155,17 @@ def test_air_stays_black_and_bright_specks_are_not_clipped():
     assert out.max() > 1.5
 
 
+def test_blur_leaves_air_black_and_fills_a_black_pixel_of_tissue():
+    view = torch.zeros(64, 1, 32, 32)
+    view[:, :, :16] = 0.6
+    view[:, :, 8, 8] = 0
+    out = mammo.adjust_photometry(view, mammo.VIEW_2, np.random.default_rng(0))
+    assert not out[:, :, 16:].any()
+    assert (out[:, :, :16].flatten(1) > 0).sum(1).min() >= 16 * 32 - 1
+    blurred = out[:, 0, 8, 8] > 0.01
+    assert 0.2 < blurred.float().mean() < 0.6
+
+
 def test_half_of_the_second_views_are_not_blurred():
     view = torch.rand(1000, 1, 16, 16) + 0.1
     spec = mammo.ViewSpec(blur=1.2)
