@@ -85,8 +85,8 @@ GUARDS = [
     Guard("checkpoints on a full disk", MAIN, "temporary.write_bytes(buffer.getbuffer())",
           "torch.save(content, temporary)", f"{DISK} training_on_a_full and 6"),
     Guard("a row of metrics cut short", MAIN, '.rpartition("\\n")[0]', "", f"{DISK} row_of_metrics"),
-    Guard("read-only output is told early", MAIN, "    config.run_dir.mkdir(parents=True, exist_ok=True)\n"
-          "    tempfile.TemporaryFile(dir=config.run_dir).close()", "    pass", f"{DISK} told_before"),
+    Guard("read-only output is told early", MAIN, "    folder.mkdir(parents=True, exist_ok=True)\n"
+          "    tempfile.TemporaryFile(dir=folder).close()", "    pass", f"{DISK} told_before"),
     Guard("a read-only cache is enough", MAIN, "        if is_whole():  # also", "        if False:  # also",
           f"{DISK} may_lie"),
     Guard("files of a cache have their size", MAIN,
