@@ -290,7 +290,7 @@ def test_a_requeued_job_goes_on_whatever_its_flags_say(archive, tmp_path, monkey
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     mammo.train(small_config(tmp_path / "a", *flags, "2"))
     assert mammo.load_checkpoint(folder / "last.pth")["step"] == 2
-    assert [path.name for path in folder.parent.glob("[!.]*")] == [folder.name]
+    assert [path.name for path in folder.parent.glob(f"{folder.name}*")] == [folder.name]
 
 
 def test_a_warm_start_that_fails_moves_nothing_aside(archive, tmp_path):
@@ -300,7 +300,7 @@ def test_a_warm_start_that_fails_moves_nothing_aside(archive, tmp_path):
     flags = ("--epochs", "2", "--max_steps", "1", "--no_resume", "--weights")
     with pytest.raises(mammo.MammoError, match="no such file"):
         mammo.train(small_config(tmp_path / "a", *flags, "missing.pth"))
-    assert [path.name for path in folder.parent.glob("[!.]*")] == [folder.name]
+    assert [path.name for path in folder.parent.glob(f"{folder.name}*")] == [folder.name]
     mammo.train(small_config(tmp_path / "a", *flags, weights))  # its own, read before they are moved
     assert (folder.with_name(f"{folder.name}_1") / "mammogram_byol_final.pth").is_file()
 
