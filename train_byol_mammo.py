@@ -310,10 +310,13 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse_fields(
-    kind_of: Any, parser: argparse.ArgumentParser, comments: dict[str, str], argv: Sequence[str] | None
+    settings: Any, parser: argparse.ArgumentParser, comments: dict[str, str], argv: Sequence[str] | None
 ) -> dict[str, Any]:
-    """The values of a dataclass's fields as flags, and of what else the parser knows."""
-    for field in dataclasses.fields(kind_of):
+    """Values by name: the fields of the dataclass `settings` as flags, and what else the parser knows.
+
+    `comments` are the flags' help (see setting_help). Raises MammoError on a typo.
+    """
+    for field in dataclasses.fields(settings):
         text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
         if isinstance(field.default, bool):
             parser.add_argument(f"--{field.name}", action="store_true", help=text)
@@ -1207,9 +1210,7 @@ SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does th
 CLOSED = "closed.json"  # lengths of the files in an extraction's folder that nobody writes to any more
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see VIEW_1)
 
-Part = tuple[
-    Path, np.dtype, int, tuple[int, int], slice, slice
-]  # file, dtype, offset, shape, what to keep
+Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, dtype, offset, shape, box
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:
@@ -1375,7 +1376,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(mmap_threshold, 1 << 25)  # the most that glibc before 2.35 takes
+        libc.mallopt(mmap_threshold, 1 << 25)  # the most that older glibc takes
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
@@ -2906,8 +2907,8 @@ class MetricsFile:
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
         if whole and step:  # without the last row, which a full disk cuts
             kept = pd.read_csv(io.StringIO(whole)).reindex(columns=METRICS)
-            kept["step"] = (kept["step"] * scale).round().astype(int)
-            kept = kept[kept["step"] <= step]
+            kept = kept[kept["step"] * scale < step + 0.5]
+            kept = kept.assign(step=(kept["step"] * scale).round().astype(int))
         write_atomic(path, kept.to_csv(index=False))
 
     def write(self, row: dict[str, float]) -> None:
@@ -3652,7 +3653,7 @@ def choose_device(config: Config) -> torch.device:
     index = find_world().local_rank % count if device.index is None else device.index
     if index >= count:
         raise MammoError(f"--device {name}: the GPUs here are cuda:0 to cuda:{count - 1}")
-    if count < int(os.environ.get("LOCAL_WORLD_SIZE", 1)) and count > 1:
+    if 1 < count < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         raise MammoError(f"{count} GPUs for more processes: give torchrun --nproc_per_node {count}")
     major, minor = torch.cuda.get_device_capability(index)
     if not has_code_for(major, minor, torch.cuda.get_arch_list()):
