@@ -212,6 +212,11 @@ class LabelledTiles:
         """What splits and intervals go by (N,): a tile's study, or its patient where known."""
         return self.table["patient"].to_numpy(str)
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the targets: a training resumes on the same ones alone."""
+        return hashlib.sha256(self.targets.tobytes()).hexdigest()
+
     def in_split(self, split: str) -> np.ndarray:
         """Ids of the tiles of a split."""
         return np.flatnonzero(is_of_split(self.table, split) & self.table["labelled"].to_numpy())
@@ -768,7 +773,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
-        content["targets"] = hashlib.sha256(job.data.targets.tobytes()).hexdigest()
+        content["targets"] = job.data.fingerprint
         content["precision"] = mammo.precision_name(job.engine.config, job.engine.device)
     mammo.write_checkpoint(job.folder / name, content)
 
@@ -780,7 +785,7 @@ def resume_job(job: Job) -> None:
     changed = changed_settings(state["classifier"], job.settings)
     if state["cache_key"] != job.data.tiles.cache.name:
         changed.append("the images, their tile settings or the tile code")
-    if state["targets"] != hashlib.sha256(job.data.targets.tobytes()).hexdigest():
+    if state["targets"] != job.data.fingerprint:
         changed.append("the labels")
     if changed:
         raise MammoError(
