@@ -3170,9 +3170,10 @@ def draw_views(run: Run, path: Path, count: int = 4) -> None:
 
 
 def draw_curves(metrics: pd.DataFrame, path: Path) -> None:
-    """curves.png: loss, feature std, RankMe, schedules and speed against the step."""
+    """curves.png: losses, feature std, RankMe, schedules and speed against the step, as far as known."""
     curves = {
         "BYOL loss (-1 = agreement)": {"training tiles": "loss"},
+        f"frequency loss (starts near {SPECK_QUANTITIES})": {"training tiles": "freq_loss"},
         "feature std (1 = isotropic)": {"training tiles": "feature_std", "monitor tiles": "monitor_std"},
         "RankMe (effective rank)": {"monitor tiles": "monitor_rankme"},
         "learning rate": {"": "lr"},
@@ -3180,8 +3181,8 @@ def draw_curves(metrics: pd.DataFrame, path: Path) -> None:
         "speed (tiles per second)": {"": "tiles_per_s"},
         "probe AUROC": {name: f"monitor_auroc_{name}" for name in CLASSES},
     }
-    if not metrics["monitor_auroc"].notna().any():
-        del curves["probe AUROC"]
+    known = set(metrics.columns[metrics.notna().any()])
+    curves = {title: lines for title, lines in curves.items() if known & set(lines.values())}
     figure, panels = panel_grid(len(curves), 2, 2.5)
     for axes, (title, lines) in zip(panels, curves.items(), strict=True):
         for (label, name), colour in zip(lines.items(), OKABE_ITO[1::3], strict=False):

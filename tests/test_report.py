@@ -148,6 +148,15 @@ def test_a_run_from_before_the_summary_gets_a_report(finished, tmp_path):
     assert Page(mammo.write_report(tmp_path).read_text()).images == ["curves"]
 
 
+def test_the_curves_are_of_what_the_run_has_measured(monkeypatch, tmp_path):
+    panels = []
+    monkeypatch.setattr(mammo, "save_figure", lambda figure, path: panels.extend(figure.axes))
+    table = pd.DataFrame({"step": [5, 10], "loss": [-0.5, -0.6], "freq_loss": [3.0, 2.5]})
+    mammo.draw_curves(table.reindex(columns=mammo.METRICS), tmp_path / "curves.png")
+    shown = {axes.get_title().split(" (")[0]: axes.lines[0].get_ydata().tolist() for axes in panels}
+    assert shown == {"BYOL loss": [-0.5, -0.6], "frequency loss": [3.0, 2.5]}
+
+
 def test_the_report_is_there_while_the_run_goes_on_and_when_it_is_stopped(archive, tmp_path):
     shutil.copytree(archive / "images", tmp_path / "images")
     shutil.copytree(archive / "cache", tmp_path / "cache")
