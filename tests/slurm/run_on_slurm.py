@@ -152,7 +152,8 @@ class Suite:
         self.check(f"{name}: finished at the first go", restarts == 0 and expected != "")
         for limited, limit in limits.items():
             restarts, digest = self.finish(limited, self.submit(limited, *options, *limit))
-            self.check(f"{limited}: requeued (never: raise --epochs)", restarts > 0)
+            hint = "" if restarts else ", never: raise --epochs"
+            self.check(f"{limited}: requeued{hint}", restarts > 0)
             self.check(f"{limited}: the weights of {name}", digest == expected != "")
 
     def cancel(self) -> None:
