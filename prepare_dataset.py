@@ -143,7 +143,11 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
 }
 # What each file of ours has at least; older manifests have these.
 SIGNATURES = {**REPORTS, "manifest.csv": REPORTS["manifest.csv"][:14], "labels.csv": LABELS}
-SPLIT_NAMES = {"train": "training", "val": "validation", "valid": "validation"}  # other names for ours
+SPLIT_NAMES = {  # what others call ours, in any case of letters
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
 TEMPORARY = ".prepare_dataset.tmp"  # ending of files not yet complete
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

@@ -362,13 +362,22 @@ def find_images(data_dir: str | Path) -> list[Path]:
     if not root.is_dir():
         raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
     found: list[Path] = []
-    entered: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in entered:  # a circle of links
-            subfolders.clear()
-            continue
-        entered.add(os.path.realpath(folder))
-        found += [Path(folder, name) for name in names]
+    entered: set[str] = set()  # links may lead in circles, or to a folder that is here by its own name
+    folders, linked = [root], []
+    while folders:
+        folder = folders.pop()
+        if os.path.realpath(folder) not in entered:
+            entered.add(os.path.realpath(folder))
+            with suppress(PermissionError):  # as lost+found; any other failure must not lose images
+                for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                    if entry.is_symlink() and os.path.isdir(entry):
+                        linked.append(Path(entry))
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry))
+                    else:
+                        found.append(Path(entry))
+        if not folders:
+            folders, linked = linked, []
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         hint = "; prepare_dataset.py makes PNG of DICOM" if found else ""
@@ -1219,7 +1228,7 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     Study, laterality, view and spacing come from manifest.csv in the folder or beside it (written by
     prepare_dataset.py); without one, each image counts as a study of its own.
     """
-    root = Path(os.path.abspath(data_dir))  # a linked folder keeps the manifest beside the link
+    root = Path(os.path.abspath(data_dir))  # links stay: their names are the images'
     paths = find_images(root)
     stats = [path.stat() if path.is_file() else path.lstat() for path in paths]
     sources = pd.DataFrame(
@@ -1264,11 +1273,15 @@ def read_table(path: Path, columns: Sequence[str], remedy: str) -> pd.DataFrame:
 
 def _read_manifest(root: Path) -> pd.DataFrame:
     columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
-    for folder in (root, root.parent):
+    real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
+    for folder in (root, root.parent, real.parent):
         if not (folder / "manifest.csv").is_file():
             continue
         manifest = read_table(folder / "manifest.csv", ["file"], "rerun prepare_dataset.py")
-        manifest["path"] = [str(folder / name) for name in manifest["file"]]
+        paths = [folder / name for name in manifest["file"]]
+        manifest["path"] = [
+            str(root / path.relative_to(real) if path.is_relative_to(real) else path) for path in paths
+        ]
         manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
         spacing = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
@@ -2595,8 +2608,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     if run.world.leads:
         note_precision(state, precision_name(run.config, run.device))
     if state["processes"] != run.world.size:  # the same place in the schedule, with other batches
-        run.step_scale = run.steps_per_epoch / state["steps_per_epoch"]
-        run.step = round(state["step"] * run.step_scale)
+        run.step = round(state["step"] * run.steps_per_epoch / state["steps_per_epoch"])
     run.best, run.healthy, run.wandb_id = state["best"], state["healthy"], state["wandb_id"]
     if run.speck_head is not None:
         run.speck_head.load_state_dict(state["speck_head"])
@@ -2756,6 +2768,13 @@ def match_labels(
     return np.array(rows, dtype=int)
 
 
+def patients(table: pd.DataFrame) -> pd.Series:
+    """What splits, folds and intervals go by, for rows with study_id and patient_id ('' = unknown): the
+    patient of the study where any of its rows names one, else the study."""
+    known = table["patient_id"].where(table["patient_id"] != "")
+    return known.groupby(table["study_id"]).transform("first").fillna(table["study_id"])
+
+
 def tile_labels(
     tiles: pd.DataFrame, rows: np.ndarray, labels: pd.DataFrame, size: int, findings: Sequence[str]
 ) -> np.ndarray:
@@ -2797,7 +2816,8 @@ def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np
 
 @dataclass(frozen=True)
 class Probe:
-    """Labelled tiles of a run: ids (N,), targets (N, CLASSES) with NaN = unknown, studies (N,)."""
+    """Labelled tiles of a run: ids (N,), targets (N, CLASSES) with NaN = unknown, studies (N,) or
+    patients where known."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -2818,7 +2838,8 @@ def prepare_probe(tiles: MammogramTiles, config: Config) -> Probe | None:
     positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
     negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]
     ids = np.sort(np.concatenate([positive, negative[: PROBE_TILES - len(positive)]]))
-    studies = tiles.images["study_id"].to_numpy(str)[image[ids]]
+    known = labels["patient_id"].reindex(rows).fillna("").to_numpy()
+    studies = patients(tiles.images.assign(patient_id=known)).to_numpy(str)[image[ids]]
     probe = Probe(ids, targets[ids], studies)
     for column, name in enumerate(CLASSES):
         for value, word in ((1, "with"), (0, "without")):
@@ -2894,12 +2915,10 @@ def progress(items: Any = None, mode: str = PROGRESS, **options: Any) -> tqdm:
 
 
 class MetricsFile:
-    """metrics.csv, one row every LOG_EVERY steps. A resumed run drops rows of steps it repeats.
+    """metrics.csv, one row every LOG_EVERY steps. A resumed run drops rows of steps it repeats, and on
+    another number of processes counts the others anew by their epoch."""
 
-    `scale` is what the steps so far are worth now, on another number of processes.
-    """
-
-    def __init__(self, path: Path, step: int, enabled: bool = True, scale: float = 1) -> None:
+    def __init__(self, path: Path, step: int, steps_per_epoch: int, enabled: bool = True) -> None:
         self.path, self.enabled = path, enabled
         if not enabled:
             return
@@ -2907,8 +2926,9 @@ class MetricsFile:
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
         if whole and step:  # without the last row, which a full disk cuts
             kept = pd.read_csv(io.StringIO(whole)).reindex(columns=METRICS)
-            kept = kept[kept["step"] * scale < step + 0.5]
-            kept = kept.assign(step=(kept["step"] * scale).round().astype(int))
+            counted = (kept["epoch"] * steps_per_epoch).fillna(kept["step"])
+            kept = kept.assign(step=counted.round().astype(int))
+            kept = kept[kept["step"] <= step]
         write_atomic(path, kept.to_csv(index=False))
 
     def write(self, row: dict[str, float]) -> None:
@@ -2916,7 +2936,9 @@ class MetricsFile:
         if not self.enabled:
             return
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(",".join(f"{row[name]:.6g}" if name in row else "" for name in METRICS) + "\n")
+            digits = {"step": 12, "epoch": 12}  # a resumption counts by them
+            cells = [f"{row[k]:.{digits.get(k, 6)}g}" if k in row else "" for k in METRICS]
+            file.write(",".join(cells) + "\n")
 
 
 class Tracker:
@@ -3603,7 +3625,6 @@ class Run:
     wandb_id: str
     world: World
     step: int = 0
-    step_scale: float = 1.0  # what steps before the resumption are worth now
     # Epoch of the best checkpoint and the figure that chose it; empty = none yet.
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     probe: Probe | None = None
@@ -4050,7 +4071,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     run.probe = prepare_probe(tiles, config)
     if config.freq_loss_weight:
         add_speck_head(run)
-    if config.resume and (run.folder / "last.pth").is_file():
+    if (run.folder / "last.pth").is_file():  # else none is there, or `claimed` has moved it aside
         state = load_checkpoint(run.folder / "last.pth")
         try:
             resume_run(run, state)
@@ -4172,8 +4193,6 @@ def environment(precision: str) -> dict[str, str]:
 def train(config: Config) -> Path:
     """The whole job: weights, cache, pictures, training, export. Returns the run's folder."""
     world = find_world()
-    if is_restarted():
-        config = dataclasses.replace(config, resume=True)
     # What can fail in seconds comes before hours of extraction.
     device = choose_device(config)
     note_idle_gpu(config, device)
@@ -4193,6 +4212,12 @@ def train(config: Config) -> Path:
         return train_in_folder(prepare_run(config, backbone, cache))
 
 
+def this_job() -> str:
+    """What SLURM's requeues and torchrun's restarts of a job have in common."""
+    launcher = f"{socket.gethostname()} {os.getppid()}"  # torchrun stays the same process
+    return os.environ.get("SLURM_JOB_ID", launcher)
+
+
 def is_restarted() -> bool:
     """Whether SLURM or torchrun starts this job again, with the flags of its first start."""
     counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
@@ -4203,10 +4228,11 @@ def is_restarted() -> bool:
 def claimed(config: Config) -> Iterator[None]:
     """Make the run's folder and hold it: two runs that write to one would mix their results.
 
-    A run that is not to be resumed, or can't be for want of last.pth, is moved aside first. Raises
-    MammoError where another run holds the folder.
+    A run that is not to be resumed, or can't be for want of last.pth, is moved aside first; a job that
+    is started again goes on with the run that it began, --no_resume or not. Raises MammoError where
+    another run holds the folder.
     """
-    folder = config.run_dir
+    folder, mark = config.run_dir, config.run_dir / ".job"
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written is known by now
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -4217,10 +4243,13 @@ def claimed(config: Config) -> Iterator[None]:
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     try:
+        own = is_restarted() and mark.is_file() and mark.read_text(encoding="utf-8") == this_job()
         left = not (folder / "last.pth").is_file() and any(folder.glob("mammogram_byol_*.pth"))
-        if left or (not config.resume and any(folder.iterdir())):
+        if left or not (config.resume or own or all(path == mark for path in folder.iterdir())):
             move_aside(folder)
             folder.mkdir()
+        if not config.resume:
+            write_atomic(mark, this_job())
         yield
     finally:
         lock.release()
@@ -4238,7 +4267,7 @@ def train_in_folder(run: Run) -> Path:
         start_folder(run)
         if config.qc_pages:
             draw_qc_pages(config, run.folder / "qc" / run.tiles.cache.name)
-    metrics = MetricsFile(run.folder / "metrics.csv", run.step, world.leads, run.step_scale)
+    metrics = MetricsFile(run.folder / "metrics.csv", run.step, run.steps_per_epoch, world.leads)
     tracker = Tracker(run.wandb_id, config, world.leads)
     options = {"total": limit, "initial": run.step, "desc": "train", "unit": "step"}
     with (
@@ -4267,14 +4296,12 @@ def train_in_folder(run: Run) -> Path:
 
 def extract_only(config: Config) -> Path:
     """Build the cache without a model, as on a node without a GPU; returns its folder."""
-    pages = config.run_dir / "qc"
-    if config.qc_pages:
-        pages.mkdir(parents=True, exist_ok=True)  # what can fail in seconds comes first
-    cache = build_cache(config)
-    if config.qc_pages:
-        pages /= cache.name
+    if config.qc_pages:  # first: they show why no tile is kept, where none is
+        inputs = cache_inputs(list_sources(config.data_dir), config)
+        pages = config.run_dir / "qc" / cache_key(inputs)
         draw_qc_pages(config, pages)
-        print(f"qc pages  {pages}")
+        print(f"qc pages  {pages}", flush=True)
+    cache = build_cache(config)
     print(describe_funnel(pd.read_csv(cache / "rejections.csv", keep_default_na=False)))
     print(f"cache     {cache}: {', '.join(EXTRACTION_PICTURES)} show it; training finds it there")
     return cache

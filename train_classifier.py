@@ -214,15 +214,16 @@ class LabelledTiles:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the targets: a training resumes on the same ones alone."""
-        return hashlib.sha256(self.targets.tobytes()).hexdigest()
+        """Hash of what is learnt and what splits go by: a training resumes on the same alone."""
+        known = self.table[["split", "patient"]].to_csv()
+        return hashlib.sha256(self.targets.tobytes() + known.encode()).hexdigest()
 
     def in_split(self, split: str) -> np.ndarray:
         """Ids of the tiles of a split."""
         return np.flatnonzero(is_of_split(self.table, split) & self.table["labelled"].to_numpy())
 
 
-INNER = ["row", "labelled", "patient", "patient_id"]  # columns that are not written to files
+INNER = ["row", "labelled", "patient"]  # columns that are not written to files
 
 
 def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
@@ -233,14 +234,27 @@ def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
 
 def check_leak(labels: pd.DataFrame, path: str) -> None:
     """Raises MammoError where a study or patient has images in more than one split."""
-    for kind in ("study", "patient"):
-        known = labels[labels[f"{kind}_id"] != ""]
-        for name, found in known.groupby(f"{kind}_id")["split"].unique().items():
+    for kind in ("study_id", "patient"):
+        for name, found in labels.groupby(kind)["split"].unique().items():
             if len(found) > 1:
+                who = kind.removesuffix("_id")
                 raise MammoError(
-                    f"labels {path}: {kind} {name} is in the splits {' and '.join(sorted(found))}: its "
-                    f"images would be learnt and judged at once; give each {kind} one split"
+                    f"labels {path}: {who} {name} is in the splits {' and '.join(sorted(found))}: its "
+                    f"images would be learnt and judged at once; give each {who} one split"
                 )
+
+
+def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame) -> pd.DataFrame:
+    """Labels with study, side and view of their images also where only the manifest knows them, and
+    with `patient` (see patients); `found` gives the row of `labels` for each of list_sources."""
+    known = sources.assign(row=found).drop_duplicates("row").set_index("row").reindex(labels.index)
+    known = known[["study_id", "laterality", "view"]].fillna("")
+    study = labels["study_id"].where(labels["study_id"] != "", known["study_id"])
+    side, view = (known[n].where(known[n] != "", labels[n]) for n in ("laterality", "view"))
+    labels = labels.assign(
+        study_id=study.where(study != "", labels["image"]), laterality=side, view=view
+    )
+    return labels.assign(patient=mammo.patients(labels))
 
 
 def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
@@ -249,10 +263,11 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
     Raises MammoError for an unreadable table, a study in two splits, or no label that fits an image.
     """
     labels = mammo.read_labels(settings.labels, settings.names)
-    check_leak(labels, settings.labels)
-    sources = mammo.list_sources(config.data_dir)["image"]
+    sources = mammo.list_sources(config.data_dir)
     where = Path(settings.labels).parent, Path(config.data_dir)
-    found = mammo.match_labels(labels, where[0], sources, where[1])
+    found = mammo.match_labels(labels, where[0], sources["image"], where[1])
+    labels = with_manifest(labels, found, sources)
+    check_leak(labels, settings.labels)
     if (found < 0).all():
         raise MammoError(
             f"labels {settings.labels}: no row fits an image of {config.data_dir}; `image` is a path "
@@ -260,7 +275,7 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
         )
     report = {
         "labels without image": labels["image"].drop(found[found >= 0]).tolist(),
-        "images without label, left out": sources[found < 0].tolist(),
+        "images without label, left out": sources["image"][found < 0].tolist(),
     }
     for what, names in report.items():
         if names:
@@ -297,26 +312,11 @@ def join_labels(
         targets = np.where(weak, 1, targets)
     if settings.shuffle_labels:
         targets = targets[np.random.default_rng([settings.seed, 5]).permutation(len(targets))]
-    table = tiles.images[["image", "study_id", "laterality", "view"]].copy()
-    for column in ("study_id", "laterality", "view"):  # the manifest's, else the labels'
-        given = known[column].fillna("").to_numpy(str)
-        own = table[column].to_numpy(str)
-        use = (given != "") if column == "study_id" else (own == "")
-        table[column] = np.where(use, given, own)
-    for column in ("split", "breast_density", "patient_id"):
-        table[column] = known[column].fillna("").to_numpy(str)
-    table["labelled"] = rows >= 0
-    table, untiled = with_patient(table), with_patient(untiled)
+    words = ["study_id", "patient", "laterality", "view", "split", "breast_density"]
+    table = tiles.images[["image"]].join(known[words].fillna("")).assign(labelled=rows >= 0)
     table = table.iloc[image].reset_index(drop=True)
     table = table.assign(row=image, x=tiles.tiles["x"].to_numpy(), y=tiles.tiles["y"].to_numpy())
     return LabelledTiles(tiles, names, targets, table, image_targets, untiled)
-
-
-def with_patient(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with `patient`: patient_id, or the study where that is unknown, or else the image."""
-    study = table["study_id"].where(table["study_id"] != "", table["image"])
-    patient = table["patient_id"].where(table["patient_id"] != "", study)
-    return table.assign(study_id=study, patient=patient)
 
 
 def study_folds(studies: np.ndarray, targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -616,7 +616,7 @@ def prepare_job(settings: Settings) -> Job:
     check_classes(data.targets[validation_ids], settings.names, "validation studies")
     shift = prior_shift(data.targets[train_ids])
     folder = settings.folder(f"classifier_{settings.mode}")
-    if folder.exists() and (not settings.resume or holds_another_probe(folder, settings)):
+    if folder.exists() and (not settings.resume or holds_another_result(folder, settings, data)):
         mammo.move_aside(folder)
         print(f"note: what {folder} held is moved aside", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
@@ -625,13 +625,19 @@ def prepare_job(settings: Settings) -> Job:
     return Job(settings, engine, data, folder, train_ids, drawn, shift)
 
 
-def holds_another_probe(folder: Path, settings: Settings) -> bool:
-    """Whether a folder holds a probe of other settings, which the next one would replace."""
-    try:
-        then = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
+def holds_another_result(folder: Path, settings: Settings, data: LabelledTiles) -> bool:
+    """Whether a folder holds a classifier that this training would replace and not go on from."""
+    if not (folder / "classifier_best.pth").is_file():
         return False
-    return settings.mode == "probe" and bool(changed_settings(then, settings))
+    resumable = (folder / "last.pth").is_file()  # then resume_job compares
+    if resumable or settings.mode == "finetune":
+        return resumable != (settings.mode == "finetune")
+    try:
+        then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        same_data = then["cache_key"] == data.tiles.cache.name and then["labels"] == data.fingerprint
+        return not same_data or bool(changed_settings(then["settings"], settings))
+    except (OSError, ValueError, KeyError):
+        return True
 
 
 def changed_settings(then: dict[str, Any], settings: Settings) -> list[str]:
@@ -773,7 +779,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
-        content["targets"] = job.data.fingerprint
+        content["labels"] = job.data.fingerprint
         content["precision"] = mammo.precision_name(job.engine.config, job.engine.device)
     mammo.write_checkpoint(job.folder / name, content)
 
@@ -785,8 +791,8 @@ def resume_job(job: Job) -> None:
     changed = changed_settings(state["classifier"], job.settings)
     if state["cache_key"] != job.data.tiles.cache.name:
         changed.append("the images, their tile settings or the tile code")
-    if state["targets"] != job.data.fingerprint:
-        changed.append("the labels")
+    if state.get("labels") != job.data.fingerprint:
+        changed.append("the labels, splits or patients")
     if changed:
         raise MammoError(
             f"{job.folder} holds a training with other settings: {'; '.join(changed)}.\n"
@@ -938,7 +944,8 @@ def predictions(
     tables = {"tile": tile}
     noisy_or = 1 - (1 - tile[p]).groupby(tile["row"]).prod()
     for level, found in (("image_max", rows[p].max()), ("image_noisy_or", noisy_or)):
-        tables[level] = pd.concat([known.join(found).reset_index(), untiled], ignore_index=True)
+        table = known.join(found).reset_index()
+        tables[level] = pd.concat([table, untiled], ignore_index=True) if len(untiled) else table
     image = tables["image_max"]
     sided = image[image["laterality"] != ""]
     for level, part, keys in (
@@ -1169,7 +1176,12 @@ def train(settings: Settings) -> Path:
         job.engine.config, output_dir=str(job.folder.parent), run_name=job.folder.name
     )
     precision = mammo.precision_name(job.engine.config, job.engine.device)
-    record = {"settings": dataclasses.asdict(settings), "environment": mammo.environment(precision)}
+    record = {
+        "settings": dataclasses.asdict(settings),
+        "cache_key": job.data.tiles.cache.name,
+        "labels": job.data.fingerprint,
+        "environment": mammo.environment(precision),
+    }
     mammo.write_atomic(job.folder / "config.json", json.dumps(record, indent=2))
     positive = (job.data.targets[job.train_ids] == 1).sum(0)
     found = ", ".join(f"{count} {name}" for count, name in zip(positive, settings.names, strict=True))
@@ -1381,8 +1393,6 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
         paths += mammo.find_images(operand) if operand.is_dir() else [operand]
     folder = settings.folder("predict")
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("map_*.png"):
-        earlier.unlink()
     rows = []
     for number, path in enumerate(mammo.progress(paths, desc="predict", unit="image")):
         try:
@@ -1409,6 +1419,9 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if "picture" not in table:
         raise MammoError("none of the images could be used; the notes above say why")
+    for earlier in folder.glob("map_*.png"):
+        if earlier.name not in set(table["picture"]):
+            earlier.unlink()
     mammo.write_atomic(folder / "predictions.csv", table.to_csv(index=False))
     print(f"{table['picture'].notna().sum()} of {len(table)} images")
     print(f"open      {folder}: predictions.csv map_*.png")

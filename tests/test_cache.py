@@ -1,6 +1,7 @@
 """The pixel cache: contents, key, resumption, errors."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -390,6 +391,28 @@ def test_images_in_linked_folders_are_found_once(tmp_path):
     assert [Path(name).parent.as_posix() for name in found] == ["a", "b"]
 
 
+def test_a_link_to_a_folder_of_the_archive_renames_no_image(tmp_path):
+    write_images(tmp_path / "split" / "training", 2)
+    (tmp_path / "split" / "latest").symlink_to("training")
+    found = mammo.list_sources(tmp_path / "split")["image"]
+    assert [Path(name).parent.as_posix() for name in found] == ["training"] * 2
+
+
+def test_a_folder_that_fails_to_list_its_images_is_an_error(tmp_path, monkeypatch):
+    write_images(tmp_path / "a", 1)
+    write_images(tmp_path / "b", 1)
+    real = os.scandir
+
+    def failing(folder):
+        if Path(folder).name == "b":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(mammo.os, "scandir", failing)
+    with pytest.raises(OSError, match=r"Input/output error.*b"):
+        mammo.find_images(tmp_path)
+
+
 def test_a_linked_folder_keeps_the_manifest_beside_the_link(tmp_path):
     write_images(tmp_path / "elsewhere", 1)
     name = next((tmp_path / "elsewhere").iterdir()).name
@@ -399,6 +422,16 @@ def test_a_linked_folder_keeps_the_manifest_beside_the_link(tmp_path):
     (tmp_path / "split" / "manifest.csv").write_text(table)
     sources = mammo.list_sources(tmp_path / "split" / "training")
     assert sources.loc[0, ["study_id", "spacing_mm"]].tolist() == ["007", 0.05]
+
+
+def test_a_link_to_a_split_finds_the_manifest_beside_the_split(tmp_path):
+    write_images(tmp_path / "split" / "training", 1)
+    name = next((tmp_path / "split" / "training").iterdir()).name
+    table = f"file,study_id,spacing_mm\ntraining/{name},007,0.05\n"
+    (tmp_path / "split" / "manifest.csv").write_text(table)
+    (tmp_path / "mine").symlink_to(tmp_path / "split" / "training")
+    sources = mammo.list_sources(tmp_path / "mine")
+    assert sources.loc[0, ["image", "study_id", "spacing_mm"]].tolist() == [name, "007", 0.05]
 
 
 def test_study_ids_stay_words(archive, tmp_path):

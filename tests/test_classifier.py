@@ -356,12 +356,23 @@ def test_another_probe_does_not_replace_the_first(labelled, tmp_path):
         assert run_main("train", labelled, *flags, "--findings", findings, out=tmp_path) == 0
     classes = {path.parent.name: torch.load(path)["classes"] for path in tmp_path.glob("*/*.pth")}
     assert classes == {"probe": ["calcification"], "probe_1": ["mass"]}
+    last = (*flags, "--findings", "calcification", "--shuffle_labels")
+    assert run_main("train", labelled, *last, out=tmp_path) == 0
+    assert torch.load(tmp_path / "probe_2" / "classifier_best.pth")["classes"] == ["calcification"]
+    finetune = ("--weights", "none", *TILES, "--run_name", "probe", "--epochs", 1)
+    assert run_main("train", labelled, *finetune, out=tmp_path) == 0
+    assert not (tmp_path / "probe_2" / "last.pth").exists()
+    assert (tmp_path / "probe_3" / "classifier_best.pth").is_file()
 
 
 def test_resuming_with_other_labels_is_refused(trained, labelled, tmp_path, capsys):
     flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
     path = relabel(labelled, tmp_path, lambda t: t.assign(mass=t["calcification"], boxes="[]"))
-    changes = (["--shuffle_labels"], ["--labels", path, "--weak_labels"])
+    (tmp_path / "b").mkdir()
+    one = relabel(
+        labelled, tmp_path / "b", lambda t: t.assign(patient_id=t["study_id"].replace("s1", "s2"))
+    )
+    changes = (["--shuffle_labels"], ["--labels", path, "--weak_labels"], ["--labels", one])
     for change in changes:
         assert run_main("train", labelled, *flags, *change) == 2
         assert "the labels" in capsys.readouterr().err
@@ -441,7 +452,9 @@ def test_images_without_a_tile_and_views_without_a_label(tmp_path):
 
 def test_splits_and_intervals_go_by_the_patient_where_known(labelled, tmp_path):
     def change(table):
-        table["patient_id"] = table["study_id"].map({"s0": "p0", "s1": "p0", "s5": "p5"}).fillna("")
+        first = ~table["study_id"].duplicated()  # one row of a study names its patient
+        known = table["study_id"].map({"s0": "p0", "s1": "p0", "s5": "p5"})
+        table["patient_id"] = known.where(first).fillna("")
 
     path = relabel(labelled, tmp_path, change)
     _, _, settings = classifier.parse_args(
@@ -449,6 +462,32 @@ def test_splits_and_intervals_go_by_the_patient_where_known(labelled, tmp_path):
     )
     data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
     assert set(data.studies) == {"p0", "s2", "s3", "s4", "p5"}
+
+
+def test_a_patient_named_like_the_study_of_another_split_is_a_leak(tmp_path):
+    labels = pd.DataFrame(
+        {"study_id": ["P1", "P1_2"], "patient_id": ["", "P1"], "split": ["training", "test"]}
+    )
+    with pytest.raises(mammo.MammoError, match="patient P1 is in the splits test and training"):
+        classifier.check_leak(labels.assign(patient=mammo.patients(labels)), "labels.csv")
+
+
+def test_labels_without_study_and_side_take_the_manifest_s():
+    """Also for images without a tile, which would count as studies of their own."""
+    sources = pd.DataFrame(
+        {"image": ["a", "b", "c"], "study_id": ["s", "s", "t"], "laterality": ["L", "R", ""], "view": ""}
+    )
+    labels = pd.DataFrame(
+        {
+            "image": ["c", "a", "x", "b"], "study_id": ["own", "", "", ""], "patient_id": "",
+            "laterality": ["R", "R", "L", ""], "view": "CC",
+        }
+    )  # fmt: skip
+    table = classifier.with_manifest(labels, np.array([1, 3, 0]), sources)
+    assert table["study_id"].tolist() == ["own", "s", "x", "s"]
+    assert table["patient"].tolist() == ["own", "s", "x", "s"]
+    assert table["laterality"].tolist() == ["R", "L", "L", "R"]
+    assert (table["view"] == "CC").all()
 
 
 def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path, capsys):
@@ -467,6 +506,12 @@ def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path
     run_main("evaluate", labelled, *exact, out=tmp_path)
     images = pd.read_csv(tmp_path / "evaluate" / "predictions_image_max.csv")
     np.testing.assert_allclose(table["p_mass"][:8], images.sort_values("image")["p_mass"], atol=2e-3)
+    earlier = sorted(path.name for path in (tmp_path / "predict").iterdir())
+    assert run_main("predict", labelled, *exact, broken, out=tmp_path) == 2
+    assert sorted(path.name for path in (tmp_path / "predict").iterdir()) == earlier
+    one = labelled / table["image"].iloc[0]
+    assert run_main("predict", labelled, *exact, one, out=tmp_path) == 0
+    assert len(list((tmp_path / "predict").glob("map_*.png"))) == 1
 
 
 def test_embed_writes_one_row_of_features_for_each_tile(trained, labelled, tmp_path):

@@ -1,5 +1,6 @@
 """What the classifier asks of pre-training: the frequency target and the online probe."""
 
+import dataclasses
 import json
 import shutil
 
@@ -162,6 +163,11 @@ def test_the_probe_finds_what_is_there_and_nothing_in_noise(six):
     assert scores[probe.targets[:, 0] == 1].min() > scores[probe.targets[:, 0] == 0].mean()
     assert set(np.unique(probe.studies)) == {"s0", "s1", "s2"}
     assert (probe.targets == 1).any() and (probe.targets == 0).any()  # noqa: PT018
+    table = pd.read_csv(six / "labels.csv")
+    table["patient_id"] = [f"p{number // 2}" for number in range(6)]
+    table.to_csv(six / "labels_with_patients.csv", index=False)
+    config = dataclasses.replace(config, labels=str(six / "labels_with_patients.csv"))
+    assert set(mammo.prepare_probe(run.tiles, config).studies) == {"p0", "p1", "p2"}
 
 
 def test_probe_labels_are_checked_before_the_extraction(six, tmp_path):

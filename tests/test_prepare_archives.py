@@ -132,15 +132,15 @@ def test_a_patient_of_several_studies_stays_in_one_split(
 
 
 def test_other_names_of_splits(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
-    splits = ("test", "Train", "val")
+    splits = ("TEST", "Train", "val")
     for split in splits:
         archive.png(f"{split}/a.png")
     table = archive.table(VINDR + "".join(vindr_row(split, "a", split) for split in splits))
     assert archive.run(table) == 0
-    files = ["test/test_a.png", "training/Train_a.png", "validation/val_a.png"]
+    files = ["test/TEST_a.png", "training/Train_a.png", "validation/val_a.png"]
     assert sorted(archive.read("manifest.csv")["file"]) == files
     assert f"--data_dir {archive.out / 'training'}\n" in capsys.readouterr().out
-    assert archive.run(archive.table(VINDR + vindr_row("test", "a", "test"))) == 0
+    assert archive.run(archive.table(VINDR + vindr_row("TEST", "a", "test"))) == 0
     assert "there is none to pre-train on" in capsys.readouterr().out
 
 

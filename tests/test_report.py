@@ -255,7 +255,7 @@ def test_classifier_results_below_the_run_are_part_of_it(finished, tmp_path):
 def test_metrics_of_an_older_version_keep_their_columns_on_resume(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss,monitor_std\n2,-0.25,\n4,-0.5,0.75\n6,-0.6,\n")
-    mammo.MetricsFile(path, 4).write({"step": 6, "loss": -0.7, "seconds_left": 3})
+    mammo.MetricsFile(path, 4, 2).write({"step": 6, "loss": -0.7, "seconds_left": 3})
     table = pd.read_csv(path)
     assert list(table.columns) == mammo.METRICS
     assert table["loss"].tolist() == [-0.25, -0.5, -0.7]

@@ -124,7 +124,7 @@ def test_one_fixed_batch_is_overfitted_without_collapse(archive):
 def test_without_the_predictor_the_collapse_warning_fires(archive, capfd):
     """Views that share nothing can only be agreed on by collapse; the predictor holds it off."""
     run = open_run(archive, "--run_name", "collapse", "--report_every", "0")
-    metrics = mammo.MetricsFile(run.folder / "metrics.csv", 0)
+    metrics = mammo.MetricsFile(run.folder / "metrics.csv", 0, run.steps_per_epoch)
     tracker = mammo.Tracker("id", run.config)
 
     def noise():
@@ -286,11 +286,18 @@ def test_resuming_with_other_settings_is_refused_by_name(archive, tmp_path):
 def test_a_requeued_job_goes_on_whatever_its_flags_say(archive, tmp_path, monkeypatch):
     shutil.copytree(archive, tmp_path / "a")
     flags = ("--epochs", "2", "--no_resume", "--max_steps")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     folder = mammo.train(small_config(tmp_path / "a", *flags, "1"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     mammo.train(small_config(tmp_path / "a", *flags, "2"))
     assert mammo.load_checkpoint(folder / "last.pth")["step"] == 2
     assert [path.name for path in folder.parent.glob(f"{folder.name}*")] == [folder.name]
+    # Another job whose first start never came that far.
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    mammo.train(small_config(tmp_path / "a", *flags, "1"))
+    assert mammo.load_checkpoint(folder / "last.pth")["step"] == 1
+    aside = folder.with_name(f"{folder.name}_1")
+    assert mammo.load_checkpoint(aside / "last.pth")["step"] == 2
 
 
 def test_a_warm_start_that_fails_moves_nothing_aside(archive, tmp_path):
@@ -326,16 +333,24 @@ def test_a_second_run_in_one_folder_is_refused(archive, tmp_path):
 
 def test_metrics_of_another_number_of_processes_stay_in_place(tmp_path):
     path = tmp_path / "metrics.csv"
-    metrics = mammo.MetricsFile(path, 0)
+    metrics = mammo.MetricsFile(path, 0, 10)
     for step in (10, 20, 30):
         metrics.write({"step": step, "epoch": step / 10})
-    mammo.MetricsFile(path, 12, scale=0.5)  # from step 25, on twice as many
-    kept = pd.read_csv(path)
-    assert kept["step"].tolist() == [5, 10]
-    assert kept["epoch"].tolist() == [1, 2]
+    for _ in range(2):  # killed at once and started again
+        mammo.MetricsFile(path, 12, 5)  # from step 25, on twice as many
+        kept = pd.read_csv(path)
+        assert kept["step"].tolist() == [5, 10]
+        assert kept["epoch"].tolist() == [1, 2]
     path.write_text("")
-    mammo.MetricsFile(path, 12)
+    mammo.MetricsFile(path, 12, 5)
     assert pd.read_csv(path).empty
+
+
+def test_metrics_of_long_runs_keep_their_steps(tmp_path):
+    metrics = mammo.MetricsFile(tmp_path / "metrics.csv", 0, 31_003)
+    metrics.write({"step": 3_100_299, "epoch": 3_100_299 / 31_003})
+    mammo.MetricsFile(tmp_path / "metrics.csv", 3_100_299, 31_003)
+    assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [3_100_299]
 
 
 def test_a_finished_run_says_so(archive, tmp_path, capsys):
