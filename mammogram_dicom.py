@@ -194,8 +194,8 @@ def read_header(dataset: Dataset) -> dict[str, str]:
     """The values of HEADER, all but `padding`."""
     view, modifier = read_view(dataset)
     implant = {"YES": "1", "NO": "0"}.get(text(dataset, "BreastImplantPresent"), "")
-    intents = ("FOR PRESENTATION", "FOR PROCESSING")
-    intent, relationship = text(dataset, "PresentationIntentType"), "PixelIntensityRelationship"
+    intent = text(dataset, "PresentationIntentType")
+    relationship = text(dataset, "PixelIntensityRelationship")
     return {
         "laterality": read_laterality(dataset),
         "view": view,
@@ -205,10 +205,8 @@ def read_header(dataset: Dataset) -> dict[str, str]:
         "modality": text(dataset, "Modality"),
         "photometric": text(dataset, "PhotometricInterpretation"),
         "bits_stored": str(dataset.BitsStored),
-        "intent": intent if intent in intents else "",
-        "relationship": value
-        if (value := text(dataset, relationship)) in ("LIN", "LOG", "DISP")
-        else "",
+        "intent": intent if intent in ("FOR PRESENTATION", "FOR PROCESSING") else "",
+        "relationship": relationship if relationship in ("LIN", "LOG", "DISP") else "",
         "compression": dataset.file_meta.TransferSyntaxUID.name,
     }
 

@@ -76,7 +76,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import NoReturn
 
@@ -113,7 +112,6 @@ CLEAR_SIDE = 0.2  # difference of tissue along the left and right edge, over the
 DEFAULT = " (default: %(default)s)"  # argparse fills it in
 REQUIRED = ["study_id", "image_id", "split"]
 OPTIONAL = ["laterality", "view_position", "height", "width", "breast_birads", "breast_density"]
-ADDED = ["patient_id", "implant", "spacing_mm"]  # known from some tables or from DICOM headers
 SIZE = ["height", "width", "bit_depth"]
 SOURCE = ["source", "source_size", "source_mtime_ns"]
 RECORD = [*SOURCE, "settings"]  # an output is up to date while these are as they were
@@ -309,8 +307,8 @@ def delimiter_of(csv_path: Path) -> str:
 def read_table(
     tables: list[pd.DataFrame], options: Options, index: Index
 ) -> tuple[pd.DataFrame, Labels, Adapter, list[str]]:
-    """The archive's table in our columns (those of REQUIRED, OPTIONAL and ADDED that it has, and
-    `places`, where to look for the file), its labels, its adapter and notes on what is absent.
+    """The archive's table in our columns (those of REQUIRED, OPTIONAL, patient_id, implant, spacing_mm
+    that it has, and `places`: where to look for the file), its labels, its adapter, notes on absences.
 
     Raises RefusedError where a column is missing.
     """
@@ -389,7 +387,8 @@ def safe_name(name: str) -> str:
     Those that would be too long or without a letter, such as two in Chinese, are told by a hash.
     """
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".-")
-    if not name or (len(safe) <= MAX_ID_LENGTH and re.search("[A-Za-z0-9]", safe)):
+    short = len(safe) <= MAX_ID_LENGTH and re.search("[A-Za-z0-9]", safe)
+    if short or is_safe_name(name) or not name:
         return safe
     return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}_{safe[-64:].lstrip('.-')}"
 
@@ -515,35 +514,32 @@ def adapt_cbis(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
         density=density_column.where(density_column != "", raw.get("breast density", "")),
         place=raw["image file path"].map(lambda name: name.strip(' "\r\n').removesuffix(".dcm")),
     )
-    rows: dict[tuple[str, str], tuple[int, dict[str, str]]] = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    lines: dict[tuple[str, str], int] = {}
     for line, row in raw.iterrows():
         top, *uids = row["place"].split("/")
         kind, training = top.split("-")[0], "-Training_" in top
         image = safe_name(f"{kind}_{row['left or right breast']}_{row['image view']}")
         key = (row["patient_id"], image)
         grade = birads(row["assessment"])
-        previous = rows.get(key, (0, {}))[1].get("breast_birads", "")
-        rows[key] = (
-            line,
-            {
-                "study_id": key[0],
-                "patient_id": key[0],
-                "image_id": image,
-                "split": "training" if training else "test",
-                "laterality": side(row["left or right breast"]),
-                "view_position": row["image view"].upper(),
-                "breast_birads": max(previous, grade),
-                "breast_density": density(row["density"]),
-                "places": "\n".join(
-                    [row["place"], f"folder {top}", *(f"folder {uids[1]}" for _ in uids[1:2])]
-                ),
-            },
-        )
+        previous = rows.get(key, {}).get("breast_birads", "")
+        lines[key] = line
+        rows[key] = {
+            "study_id": key[0],
+            "patient_id": key[0],
+            "image_id": image,
+            "split": "training" if training else "test",
+            "laterality": side(row["left or right breast"]),
+            "view_position": row["image view"].upper(),
+            "breast_birads": max(previous, grade),
+            "breast_density": density(row["density"]),
+            "places": "\n".join([row["place"], *(f"folder {name}" for name in (top, *uids[1:2]))]),
+        }
         finding = "calcification" if "calc" in row["abnormality type"].lower() else "mass"
         cancer = {"MALIGNANT": "1", "BENIGN": "0", "BENIGN_WITHOUT_CALLBACK": "0"}
         values = {finding: "1", "cancer": cancer.get(row["pathology"].upper(), "")}
         labels.setdefault(key, ImageLabels()).add(values)
-    return pd.DataFrame([row for _, row in rows.values()], index=[line for line, _ in rows.values()])
+    return pd.DataFrame(list(rows.values()), index=list(lines.values()))
 
 
 def adapt_inbreast(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
@@ -763,10 +759,11 @@ def match_files(
     Raises RefusedError where no row has a file.
     """
     sources, ambiguous, wanted = [], [], set()
+    rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
     for places in table["places"]:
         found = next((index[key] for key in places.split("\n") if key in index), [])
         wanted.update(found)
-        ranked = sorted(found, key=lambda name: (suffix_rank(name), name))
+        ranked = sorted(found, key=lambda name: (rank.get(suffix_of(name), len(rank)), name))
         sources.append(ranked[0] if ranked else "")
         images = [name for name in ranked if suffix_of(name) in SUFFIXES]
         if len(images) > 1:
@@ -793,12 +790,6 @@ def suffix_of(name: str) -> str:
 def without_suffix(name: str) -> str:
     """The name without a suffix that an image may have; dots of other meaning stay."""
     return os.path.splitext(name)[0] if suffix_of(name) in SUFFIXES else name
-
-
-def suffix_rank(name: str) -> int:
-    """Position in the order of preference (SUFFIXES); unknown suffixes come last."""
-    suffix = suffix_of(name)
-    return SUFFIXES.index(suffix) if suffix in SUFFIXES else len(SUFFIXES)
 
 
 # 5 Image formats ----------------------------------------------------------------------------------
@@ -1180,25 +1171,26 @@ def decode_item(item: Item, options: Options, write: bool) -> Outcome:
     if write and (flipped or item.kind != ".png"):
         spacing = item.row.get("spacing_mm") or header.get("spacing_mm", "")
         shown = np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
-        write_file(item, encode_png(shown, spacing))
+        write_file(item.output, encode_png(shown, spacing), item.found)
     return {**facts, **header, "flipped": str(int(flipped))}
 
 
-def write_file(item: Item, content: bytes) -> None:
-    """Put an output there in one step, with its source's time. Raises OSError."""
-    temporary = temporary_name(item.output)
+def write_file(path: Path, content: bytes, source: os.stat_result | None = None) -> None:
+    """Put a file there in one step, an image with the time of its source. Raises OSError."""
+    temporary = temporary_name(path)
     temporary.write_bytes(content)
-    os.utime(temporary, ns=(item.found.st_atime_ns, item.found.st_mtime_ns))
+    if source:
+        os.utime(temporary, ns=(source.st_atime_ns, source.st_mtime_ns))
     flush(temporary)
-    os.replace(temporary, item.output)
+    os.replace(temporary, path)
 
 
-def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Item, Outcome]]:
-    """Each item and what came of it, in the order they finish; in processes where that pays."""
+def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
+    """Each task and what came of it, in the order they finish; in processes where that pays."""
     small = sum(item.found.st_size for item, _, _ in tasks) < POOL_FROM
     if small and not any(may_crash(item) for item, _, _ in tasks):
         for task in tasks:
-            yield task[0], decode_item(*task)
+            yield task, decode_item(*task)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers, left = min(tasks[0][1].num_workers, cores, len(tasks)), deque(tasks)
@@ -1212,10 +1204,10 @@ def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Item, Outcome]]:
                         left.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         outcome = future.result()
-                        yield running.pop(future)[0], outcome
+                        yield running.pop(future), outcome
         except BrokenProcessPool:  # one of those in it is to blame
             for task in running.values():
-                yield task[0], decode_alone(task)
+                yield task, decode_alone(task)
 
 
 def may_crash(item: Item) -> bool:
@@ -1240,8 +1232,7 @@ def process_pool(workers: int) -> ProcessPoolExecutor:
     """Fresh processes (a fork would copy threads' locks) that end with this one, even if killed."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["__main__", "mammogram_dicom"])
+    context.set_forkserver_preload(["__main__", "mammogram_dicom"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
 
@@ -1252,9 +1243,9 @@ def start_worker() -> None:
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
-        if parent:
-            wait_for([parent.sentinel])
-        os._exit(1)
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -1322,13 +1313,12 @@ def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
             tasks.append((item, options, not current))
     if not tasks:
         return {}
-    writes, outcomes = {item.row["file"]: write for item, _, write in tasks}, {}
-    bar = tqdm(total=len(tasks), desc="images", unit="image", disable=not sys.stderr.isatty())
-    with bar:
-        for item, outcome in decode_all(tasks):
+    outcomes = {}
+    with tqdm(total=len(tasks), desc="images", unit="image", disable=not sys.stderr.isatty()) as bar:
+        for (item, _, write), outcome in decode_all(tasks):
             bar.update()
             file = item.row["file"]
-            outcomes[file] = outcome, writes[file]
+            outcomes[file] = outcome, write
             if isinstance(outcome, dict):
                 plan.checked[file] = {"file": file, **item.record, **outcome}
                 with open(options.output_dir / JOURNAL, "a", encoding="utf-8") as journal:
@@ -1380,7 +1370,7 @@ def place(item: Item, mode: str) -> str:
     if mode == "hardlink" and hardlinked(item.source.resolve(), temporary):
         os.replace(temporary, item.output)
         return "linked"
-    write_file(item, read_source(item.source))
+    write_file(item.output, read_source(item.source), item.found)
     return "copied"
 
 
@@ -1599,15 +1589,14 @@ def find_problems(plan: Plan) -> None:
 def find_duplicates(plan: Plan) -> None:
     """Report images of equal content under several names, saying where they cross splits or patients."""
     groups: dict[str, list[dict[str, str]]] = {}
+    notes = (("split", ", ACROSS SPLITS"), ("study_id", ", across studies"))
     for row in plan.manifest:
         content = plan.checked.get(row["file"], {}).get("content", "")
         groups.setdefault(content or row["file"], []).append(row)
-    for rows in groups.values():
-        for row in rows[1:]:
-            first = rows[0]
-            across = [name for name in ("split", "study_id") if row[name] != first[name]]
-            note = {"split": ", ACROSS SPLITS", "study_id": ", across studies", "": ""}
-            plan.report("duplicate", row, f"same as {first['file']}{note[[*across, ''][0]]}")
+    for first, *others in groups.values():
+        for row in others:
+            note = next((text for name, text in notes if row[name] != first[name]), "")
+            plan.report("duplicate", row, f"same as {first['file']}{note}")
 
 
 def check_size_stated(plan: Plan, row: dict[str, str], stated: dict[str, str]) -> None:
@@ -1671,10 +1660,7 @@ def write_text(path: Path, text: str) -> None:
     content = text.encode("utf-8", errors="backslashreplace")  # names may hold any byte
     if path.exists() and path.read_bytes() == content:
         return
-    temporary = temporary_name(path)
-    temporary.write_bytes(content)
-    flush(temporary)
-    os.replace(temporary, path)
+    write_file(path, content)
     flush(path.parent)
 
 
@@ -1695,11 +1681,9 @@ def foreign_files(plan: Plan) -> list[str]:
 def bits_used(row: dict[str, str], facts: dict[str, str]) -> str:
     """Bits that hold the image's largest value, or those of the PNG where it was not decoded."""
     maximum = facts.get("maximum", "")
-    return (
-        str(max(1, int(maximum).bit_length()))
-        if maximum.isdigit()
-        else f"{row['bit_depth']} (not decoded)"
-    )
+    if not maximum.isdigit():
+        return f"{row['bit_depth']} (not decoded)"
+    return str(max(1, int(maximum).bit_length()))
 
 
 REPORT_STYLE = """

@@ -36,7 +36,7 @@ import argparse
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -580,7 +580,7 @@ def add_overlays(
     rng = spec.rng("overlay")
     foreign = np.zeros(signal.shape, bool)
     if spec.trap == "film":
-        signal, foreign = add_film(signal, anatomy, rng)
+        signal, foreign = add_film(signal, rng)
     if spec.trap == "noisy_frame":
         foreign = frame_of(signal.shape, max(1, int(rng.uniform(0.01, 0.025) * spec.width)))
         signal[foreign] = rng.uniform(0.75, 1, int(foreign.sum()))
@@ -619,9 +619,7 @@ def draw_label(text: str, height: float) -> np.ndarray:
 # ---- 6 Traps -------------------------------------------------------------------------------------
 
 
-def add_film(
-    signal: np.ndarray, anatomy: Anatomy, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def add_film(signal: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return the image as a digitised film: fog, grain, bright scanner edges, a strip of tape.
 
     And where edges and tape are, (H, W) bool.
@@ -829,12 +827,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(parse_args(argv))
     mixed = options["trap"] == "mixed"
     options["trap"] = "none" if mixed else options["trap"]
-    known = {setting.name for setting in fields(PhantomSpec)}
-    folder, studies = options["output_dir"], options["studies"]
-    shares = (options["test_share"], options["lesion_share"])
+    folder, studies = options.pop("output_dir"), options.pop("studies")
+    shares = (options.pop("test_share"), options.pop("lesion_share"))
     try:
-        template = PhantomSpec(**{name: options[name] for name in known & set(options)})
-        tables = write_archive(folder, studies, template, *shares, mixed)
+        tables = write_archive(folder, studies, PhantomSpec(**options), *shares, mixed)
     except ValueError as error:
         raise SystemExit(f"synthetic_mammograms.py: error: {error} (--help lists the flags)") from None
     except OSError as error:

@@ -126,9 +126,9 @@ BATCH_SIZE = 32  # tiles per step and process (GPU)
 EPOCHS = 100  # passes over TILES_PER_EPOCH tiles
 MAX_STEPS = 0  # stop after this many steps, schedules unchanged; 0 = off
 LR = 2e-3  # peak learning rate at a global batch of 32; grows with its square root (lars: linearly)
-OPTIMIZER = "adamw"  # adamw, or lars for global batches of thousands (with --lr 0.025)
+OPTIMIZER = "adamw"  # adamw, or lars for batches of thousands (--lr 0.025 --weight_decay 1.5e-6)
 WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
-WEIGHT_DECAY = 1e-4  # AdamW weight decay; biases and normalisation parameters are exempt
+WEIGHT_DECAY = 1e-4  # weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
 FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see Objective); 0 = plain BYOL
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
@@ -764,7 +764,8 @@ def closed_at_chest(breast: np.ndarray) -> np.ndarray:
     rows = np.flatnonzero(breast[:, side])
     if len(rows):
         breast[rows[0] : rows[-1] + 1, side] = True
-    return fill_holes(breast)
+    contours, _ = cv2.findContours(breast.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(np.zeros(breast.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
 
 
 def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
@@ -841,13 +842,6 @@ def extent(breast: np.ndarray) -> int:
     """Area in px between the skin and the chest side, row by row, whatever holes there are."""
     away = breast if chest_side(breast) == -1 else breast[:, ::-1]
     return int(np.where(away.any(1), away.shape[1] - away.argmax(1), 0).sum())
-
-
-def fill_holes(mask: np.ndarray) -> np.ndarray:
-    """Fill what the outer contour of a (H, W) bool mask encloses."""
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    filled = cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, cv2.FILLED)
-    return filled > 0
 
 
 MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the muscle is sought
@@ -2637,11 +2631,8 @@ def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
 
     `fc` is written as zeros: BYOL has no ImageNet classes, and strict loading wants the keys.
     """
-    state = {key: value.detach().cpu() for key, value in model.backbone.state_dict().items()}
-    classes = 1000
-    state["fc.weight"] = torch.zeros(classes, config.input_dim)
-    state["fc.bias"] = torch.zeros(classes)
-    state = {key: value.contiguous() for key, value in state.items()}
+    state = {key: value.cpu().contiguous() for key, value in model.backbone.state_dict().items()}
+    state |= {"fc.weight": torch.zeros(1000, config.input_dim), "fc.bias": torch.zeros(1000)}
     metadata = {"backbone": config.backbone, "grey_mean": str(GREY_MEAN), "grey_std": str(GREY_STD)}
     with replacing(path) as temporary:
         temporary.write_bytes(to_safetensors(state, metadata))
@@ -2775,6 +2766,20 @@ def patients(table: pd.DataFrame) -> pd.Series:
     return known.groupby(table["study_id"]).transform("first").fillna(table["study_id"])
 
 
+def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame) -> pd.DataFrame:
+    """Labels with study, side and view of their images also where only the manifest knows them, and
+    with `patient` (see patients); `found` gives the row of `labels` for each of `sources`, a table with
+    these columns."""
+    known = sources.assign(row=found).drop_duplicates("row").set_index("row").reindex(labels.index)
+    known = known[["study_id", "laterality", "view"]].fillna("")
+    study = labels["study_id"].where(labels["study_id"] != "", known["study_id"])
+    side, view = (known[n].where(known[n] != "", labels[n]) for n in ("laterality", "view"))
+    labels = labels.assign(
+        study_id=study.where(study != "", labels["image"]), laterality=side, view=view
+    )
+    return labels.assign(patient=patients(labels))
+
+
 def tile_labels(
     tiles: pd.DataFrame, rows: np.ndarray, labels: pd.DataFrame, size: int, findings: Sequence[str]
 ) -> np.ndarray:
@@ -2838,8 +2843,8 @@ def prepare_probe(tiles: MammogramTiles, config: Config) -> Probe | None:
     positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
     negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]
     ids = np.sort(np.concatenate([positive, negative[: PROBE_TILES - len(positive)]]))
-    known = labels["patient_id"].reindex(rows).fillna("").to_numpy()
-    studies = patients(tiles.images.assign(patient_id=known)).to_numpy(str)[image[ids]]
+    patient = with_manifest(labels, rows, tiles.images)["patient"]
+    studies = patient.reindex(rows[image[ids]]).to_numpy(str)
     probe = Probe(ids, targets[ids], studies)
     for column, name in enumerate(CLASSES):
         for value, word in ((1, "with"), (0, "without")):
@@ -3336,16 +3341,15 @@ def show_run(run: Run, tracker: Tracker, state: str = "running", reason: str = "
             tracker.log({f"best_{name}": value for name, value in best.items()}, summary=True)
         if not run.config.report_every:
             return
-        fresh = [] if (folder / "views.png").is_file() else ["segmentation", "grid", "tiles", "views"]
+        fresh = [] if (folder / "views.png").is_file() else [*EXTRACTION_PICTURES, "views.png"]
         if fresh:
             draw_views(run, folder / "views.png")
         if run.features is not None:
             draw_embedding(run, run.features, folder / "embedding.png")
-            fresh.append("embedding")
+            fresh.append("embedding.png")
         write_report(folder)
         if fresh:
-            pictures = {name: folder / f"{name}.png" for name in fresh}
-            there = {name: path for name, path in pictures.items() if path.is_file()}
+            there = {path.stem: path for path in map(folder.joinpath, fresh) if path.is_file()}
             tracker.log({"step": run.step, **there})
     except Exception as error:
         tqdm.write(f"note: report not written ({type(error).__name__}: {error})", file=sys.stderr)
@@ -3505,7 +3509,7 @@ def html_results(path: Path) -> str:
         return f"<p>{path.name} can't be read ({type(error).__name__})</p>"
     if "group" in table:
         table = table[table["group"] == "all"].drop(columns="group")
-    counts = [name for name in ("n", "positive", "studies") if name in table]
+    counts = [name for name in ("n", "positive", "studies", "positive_studies") if name in table]
     table = table[[*table.columns.drop(counts), *counts]]  # a phone shows the first columns
     cells = table.map(lambda v: f"{v:.3f}" if isinstance(v, float) else v).replace("nan", "")
     return html_table(cells.to_numpy(), [name.replace("_", " ") for name in cells])
@@ -3906,13 +3910,12 @@ def describe_row(row: dict[str, float], monitor: dict[str, float]) -> str:
 
 def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarray) -> dict[str, float]:
     """A row of metrics.csv for the last step; `means` as from read_metrics, `speed` in steps/s."""
-    step, schedule = run.step - 1, (run.total_steps, run.steps_per_epoch, run.config, run.world.size)
     row = {
         "step": run.step,
         "epoch": run.step / run.steps_per_epoch,
         "loss": means[0],
-        "lr": learning_rate(step, *schedule),
-        "momentum": target_momentum(step, run.total_steps, run.config),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "momentum": target_momentum(run.step - 1, run.total_steps, run.config),
         "feature_std": means[1],
         "tiles_per_s": speed * run.config.batch_size * run.world.size,
         "batches_per_s": speed,
@@ -4402,9 +4405,9 @@ class StoppedError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job. Returns 0, or 2 after an error that the user can mend, or 128 + signal number."""
-    code = 2
-    try:
+    """Run the job; returns its exit_code."""
+
+    def job() -> None:
         config = parse_args(argv)
         if config.report:
             print(write_report(Path(config.report)))
@@ -4412,6 +4415,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             extract_only(config)
         else:
             train(config)
+
+    return exit_code(job, "give --grad_checkpoint, lower --batch_size or --view_size")
+
+
+def exit_code(job: Callable[[], None], memory_advice: str) -> int:
+    """Do a script's job: 0, or 2 after an error that the user can mend, or 128 + signal number."""
+    code = 2
+    try:
+        job()
         return 0
     except StoppedError as stopped:
         code, message = stopped.code, str(stopped)
@@ -4420,9 +4432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MammoError as error:
         message = f"error: {error}"
     except torch.cuda.OutOfMemoryError:
-        message = (
-            "error: the GPU's memory is full; give --grad_checkpoint, lower --batch_size or --view_size"
-        )
+        message = f"error: the GPU's memory is full; {memory_advice}"
     except OSError as error:
         message = (
             f"error: {error.filename or 'file'}: {error.strerror or error}; once that is mended the "

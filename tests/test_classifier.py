@@ -257,6 +257,10 @@ def test_calibration_error_of_known_cases():
     assert classifier.calibration_error(np.full(100, 0.5), target) == pytest.approx(0)
     assert classifier.calibration_error(np.full(100, 0.9), target) == pytest.approx(0.4)
     assert classifier.calibration_error(target, target) == 0
+    # Rare findings: right on average, and twice as sure as they may be.
+    rare = np.linspace(0, 0.1, 2000)
+    truth = np.random.default_rng(0).random(2000) < 0.025 + rare / 2
+    assert classifier.calibration_error(rare, truth) > 0.008
 
 
 def test_study_folds_keep_studies_whole_and_spread_findings():
@@ -483,7 +487,7 @@ def test_labels_without_study_and_side_take_the_manifest_s():
             "laterality": ["R", "R", "L", ""], "view": "CC",
         }
     )  # fmt: skip
-    table = classifier.with_manifest(labels, np.array([1, 3, 0]), sources)
+    table = mammo.with_manifest(labels, np.array([1, 3, 0]), sources)
     assert table["study_id"].tolist() == ["own", "s", "x", "s"]
     assert table["patient"].tolist() == ["own", "s", "x", "s"]
     assert table["laterality"].tolist() == ["R", "L", "L", "R"]
@@ -534,7 +538,7 @@ def test_compare_judges_all_on_the_same_tiles(trained, labelled, tmp_path, capsy
     assert ((table["gain_low"] <= table["gain"]) | table["gain"].isna()).all()
     notes = re.findall("^note:.*", capsys.readouterr().err, flags=re.MULTILINE)
     assert len(notes) == 1  # every label has its image
-    assert "from 6 studies are too narrow" in notes[0]
+    assert re.search(r"too narrow for mass \(\d studies with, 6 without\), calc", notes[0])
 
 
 def test_compare_gives_random_weights_the_checkpoints_backbone(trained, labelled, monkeypatch):
@@ -552,6 +556,43 @@ def test_compare_gives_random_weights_the_checkpoints_backbone(trained, labelled
     with pytest.raises(SystemExit):
         run_main("compare", labelled, "none", weights, "--folds", 2)
     assert opened == {weights: "resnet18", "none": "resnet18"}
+
+
+def test_shuffled_labels_stay_together_by_patient():
+    """So that a leak between the images of a patient lifts the figures, as it would with true labels."""
+    patient = np.repeat(np.array([f"p{number % 9}{number}" for number in range(40)]), 50)
+    rng = np.random.default_rng(0)
+    patient = rng.permutation(patient)
+    sick = rng.random(40) < 0.5
+    targets = sick[np.unique(patient, return_inverse=True)[1]].astype(np.float32)[:, None]
+    dealt = classifier.shuffle_patients(targets, patient, 0)
+    assert (dealt != targets).mean() > 0.3
+    assert dealt.sum() == targets.sum()
+    assert all(len(np.unique(dealt[patient == name])) == 1 for name in set(patient))
+
+
+def test_intervals_of_rare_findings_are_noted(capsys):
+    targets = np.zeros((100, 2), np.float32)
+    targets[:3, 0], targets[:30, 1] = 1, 1
+    classifier.note_few(["mass", "calcification"], targets, np.arange(100).astype(str))
+    note = capsys.readouterr().err
+    assert "too narrow for mass (3 studies with, 97 without): the bootstrap" in note
+
+
+def test_compare_says_which_images_a_checkpoint_has_seen(labelled, tmp_path, capsys):
+    _, _, settings = classifier.parse_args(
+        ["train", *settings_of(labelled, "--weights", "none", *TILES)]
+    )
+    data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
+    path = tmp_path / "run.pth"
+    config = {"data_dir": str(labelled / "training"), "labels": "labels.csv"}
+    mammo.write_checkpoint(path, {"config": config})
+    classifier.note_seen([str(path)], data, data.in_split("test"), settings)
+    assert capsys.readouterr().err == ""
+    classifier.note_seen([str(path)], data, data.in_split("all"), settings)
+    count = data.table["image"].nunique()
+    note = capsys.readouterr().err
+    assert re.search(rf"pre-trained on \d+ of the {count} images that judge it, and its epoch", note)
 
 
 def test_shuffled_labels_give_chance(labelled, tmp_path):
