@@ -1,7 +1,8 @@
 # make demo    phantoms -> tiles -> a small pre-trained backbone, minutes on two CPU cores
 # make test    all tests
 # make compare random, plain BYOL and BYOL with the frequency target on 60 phantom studies, a quarter to
-#              half an hour on two CPU cores (CONTRAST=1 makes half of the masses hard to see)
+#              half an hour on two CPU cores (CONTRAST=1 makes half of the masses hard to see;
+#              SEEDS="0 1 2" tells how much the start of the weights matters, in three times the time)
 # make lint    formatter, linter, types
 # make docs    the notebook's outputs, the README's picture and its settings table
 # make audit   known weaknesses of the installed packages, secrets in the files; needs the internet
@@ -28,11 +29,12 @@ demo: $(if $(VENV),$(VENV)/.installed)
 	    --backbone resnet18 --weights none --freq_loss_weight 1 --batch_size 16 --epochs 4 \
 	    --tiles_per_epoch 320 --log_every 5
 	$(RUN) train_classifier.py train --mode probe $(CLASSIFY) \
-	    --weights demo/runs/byol_resnet18/mammogram_byol_best.pth
+	    --weights demo/runs/byol_resnet18/mammogram_byol_final.pth
 	$(RUN) train_classifier.py evaluate $(CLASSIFY) \
 	    --weights demo/runs/byol_resnet18/classifier_probe/classifier_best.pth
 
 CONTRAST ?= 1.5
+SEEDS ?= 0
 TILES := --tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.17 --backbone resnet18
 COMMON := --cache_dir demo/cache --output_dir demo/compare
 LABELLED := --data_dir demo/compare/images --labels demo/compare/images/labels.csv $(TILES) $(COMMON)
@@ -44,13 +46,18 @@ compare: $(if $(VENV),$(VENV)/.installed)
 	$(RUN) prepare_dataset.py --csv_path demo/compare/archive/breast-level_annotations.csv \
 	    --findings_csv demo/compare/archive/finding_annotations.csv \
 	    --images_root demo/compare/archive/images_png --output_dir demo/compare/images
-	for weight in 0 1; do $(RUN) train_byol_mammo.py --data_dir demo/compare/images/training \
-	    --run_name weight$$weight --freq_loss_weight $$weight $(TILES) $(COMMON) --weights none \
-	    --batch_size 32 --epochs 6 --warmup_epochs 1 --momentum_base 0.99 || exit; done
-	$(RUN) train_classifier.py compare none demo/compare/weight0/mammogram_byol_final.pth \
-	    demo/compare/weight1/mammogram_byol_final.pth $(LABELLED)
-	$(RUN) train_classifier.py train --weights demo/compare/weight1/mammogram_byol_final.pth \
-	    --run_name finetuned --epochs 6 $(LABELLED)
+	for seed in $(SEEDS); do \
+	    for weight in 0 1; do $(RUN) train_byol_mammo.py --data_dir demo/compare/images/training \
+	        --run_name weight$$weight.seed$$seed --freq_loss_weight $$weight --seed $$seed $(TILES) \
+	        $(COMMON) --weights none --batch_size 32 --epochs 6 --warmup_epochs 1 \
+	        --momentum_base 0.99 || exit; done; \
+	    $(RUN) train_classifier.py compare none \
+	        demo/compare/weight0.seed$$seed/mammogram_byol_final.pth \
+	        demo/compare/weight1.seed$$seed/mammogram_byol_final.pth \
+	        --seed $$seed --run_name compare.seed$$seed $(LABELLED) || exit; \
+	done
+	$(RUN) train_classifier.py train --run_name finetuned --epochs 6 $(LABELLED) \
+	    --weights demo/compare/weight1.seed$(firstword $(SEEDS))/mammogram_byol_final.pth
 	$(RUN) train_classifier.py evaluate --weights demo/compare/finetuned/classifier_best.pth $(LABELLED)
 
 test: $(if $(VENV),$(VENV)/.installed-dev)

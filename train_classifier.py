@@ -3,11 +3,11 @@
 
 Reads the images and labels.csv that prepare_dataset.py lays out and a checkpoint of train_byol_mammo.py.
 
-    python train_classifier.py train --weights runs/byol_resnet50/mammogram_byol_best.pth
+    python train_classifier.py train --weights runs/byol_resnet50/mammogram_byol_final.pth
     python train_classifier.py evaluate --weights runs/classifier_finetune/classifier_best.pth
     python train_classifier.py predict --weights runs/classifier_finetune/classifier_best.pth my_images
-    python train_classifier.py compare none imagenet runs/byol_resnet50/mammogram_byol_best.pth
-    python train_classifier.py embed --weights runs/byol_resnet50/mammogram_byol_best.pth
+    python train_classifier.py compare none imagenet runs/byol_resnet50/mammogram_byol_final.pth
+    python train_classifier.py embed --weights runs/byol_resnet50/mammogram_byol_final.pth
     python train_classifier.py --help                                     # every setting, one line each
 
 Contents
@@ -21,8 +21,9 @@ Contents
     8 Entry            main
 
 A tile's probability is that of a finding in this tile. An image has the highest of its tiles' (`max`) or
-1 - prod(1 - p) (`noisy_or`, which takes tiles for independent and, as they overlap, runs high); a breast
-and a study have the highest of their images'. Research use only; not for clinical decisions.
+1 - prod(1 - p) (`noisy_or`, which takes overlapping tiles for independent); a breast and a study have the
+highest of their images'. These put images in order and are no probabilities. Research use only; not for
+clinical decisions.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from train_byol_mammo import MammoError
 # ---- 1 Configuration ------------------------------------------------------------------------------
 # Each constant is a field of Settings and a flag of the same lower-case name; its comment is the help.
 
-WEIGHTS = "./runs/byol_resnet50/mammogram_byol_best.pth"  # checkpoint, imagenet or none
+WEIGHTS = "./runs/byol_resnet50/mammogram_byol_final.pth"  # checkpoint, imagenet or none
 BACKBONE = ""  # resnet18, resnet34 or resnet50; empty = as in the checkpoint, resnet50 without one
 DATA_DIR = "./split_images"  # folder of images, sub-folders included
 LABELS = "./split_images/labels.csv"  # one row for each image, written by prepare_dataset.py
@@ -1403,7 +1404,7 @@ class OneImage(mammo.MammogramTiles):
 
 
 def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
-    """Probability per finding and a map for each image; an unusable image is named and left out."""
+    """Highest tile probability per finding and a map for each image; unusable images are named."""
     engine, settings = open_classifier(settings)
     paths: list[Path] = []
     for operand in map(Path, operands):
