@@ -4217,8 +4217,10 @@ def train(config: Config) -> Path:
 
 def this_job() -> str:
     """What SLURM's requeues and torchrun's restarts of a job have in common."""
-    launcher = f"{socket.gethostname()} {os.getppid()}"  # torchrun stays the same process
-    return os.environ.get("SLURM_JOB_ID", launcher)
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        if os.environ.get(name, "none") != "none":  # as torchrun says without --rdzv_id
+            return os.environ[name]
+    return f"{socket.gethostname()} {os.getppid()}"  # torchrun, which stays the same process
 
 
 def is_restarted() -> bool:
