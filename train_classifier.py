@@ -21,9 +21,9 @@ Contents
     8 Entry            main
 
 A tile's probability is that of a finding in this tile. An image has the highest of its tiles' (`max`) or
-1 - prod(1 - p) (`noisy_or`, which takes overlapping tiles for independent); a breast and a study have the
-highest of their images'. These put images in order and are no probabilities. Research use only; not for
-clinical decisions.
+1 - prod(1 - p) (`noisy_or`, which takes overlapping tiles for independent); a breast and a study have
+the highest of their images'. These put images in order and are no probabilities. Research use only; not
+for clinical decisions.
 """
 
 from __future__ import annotations
@@ -1235,8 +1235,8 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     mammo.write_atomic(folder / "compare.csv", table.to_csv(index=False))
     studies_judged = len(set(data.studies[judged]))
     print(
-        f"{len(judged):,} tiles of {studies_judged} studies; 95 % intervals over studies, for these "
-        "weights: how much another seed would change them shows with several runs alone"
+        f"{len(judged):,} tiles of {studies_judged} studies; 95 % intervals are for these weights, over "
+        "studies: other seeds give other weights"
     )
     note_few(data.names, data.targets[judged], data.studies[judged])
     note_seen([start for start in engines if start.endswith(".pth")], data, judged, settings)
