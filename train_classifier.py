@@ -1253,12 +1253,13 @@ def note_seen(
     images = [folder / name for name in data.table["image"].iloc[judged].unique()]
     for path in checkpoints:
         state = mammo.load_checkpoint(path)
-        trained_on = state.get("config", {}).get("data_dir")
+        recorded = state.get("config", {})
+        trained_on = recorded.get("data_dir")
         if not trained_on or "classifier" in state:
             continue
         seen = sum(image.is_relative_to(Path(trained_on).resolve()) for image in images)
         if seen:
-            chosen = ", and its epoch may be chosen by their labels" if state["config"]["labels"] else ""
+            chosen = ", and its epoch may be chosen by their labels" if recorded.get("labels") else ""
             print(
                 f"note: {path} was pre-trained on {seen:,} of the {len(images):,} images that judge it"
                 f"{chosen}; random and ImageNet weights have seen none of them",
