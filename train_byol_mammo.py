@@ -34,7 +34,6 @@ clinical decisions.
 from __future__ import annotations
 
 import argparse
-import ast
 import base64
 import copy
 import ctypes
@@ -72,6 +71,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,6 +93,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
+from byol_mammo import settings
 
 # ---- 1 Configuration ------------------------------------------------------------------------------
 # Each constant is a field of Config and a flag of the same lower-case name; its comment is the help.
@@ -1200,6 +1202,87 @@ def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
     return (table["rejected_by"] == "") & (dark | empty)
 
 
+def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
+    """All kept tiles, or MAX_TILES of them: each image's best first, then each image's second best."""
+    frames = [
+        pd.DataFrame(record["tiles"]).assign(image=index)
+        for index, record in enumerate(records)
+        if record.get("tiles", {}).get("x")
+    ]
+    if not frames:
+        return pd.DataFrame(columns=["image", "x", "y", *CRITERIA])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *CRITERIA]]
+    if config.max_tiles and len(tiles) > config.max_tiles:
+        rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
+        order = np.lexsort((-tiles["freq_energy"], rank))
+        tiles = tiles.iloc[np.sort(order[: config.max_tiles])]
+    return tiles
+
+
+def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Grey levels (low, high) shown as 0 and 1: the 0.1 and 99.9 percentiles of the breast.
+
+    Values above `high` are kept, not clipped, so that calcifications stay brighter than tissue. Some
+    100,000 px are read (`sampling_step`).
+    """
+    step = sampling_step(image)
+    grey = image[::step, ::step][mask[::step, ::step]]
+    if not grey.size:
+        return 0.0, 1.0
+    low, high = (float(level) for level in np.percentile(grey, (0.1, 99.9), method="nearest"))
+    return low, max(high, low + 1)
+
+
+def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[str, Any], np.ndarray]:
+    """Segment one mammogram and choose its tiles.
+
+    Returns a record (window, origin, bit depth, spacing, funnel, kept tiles as columns) and the pixels
+    of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
+    Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
+    """
+    image, view = read_with_overview(path)
+    size = config.tile_size
+    if min(image.shape) < size:
+        shape = f"{image.shape[1]} x {image.shape[0]}"
+        raise ImageReadError(path, f"{shape} px is smaller than a tile; lower --tile_size ({size})")
+    breast = find_breast(view)
+    if not breast.any():
+        raise ImageReadError(path, "no breast found (empty, all-white or noise)")
+    mask = view.enlarged(breast)
+    muscle = view.enlarged(find_muscle(view, breast)) & mask
+    table = score_tiles(image, mask, config, spacing_mm, muscle)
+    kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
+    low, high = intensity_window(image, mask)
+    rows, cols = tile_box(kept, config, image.shape)
+    pixels = image[rows, cols]
+    if pixels.size:
+        pixels = cv2.copyTo(pixels, mask[rows, cols].view(np.uint8))
+    counts = table["rejected_by"].value_counts()
+    record = {
+        "origin": (rows.start, cols.start),
+        "shape": pixels.shape,
+        "window": (low, high),
+        "bit_depth": bit_depth(image, view.brightest),
+        "spacing_mm": spacing_mm,
+        "positions": len(table),
+        "rejected": {name: int(counts.get(name, 0)) for name in CRITERIA},
+        "rescued": int(is_rescued(table, config).sum()),
+        "tiles": kept.to_dict("list"),
+    }
+    return record, pixels
+
+
+def tile_box(tiles: pd.DataFrame, config: Config, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """Rows and columns of the box around tiles (x, y) plus the views' margin, inside the image."""
+    if tiles.empty:
+        return slice(0, 0), slice(0, 0)
+    margin = math.ceil(VIEW_MARGIN * config.tile_size)
+    reach = config.tile_size + margin
+    y0, x0 = max(0, tiles["y"].min() - margin), max(0, tiles["x"].min() - margin)
+    y1, x1 = tiles["y"].max() + reach, tiles["x"].max() + reach
+    return slice(int(y0), int(min(y1, shape[0]))), slice(int(x0), int(min(x1, shape[1])))
+
+
 # ---- 5 Pixel cache ---------------------------------------------------------------------------------
 # Tiles overlap by half, so pixels are stored once and a tile is an index into them. Pixels outside the
 # breast mask are 0: labels, markers and film edges never reach a view.
@@ -1212,6 +1295,9 @@ NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
 SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does that much again
 CLOSED = "closed.json"  # lengths of the files in an extraction's folder that nobody writes to any more
 VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see VIEW_1)
+
+# The code that makes masks, tiles and pixels: file, beginning, end. An edited filter makes a new cache.
+PIXEL_CODE = ((__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),)
 
 Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, dtype, offset, shape, box
 
@@ -1284,27 +1370,17 @@ def _read_manifest(root: Path) -> pd.DataFrame:
     return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
 
 
-def code_version() -> str:
-    """Hash of the code of sections 2-5 without comments: an edited filter makes a new cache."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    start = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- 2 "))
-    end = next(i for i, line in enumerate(lines, 1) if line.startswith("# ---- 6 "))
-    nodes = [node for node in ast.parse(source).body if start < node.lineno < end]
-    return hashlib.sha256("".join(map(ast.dump, nodes)).encode()).hexdigest()
-
-
 def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
-    settings = (
+    names = (
         "tile_size tile_stride min_breast_ratio min_freq_energy high_freq_energy min_tile_intensity "
         "min_non_zero_pixels exclude_pectoral pixel_spacing_mm max_tiles"
     )
     rows = sources.drop(columns="path").to_csv(index=False)
     return {
         # As floats: 40, typed as a flag, is 40.0.
-        "settings": {name: float(getattr(config, name)) for name in settings.split()},
-        "code": code_version(),
+        "settings": {name: float(getattr(config, name)) for name in names.split()},
+        "code": settings.code_version(PIXEL_CODE),
         "files": hashlib.sha256(rows.encode()).hexdigest(),
     }
 
@@ -1312,70 +1388,6 @@ def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
 def cache_key(inputs: dict[str, Any]) -> str:
     """Name of the cache folder: 16 hex digits of the inputs' hash."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
-    """Grey levels (low, high) shown as 0 and 1: the 0.1 and 99.9 percentiles of the breast.
-
-    Values above `high` are kept, not clipped, so that calcifications stay brighter than tissue. Some
-    100,000 px are read (`sampling_step`).
-    """
-    step = sampling_step(image)
-    grey = image[::step, ::step][mask[::step, ::step]]
-    if not grey.size:
-        return 0.0, 1.0
-    low, high = (float(level) for level in np.percentile(grey, (0.1, 99.9), method="nearest"))
-    return low, max(high, low + 1)
-
-
-def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[str, Any], np.ndarray]:
-    """Segment one mammogram and choose its tiles.
-
-    Returns a record (window, origin, bit depth, spacing, funnel, kept tiles as columns) and the pixels
-    of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
-    Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
-    """
-    image, view = read_with_overview(path)
-    size = config.tile_size
-    if min(image.shape) < size:
-        shape = f"{image.shape[1]} x {image.shape[0]}"
-        raise ImageReadError(path, f"{shape} px is smaller than a tile; lower --tile_size ({size})")
-    breast = find_breast(view)
-    if not breast.any():
-        raise ImageReadError(path, "no breast found (empty, all-white or noise)")
-    mask = view.enlarged(breast)
-    muscle = view.enlarged(find_muscle(view, breast)) & mask
-    table = score_tiles(image, mask, config, spacing_mm, muscle)
-    kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
-    low, high = intensity_window(image, mask)
-    rows, cols = tile_box(kept, config, image.shape)
-    pixels = image[rows, cols]
-    if pixels.size:
-        pixels = cv2.copyTo(pixels, mask[rows, cols].view(np.uint8))
-    counts = table["rejected_by"].value_counts()
-    record = {
-        "origin": (rows.start, cols.start),
-        "shape": pixels.shape,
-        "window": (low, high),
-        "bit_depth": bit_depth(image, view.brightest),
-        "spacing_mm": spacing_mm,
-        "positions": len(table),
-        "rejected": {name: int(counts.get(name, 0)) for name in CRITERIA},
-        "rescued": int(is_rescued(table, config).sum()),
-        "tiles": kept.to_dict("list"),
-    }
-    return record, pixels
-
-
-def tile_box(tiles: pd.DataFrame, config: Config, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """Rows and columns of the box around tiles (x, y) plus the views' margin, inside the image."""
-    if tiles.empty:
-        return slice(0, 0), slice(0, 0)
-    margin = math.ceil(VIEW_MARGIN * config.tile_size)
-    reach = config.tile_size + margin
-    y0, x0 = max(0, tiles["y"].min() - margin), max(0, tiles["x"].min() - margin)
-    y1, x1 = tiles["y"].max() + reach, tiles["x"].max() + reach
-    return slice(int(y0), int(min(y1, shape[0]))), slice(int(x0), int(min(x1, shape[1])))
 
 
 def keep_freed_memory() -> None:
@@ -1530,7 +1542,9 @@ def build_cache(config: Config) -> Path:
     inputs = cache_inputs(sources, config)
     final = Path(config.cache_dir) / cache_key(inputs)
     if is_finished(final):
+        note_other_versions(final)
         return final
+    note_other_code(final, inputs)
     building = final.with_name(f".{final.name}.building")
     building.mkdir(parents=True, exist_ok=True)
     lock = FileLock(building.with_suffix(".lock"))
@@ -1544,14 +1558,48 @@ def build_cache(config: Config) -> Path:
             if final.exists():
                 print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
                 move_aside(final)
-            if not is_finished(building):  # else the last run was killed while it drew
+            if not is_finished(building):  # else the last run was killed before it renamed it
                 records = extract_all(sources, config, building / "extracted")
                 finish_cache(building, records, sources, inputs, config)
             shutil.rmtree(building / "extracted", ignore_errors=True)
-            draw_extraction(sources, config, building)
             sweep(building)
             os.replace(building, final)
     return final
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decodes and filters pixels: others may give masks and tiles that differ."""
+    return {"opencv": cv2.__version__, "scikit-image": metadata.version("scikit-image")}
+
+
+def note_other_versions(cache: Path) -> None:
+    """Say so where a cache was made by other versions of OpenCV or scikit-image than are here."""
+    made = json.loads((cache / "cache.json").read_text()).get("versions", {})
+    other = [
+        f"{name} {made[name]} (here {version})"
+        for name, version in library_versions().items()
+        if made.get(name, version) != version
+    ]
+    if other:
+        print(
+            f"note: {cache} was made by {', '.join(other)}: its masks and tiles may differ a little "
+            "from what would be made here; move it away to make it anew",
+            file=sys.stderr,
+        )
+
+
+def note_other_code(final: Path, inputs: dict[str, Any]) -> None:
+    """Say so where the same images have a cache with the same settings, made by other code."""
+    for path in final.parent.glob("[!.]*/cache.json"):
+        with suppress(OSError, ValueError, KeyError):  # a damaged cache tells nothing
+            other = json.loads(path.read_text())["inputs"]
+            same = inputs["settings"] | other["settings"] == inputs["settings"]
+            if same and other["files"] == inputs["files"]:
+                print(
+                    f"note: the code that makes masks, tiles and pixels has changed since {path.parent} "
+                    f"was made: extracting into {final}",
+                    file=sys.stderr,
+                )
 
 
 def is_finished(cache: Path) -> bool:
@@ -1694,7 +1742,7 @@ def finish_cache(
 
     `records` are extract_all's. Raises MammoError where no tile was kept.
     """
-    tiles = _choose_tiles(records, config)
+    tiles = choose_tiles(records, config)
     rejections = _funnel(records, tiles, sources)
     if tiles.empty:
         raise MammoError(
@@ -1721,27 +1769,9 @@ def finish_cache(
         path = building / f"{name}.csv"
         write_atomic(path, table.to_csv(index=False))
         sizes[path.name] = path.stat().st_size
-    versions = {"numpy": np.__version__, "opencv": cv2.__version__}
-    summary = {"inputs": inputs, "versions": versions, "sizes": sizes, "finished": True}
+    summary = {"inputs": inputs, "versions": library_versions(), "sizes": sizes, "finished": True}
     write_atomic(building / "cache.json", json.dumps(summary, indent=2))
     os.replace(pixels, building / "pixels.npy")  # last: without it the rest counts for nothing
-
-
-def _choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
-    """All kept tiles, or MAX_TILES of them: each image's best first, then each image's second best."""
-    frames = [
-        pd.DataFrame(record["tiles"]).assign(image=index)
-        for index, record in enumerate(records)
-        if record.get("tiles", {}).get("x")
-    ]
-    if not frames:
-        return pd.DataFrame(columns=["image", "x", "y", *CRITERIA])
-    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *CRITERIA]]
-    if config.max_tiles and len(tiles) > config.max_tiles:
-        rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
-        order = np.lexsort((-tiles["freq_energy"], rank))
-        tiles = tiles.iloc[np.sort(order[: config.max_tiles])]
-    return tiles
 
 
 def _funnel(records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
@@ -1833,42 +1863,51 @@ def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     np.lib.format.write_array_header_2_0(file, header)
 
 
-class MammogramTiles:
-    """Tiles of a pixel cache: an index into one flat array of pixels.
+def cache_digest(cache: Path) -> str:
+    """SHA-256 of what was cached: the tables of tiles and of images, whose offsets follow no order.
 
-    `reduce` > 1 opens a copy of the pixels averaged over blocks of that side, for views smaller than
-    their tile (a mip level, Williams 1983): one bilinear gather is then free of aliasing. The copy is
-    uint16 with 8 fractional bits for 8-bit images, so that averaging keeps its precision.
+    A run may go on with any cache that has its digest, wherever the images lie by now.
+    """
+    images = pd.read_csv(cache / "images.csv", dtype=str, keep_default_na=False).drop(columns="offset")
+    tables = (cache / "tiles.csv").read_bytes() + images.to_csv(index=False).encode()
+    return hashlib.sha256(tables).hexdigest()
+
+
+class MammogramTiles:
+    """Tiles as an index into one flat array of pixels.
+
+    `images` has a row for each image: offset, height and width of its part of `pixels`, the place x0, y0
+    of that part in the image, and the window low, high; `table` a row for each tile: image (row of
+    `images`), x, y and the scores. Both are in px of the image, while `pixels` may be averaged over
+    blocks of side `reduce` (see open_tiles), its grey levels multiplied by `grey_scale`.
 
     Per tile: `layout` (N, 3) int64 offset, height and width of its image's pixels; `centre` (N, 2)
-    x and y in them; `window` (N, 2) float32 grey levels; all in units of the opened copy.
+    x and y in them; `window` (N, 2) float32 grey levels; all in units of the averaged pixels.
     """
 
-    def __init__(self, cache: str | Path, reduce: int = 1) -> None:
-        self.cache, self.reduce = Path(cache), reduce
-        words = {"study_id": str}  # 007 is another study than 7
-        self.images = pd.read_csv(self.cache / "images.csv", keep_default_na=False, dtype=words)
-        self.tiles = pd.read_csv(self.cache / "tiles.csv")
-        inputs = json.loads((self.cache / "cache.json").read_text())["inputs"]
-        self.tile_size = int(inputs["settings"]["tile_size"])
-        source = np.load(self.cache / "pixels.npy", mmap_mode="c")
-        shape = -(-self.images[["height", "width"]].to_numpy() // reduce)
-        offset = self.images["offset"].to_numpy()
-        if reduce > 1:
-            offset = np.cumsum(shape.prod(1)) - shape.prod(1)
-        grey_scale = 256 if reduce > 1 and source.dtype == np.uint8 else 1
-        array = source if reduce == 1 else self._reduced(source, shape, grey_scale)
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        images: pd.DataFrame,
+        table: pd.DataFrame,
+        tile_size: int,
+        reduce: int = 1,
+        grey_scale: int = 1,
+        cache: Path = Path(),
+    ) -> None:
+        self.images, self.table, self.cache = images, table, cache
+        self.tile_size, self.reduce = tile_size, reduce
         # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
-        self.pixels = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
-        image = self.tiles["image"].to_numpy()
-        origin = self.images[["x0", "y0"]].to_numpy()[image]
-        self.layout = np.column_stack([offset, shape])[image]
-        self.centre = (self.tiles[["x", "y"]].to_numpy() + self.tile_size / 2 - origin) / reduce
-        window = self.images[["low", "high"]].to_numpy(np.float32)
-        self.window = window[image] * np.float32(grey_scale)
+        self.pixels = torch.from_numpy(pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels)
+        shape, offset = reduced_layout(images, reduce)
+        image_row = table["image"].to_numpy()
+        origin = images[["x0", "y0"]].to_numpy()[image_row]
+        self.layout = np.column_stack([offset, shape])[image_row]
+        self.centre = (table[["x", "y"]].to_numpy() + tile_size / 2 - origin) / reduce
+        self.window = images[["low", "high"]].to_numpy(np.float32)[image_row] * np.float32(grey_scale)
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return len(self.table)
 
     def to(self, device: torch.device) -> MammogramTiles:
         """Hold the pixels in the device's memory."""
@@ -1899,30 +1938,66 @@ class MammogramTiles:
             out.pixels[start : start + h * w].view(h, w).copy_(crop)
         return out
 
-    def _reduced(self, source: np.ndarray, shape: np.ndarray, grey_scale: int) -> np.ndarray:
-        """Open the averaged copy, written once; beyond an image's pixels lies 0, as for every view."""
-        path, side = self.cache / f"pixels_reduced_{self.reduce}.npy", self.reduce
-        total = int(shape.prod(1).sum())
 
-        def is_whole() -> bool:
-            return path.is_file() and path.stat().st_size == NPY_HEADER + 2 * total
+def open_tiles(cache: str | Path, reduce: int = 1) -> MammogramTiles:
+    """The tiles of a finished pixel cache, their pixels memory-mapped.
 
-        if is_whole():  # also in a folder that can't be written
-            return np.load(path, mmap_mode="c")
-        with FileLock(path.with_suffix(".lock")):
-            if not is_whole():
-                sweep(self.cache, path.name)
-                # Written, not mapped: a full disk is an error then, and no crash.
-                with replacing(path) as temporary, temporary.open("wb") as out:
-                    write_npy_header(out, np.dtype(np.uint16), total)
-                    for image, (h, w) in zip(self.images.itertuples(), shape, strict=True):
-                        stop = image.offset + image.height * image.width
-                        crop = source[image.offset : stop].reshape(image.height, image.width)
-                        padded = np.zeros((h * side, w * side), np.float32)
-                        padded[: image.height, : image.width] = crop
-                        small = cv2.resize(padded, (int(w), int(h)), interpolation=cv2.INTER_AREA)
-                        out.write(np.round(small * grey_scale).astype(np.uint16).data)
+    `reduce` > 1 opens a copy of the pixels averaged over blocks of that side, for views smaller than
+    their tile (a mip level, Williams 1983): one bilinear gather is then free of aliasing. The copy is
+    uint16 with 8 fractional bits for 8-bit images, so that averaging keeps its precision.
+    """
+    cache = Path(cache)
+    words = {"study_id": str}  # 007 is another study than 7
+    images = pd.read_csv(cache / "images.csv", keep_default_na=False, dtype=words)
+    table = pd.read_csv(cache / "tiles.csv")
+    tile_size = int(json.loads((cache / "cache.json").read_text())["inputs"]["settings"]["tile_size"])
+    pixels = np.load(cache / "pixels.npy", mmap_mode="c")
+    grey_scale = 256 if reduce > 1 and pixels.dtype == np.uint8 else 1
+    if reduce > 1:
+        pixels = open_reduced(cache, pixels, images, reduce, grey_scale)
+    return MammogramTiles(pixels, images, table, tile_size, reduce, grey_scale, cache)
+
+
+def reduced_layout(images: pd.DataFrame, reduce: int) -> tuple[np.ndarray, np.ndarray]:
+    """Height and width (N, 2) and offset (N,) of each image's pixels, averaged where `reduce` > 1."""
+    shape = -(-images[["height", "width"]].to_numpy() // reduce)
+    if reduce == 1:
+        return shape, images["offset"].to_numpy()
+    return shape, np.cumsum(shape.prod(1)) - shape.prod(1)
+
+
+def block_average(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Means of (H, W) over blocks of that side, float32; beyond the image lies 0, as for every view."""
+    height, width = (-(-length // side) for length in pixels.shape)
+    padded = np.zeros((height * side, width * side), np.float32)
+    padded[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return cv2.resize(padded, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def open_reduced(
+    cache: Path, pixels: np.ndarray, images: pd.DataFrame, reduce: int, grey_scale: int
+) -> np.ndarray:
+    """The averaged copy of a cache's pixels, memory-mapped; it is written once."""
+    path = cache / f"pixels_reduced_{reduce}.npy"
+    total = int(reduced_layout(images, reduce)[0].prod(1).sum())
+
+    def is_whole() -> bool:
+        return path.is_file() and path.stat().st_size == NPY_HEADER + 2 * total
+
+    if is_whole():  # also in a folder that can't be written
         return np.load(path, mmap_mode="c")
+    with FileLock(path.with_suffix(".lock")):
+        if not is_whole():
+            sweep(cache, path.name)
+            # Written, not mapped: a full disk is an error then, and no crash.
+            with replacing(path) as temporary, temporary.open("wb") as out:
+                write_npy_header(out, np.dtype(np.uint16), total)
+                for image in images.itertuples():
+                    stop = image.offset + image.height * image.width
+                    crop = pixels[image.offset : stop].reshape(image.height, image.width)
+                    small = block_average(crop, reduce)
+                    out.write(np.round(small * grey_scale).astype(np.uint16).data)
+    return np.load(path, mmap_mode="c")
 
 
 # ---- 6 Views ---------------------------------------------------------------------------------------
@@ -2530,6 +2605,7 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["optimizer"] = run.optimizer.state_dict()
         content["scaler"] = run.scaler.state_dict()
         content["cache_key"] = run.tiles.cache.name
+        content["cached"] = cache_digest(run.tiles.cache)
         content["processes"] = run.world.size
         content["precision"] = precision_name(run.config, run.device)
         content["steps_per_epoch"] = run.steps_per_epoch
@@ -2587,8 +2663,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     now, then = dataclasses.asdict(run.config), state["config"]
     names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
     changed = [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
-    if state["cache_key"] != run.tiles.cache.name:
-        changed.append("the images, their tile settings or the tile code")
+    changed += changed_tiles(state, run.tiles.cache)
     if changed:
         raise MammoError(
             f"{run.folder} holds a run with other settings: {'; '.join(changed)}.\n"
@@ -2606,6 +2681,17 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     run.best, run.healthy, run.wandb_id = state["best"], state["healthy"], state["wandb_id"]
     if run.speck_head is not None:
         run.speck_head.load_state_dict(state["speck_head"])
+
+
+def changed_tiles(state: dict[str, Any], cache: Path) -> list[str]:
+    """What to say where a saved state saw other tiles than those of `cache`; empty where it saw them."""
+    former = cache.with_name(state["cache_key"])
+    seen = state.get("cached")
+    if seen is None and is_finished(former):  # until version 0.1.0 a state named its cache alone
+        seen = cache_digest(former)
+    if seen is None:
+        return [f"perhaps the tiles, since its cache {former} is gone"]
+    return [] if seen == cache_digest(cache) else ["the images, their tile settings or the tile code"]
 
 
 def note_precision(state: dict[str, Any], precision: str) -> None:
@@ -2836,9 +2922,9 @@ def prepare_probe(tiles: MammogramTiles, config: Config) -> Probe | None:
     path = Path(config.labels)
     labels = read_labels(path)
     rows = match_labels(labels, path.parent, tiles.images["image"], Path(config.data_dir))
-    targets = tile_labels(tiles.tiles, rows, labels, tiles.tile_size, CLASSES)
+    targets = tile_labels(tiles.table, rows, labels, tiles.tile_size, CLASSES)
     rng = np.random.default_rng([config.seed, 3])
-    image = tiles.tiles["image"].to_numpy()
+    image = tiles.table["image"].to_numpy()
     order = spread_over_images(image, rng)
     positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
     negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]
@@ -3059,18 +3145,30 @@ def load_sample(index: int, source: pd.Series, config: Config) -> Sample:
 
 def draw_extraction(sources: pd.DataFrame, config: Config, folder: Path, count: int = 4) -> None:
     """Write EXTRACTION_PICTURES of a few images that gave tiles, evenly spaced, into the cache."""
-    kept = pd.read_csv(folder / "rejections.csv")["kept"]
-    usable = np.flatnonzero(kept)
+    rejections = pd.read_csv(folder / "rejections.csv", keep_default_na=False)
+    usable = np.flatnonzero(rejections["kept"])
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int))]
-    samples = []
+    samples, sources = [], sources.set_index("image")
     for index in chosen:
-        with suppress(ImageReadError):  # changed since it was extracted
-            samples.append(load_sample(index, sources.loc[index], config))
+        with suppress(ImageReadError, KeyError):  # changed or gone since it was extracted
+            samples.append(load_sample(index, sources.loc[rejections["image"][index]], config))
     if not samples:
         return
     draw_segmentation(samples, folder / "segmentation.png")
     draw_grid(samples, config, folder / "grid.png")
     draw_tiles(samples, config, folder / "tiles.png")
+
+
+def show_extraction(cache: Path, config: Config) -> None:
+    """Draw EXTRACTION_PICTURES where a cache has none. A failure is a note: the cache can do without."""
+    if all((cache / name).is_file() for name in EXTRACTION_PICTURES):
+        return
+    try:
+        for name in EXTRACTION_PICTURES:
+            sweep(cache, name)
+        draw_extraction(list_sources(config.data_dir), config, cache)
+    except Exception as error:
+        print(f"note: no pictures of {cache} ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def draw_qc_pages(config: Config, folder: Path) -> None:
@@ -3235,7 +3333,7 @@ def draw_embedding(run: Run, features: Tensor, path: Path) -> None:
     unit, values, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
     x, y = (unit[:, :2] * values[:2]).T.tolist()
     share = values**2 / (values**2).sum().clamp_min(1e-12)
-    tiles = run.tiles.tiles.iloc[run.monitor_ids]
+    tiles = run.tiles.table.iloc[run.monitor_ids]
     views = run.tiles.images["view"].to_numpy()[tiles["image"]]
     known = views.astype(bool).any()
     figure, panels = panel_grid(3 if known else 2, 2, 2.9)
@@ -3764,7 +3862,7 @@ def spread_over_images(image: np.ndarray, rng: np.random.Generator) -> np.ndarra
 def epoch_order(run: Run, epoch: int) -> np.ndarray:
     """Tile ids of an epoch in training order: TILES_PER_EPOCH of them, from (seed, epoch) alone."""
     rng = np.random.default_rng([run.config.seed, 2, epoch])
-    image = run.tiles.tiles["image"].to_numpy()[run.train_ids]
+    image = run.tiles.table["image"].to_numpy()[run.train_ids]
     drawn = spread_over_images(image, rng)[: run.config.tiles_per_epoch or None]
     return run.train_ids[rng.permutation(drawn)]
 
@@ -3920,7 +4018,7 @@ def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarra
         "tiles_per_s": speed * run.config.batch_size * run.world.size,
         "batches_per_s": speed,
         "seconds_left": (run.last_step - run.step) / speed,
-        "breast_ratio": float(run.tiles.tiles["breast_ratio"].to_numpy()[ids].mean()),
+        "breast_ratio": float(run.tiles.table["breast_ratio"].to_numpy()[ids].mean()),
     }
     if run.speck_head is not None:
         row["freq_loss"] = means[2]
@@ -4044,9 +4142,9 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     """Put model, optimiser and tiles on the device and resume where a run's state is found."""
     device = choose_device(config)
     dtype = choose_precision(config, device)
-    tiles = MammogramTiles(cache, reduction(config.tile_size, config.view_side))
+    tiles = open_tiles(cache, reduction(config.tile_size, config.view_side))
     hold_on_device(tiles, device, config)
-    train_ids, monitor_ids = split_monitor(tiles.tiles, config)
+    train_ids, monitor_ids = split_monitor(tiles.table, config)
     world = find_world()
     drawn = min(config.tiles_per_epoch or len(train_ids), len(train_ids))
     if drawn < config.batch_size * world.size:
@@ -4211,6 +4309,8 @@ def train(config: Config) -> Path:
         print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
     with claimed(config) if world.leads else nullcontext():
         cache = build_cache(config)  # one process builds, the others wait at its lock
+        if world.leads and config.report_every:
+            show_extraction(cache, config)
         join_world(world, device)
         return train_in_folder(prepare_run(config, backbone, cache))
 
@@ -4307,6 +4407,7 @@ def extract_only(config: Config) -> Path:
         draw_qc_pages(config, pages)
         print(f"qc pages  {pages}", flush=True)
     cache = build_cache(config)
+    show_extraction(cache, config)
     print(describe_funnel(pd.read_csv(cache / "rejections.csv", keep_default_na=False)))
     print(f"cache     {cache}: {', '.join(EXTRACTION_PICTURES)} show it; training finds it there")
     return cache

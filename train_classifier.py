@@ -270,7 +270,7 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
         if names:
             print(f"note: {len(names):,} {what}, first {names[0]}", file=sys.stderr)
     side = mammo.reduction(config.tile_size, config.view_side)
-    tiles = mammo.MammogramTiles(mammo.build_cache(config), side)
+    tiles = mammo.open_tiles(mammo.build_cache(config), side)
     mammo.hold_on_device(tiles, mammo.choose_device(config), config)
     rows = mammo.match_labels(labels, where[0], tiles.images["image"], where[1])
     untiled = labels.loc[np.setdiff1d(found[found >= 0], rows)]
@@ -292,10 +292,10 @@ def join_labels(
 ) -> LabelledTiles:
     """LabelledTiles of a cache; `rows` gives each image's row of `labels`, -1 = none."""
     names = settings.names
-    targets = mammo.tile_labels(tiles.tiles, rows, labels, tiles.tile_size, names)
+    targets = mammo.tile_labels(tiles.table, rows, labels, tiles.tile_size, names)
     known = labels.reindex(rows).reset_index(drop=True)  # row -1 is in no index: NaN
     image_targets = known[names].to_numpy(np.float32)
-    image = tiles.tiles["image"].to_numpy()
+    image = tiles.table["image"].to_numpy()
     if settings.weak_labels:
         weak = (image_targets[image] == 1) & np.isnan(targets)
         targets = np.where(weak, 1, targets)
@@ -306,7 +306,7 @@ def join_labels(
     words = ["study_id", "patient", "laterality", "view", "split", "breast_density"]
     table = tiles.images[["image"]].join(known[words].fillna("")).assign(labelled=rows >= 0)
     table = table.iloc[image].reset_index(drop=True)
-    table = table.assign(row=image, x=tiles.tiles["x"].to_numpy(), y=tiles.tiles["y"].to_numpy())
+    table = table.assign(row=image, x=tiles.table["x"].to_numpy(), y=tiles.table["y"].to_numpy())
     return LabelledTiles(tiles, names, targets, table, image_targets, untiled)
 
 
@@ -634,8 +634,8 @@ def holds_another_result(folder: Path, settings: Settings, data: LabelledTiles) 
         return resumable != (settings.mode == "finetune")
     try:
         then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        same_data = then["cache_key"] == data.tiles.cache.name and then["labels"] == data.fingerprint
-        return not same_data or bool(changed_settings(then["settings"], settings))
+        other_data = mammo.changed_tiles(then, data.tiles.cache) or then["labels"] != data.fingerprint
+        return bool(other_data or changed_settings(then["settings"], settings))
     except (OSError, ValueError, KeyError):
         return True
 
@@ -775,6 +775,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
+        content["cached"] = mammo.cache_digest(job.data.tiles.cache)
         content["labels"] = job.data.fingerprint
         content["precision"] = mammo.precision_name(job.engine.config, job.engine.device)
     mammo.write_checkpoint(job.folder / name, content)
@@ -784,8 +785,7 @@ def resume_job(job: Job) -> None:
     """Put last.pth's state into the job. Raises MammoError where settings that shape it differ."""
     state = mammo.load_checkpoint(job.folder / "last.pth")
     changed = changed_settings(state["classifier"], job.settings)
-    if state["cache_key"] != job.data.tiles.cache.name:
-        changed.append("the images, their tile settings or the tile code")
+    changed += mammo.changed_tiles(state, job.data.tiles.cache)
     if state.get("labels") != job.data.fingerprint:
         changed.append("the labels, splits or patients")
     if changed:
@@ -1104,7 +1104,7 @@ def heat_map(
     window = np.outer(ramp, ramp).astype(np.float32)
     total = np.zeros((scores.shape[1], height + side, width + side), np.float32)
     count = np.zeros((height + side, width + side), np.float32)
-    for tile, score in zip(tiles.tiles.itertuples(), scores, strict=True):
+    for tile, score in zip(tiles.table.itertuples(), scores, strict=True):
         area = np.s_[tile.y // step : tile.y // step + side, tile.x // step : tile.x // step + side]
         total[:, area[0], area[1]] += score[:, None, None] * window
         count[area] += window
@@ -1114,7 +1114,7 @@ def heat_map(
 
 def top_tiles(tiles: mammo.MammogramTiles, scores: np.ndarray, count: int) -> list[int]:
     """Up to `count` tiles of the highest scores (N,) that don't overlap."""
-    corner = torch.tensor(tiles.tiles[["x", "y"]].to_numpy(np.float32))
+    corner = torch.tensor(tiles.table[["x", "y"]].to_numpy(np.float32))
     boxes = torch.cat([corner, corner + tiles.tile_size], 1)
     return nms(boxes, torch.tensor(scores, dtype=boxes.dtype), 0.0)[:count].tolist()
 
@@ -1145,7 +1145,7 @@ def draw_prediction(
         opacity = 0.65 * np.nan_to_num(layer).clip(0, 1) ** 0.5
         shown = axes.imshow(layer, cmap="inferno", vmin=0, vmax=1, alpha=opacity)
         for rank, index in enumerate(top_tiles(tiles, score, count)):
-            x, y = tiles.tiles[["x", "y"]].iloc[index] / step
+            x, y = tiles.table[["x", "y"]].iloc[index] / step
             side, width = tiles.tile_size / step, 0.8 if rank else 1.6
             box = Rectangle((x, y), side, side, fill=False, edgecolor="#56b4e9", linewidth=width)
             axes.add_patch(box)
@@ -1171,6 +1171,7 @@ def train(settings: Settings) -> Path:
     record = {
         "settings": dataclasses.asdict(settings),
         "cache_key": job.data.tiles.cache.name,
+        "cached": mammo.cache_digest(job.data.tiles.cache),
         "labels": job.data.fingerprint,
         "environment": mammo.environment(precision),
     }
@@ -1380,28 +1381,19 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     return table
 
 
-class OneImage(mammo.MammogramTiles):
+def tiles_of_image(path: Path, config: mammo.Config) -> mammo.MammogramTiles:
     """The tiles of one mammogram, held in memory. Raises ImageReadError, also where no tile is kept."""
-
-    def __init__(self, path: Path, config: mammo.Config) -> None:
-        record, pixels = mammo.extract_image(str(path), config.pixel_spacing_mm, config)
-        self.tiles = pd.DataFrame(record["tiles"])
-        if self.tiles.empty:
-            raise mammo.ImageReadError(path, "no tile holds enough tissue; loosen the tile settings")
-        self.tile_size = config.tile_size
-        self.reduce = mammo.reduction(config.tile_size, config.view_side)
-        shape = -(-np.array(pixels.shape) // self.reduce)
-        if self.reduce > 1:  # as MammogramTiles does, in float instead of fixed point
-            padded = np.zeros(shape * self.reduce, np.float32)
-            padded[: pixels.shape[0], : pixels.shape[1]] = pixels
-            pixels = cv2.resize(padded, tuple(shape[::-1].tolist()), interpolation=cv2.INTER_AREA)
-        self.pixels = torch.from_numpy(pixels.astype(np.float32).ravel())
-        low, high = record["window"]
-        self.images = pd.DataFrame({"image": [path.name], "low": [low], "high": [high]})
-        origin = np.array(record["origin"][::-1])
-        self.layout = np.tile(np.array([0, *shape]), (len(self.tiles), 1))
-        self.centre = (self.tiles[["x", "y"]].to_numpy() + self.tile_size / 2 - origin) / self.reduce
-        self.window = np.tile(np.array([low, high], np.float32), (len(self.tiles), 1))
+    record, pixels = mammo.extract_image(str(path), config.pixel_spacing_mm, config)
+    table = pd.DataFrame(record["tiles"]).assign(image=0)
+    if table.empty:
+        raise mammo.ImageReadError(path, "no tile holds enough tissue; loosen the tile settings")
+    row = dict(zip("offset height width y0 x0 low high".split(),
+                   (0, *pixels.shape, *record["origin"], *record["window"]), strict=True))  # fmt: skip
+    images = pd.DataFrame([{"image": path.name, **row}])
+    reduce = mammo.reduction(config.tile_size, config.view_side)
+    # In float, where a cache's averaged copy is rounded to 1/256 of a grey level.
+    averaged = mammo.block_average(pixels, reduce) if reduce > 1 else pixels.astype(np.float32)
+    return mammo.MammogramTiles(averaged.ravel(), images, table, config.tile_size, reduce)
 
 
 def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
@@ -1415,7 +1407,7 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
     rows = []
     for number, path in enumerate(mammo.progress(paths, desc="predict", unit="image")):
         try:
-            tiles = OneImage(path, engine.config)
+            tiles = tiles_of_image(path, engine.config)
         except mammo.ImageReadError as error:
             rows.append({"image": str(path), "error": error.reason})
             tqdm.write(f"note: {error}", file=sys.stderr)
@@ -1429,7 +1421,7 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
         for name, score in zip(settings.names, scores.T, strict=True):
             best = int(score.argmax())
             row |= {f"p_{name}": score[best], f"p_{name}_noisy_or": 1 - (1 - score).prod()}
-            row |= {f"x_{name}": tiles.tiles["x"][best], f"y_{name}": tiles.tiles["y"][best]}
+            row |= {f"x_{name}": tiles.table["x"][best], f"y_{name}": tiles.table["y"][best]}
         rows.append(row)
         image = mammo.read_mammogram(path)
         draw_prediction(

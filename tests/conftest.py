@@ -109,7 +109,7 @@ def archive(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiles(archive):
     """The archive's tiles at full resolution."""
-    return mammo.MammogramTiles(mammo.build_cache(small_config(archive)))
+    return mammo.open_tiles(mammo.build_cache(small_config(archive)))
 
 
 @pytest.fixture

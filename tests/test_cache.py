@@ -45,7 +45,7 @@ def assert_masked_originals(folder, tiles):
 def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flags):
     write_images(tmp_path / "images", 2, bits=12)
     cv2.imwrite(str(tmp_path / "images" / "shallow.png"), breast_image(seed=7)[0])
-    tiles = mammo.MammogramTiles(mammo.build_cache(small_config(tmp_path, *flags)))
+    tiles = mammo.open_tiles(mammo.build_cache(small_config(tmp_path, *flags)))
     assert sorted(tiles.images["bit_depth"]) == [8, 12, 12]
     assert np.load(tiles.cache / "pixels.npy", mmap_mode="r").dtype == np.uint16
     assert_masked_originals(tmp_path, tiles)
@@ -54,14 +54,12 @@ def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flag
 def test_tables_hold_the_contract_and_agree(tiles):
     columns = "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm"
     assert list(tiles.images.columns) == columns.split()
-    assert list(tiles.tiles.columns) == ["image", "x", "y", *mammo.CRITERIA]
+    assert list(tiles.table.columns) == ["image", "x", "y", *mammo.CRITERIA]
     funnel = pd.read_csv(tiles.cache / "rejections.csv", keep_default_na=False)
     rejected = funnel[[*mammo.CRITERIA, "capped"]].sum(axis=1)
     assert (funnel["positions"] == funnel["kept"] + rejected).all()
     assert funnel["kept"].sum() == len(tiles)
-    for name in mammo.EXTRACTION_PICTURES:
-        assert (tiles.cache / name).stat().st_size > 1000
-    for tile, centre, layout in zip(tiles.tiles.itertuples(), tiles.centre, tiles.layout, strict=True):
+    for tile, centre, layout in zip(tiles.table.itertuples(), tiles.centre, tiles.layout, strict=True):
         image = tiles.images.loc[tile.image]
         assert tile.x - image["x0"] >= 0
         assert tile.x - image["x0"] + 128 <= layout[2]
@@ -79,7 +77,7 @@ def test_labels_outside_the_breast_never_reach_the_cache(tmp_path):
     image[10:40, 270:310] = 255
     (tmp_path / "images").mkdir()
     cv2.imwrite(str(tmp_path / "images" / "a.png"), image)
-    tiles = mammo.MammogramTiles(mammo.build_cache(small_config(tmp_path)))
+    tiles = mammo.open_tiles(mammo.build_cache(small_config(tmp_path)))
     row = tiles.images.loc[0]
     stored = tiles.pixels.numpy().reshape(row["height"], row["width"])
     outside = ~mask[row["y0"] : row["y0"] + row["height"], row["x0"] : row["x0"] + row["width"]]
@@ -294,7 +292,7 @@ def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
     }  # fmt: skip
     assert "no breast" in funnel["error"]["black.png"]
     assert "lower --tile_size" in funnel["error"]["small.png"]
-    assert len(mammo.MammogramTiles(cache).images) == 2
+    assert len(mammo.open_tiles(cache).images) == 2
     assert "skipped 5" in mammo.describe_funnel(funnel.reset_index())
 
 
@@ -306,12 +304,12 @@ def test_no_tile_at_all_is_an_error_with_the_funnel(tmp_path):
 
 
 def test_max_tiles_caps_evenly_by_energy(archive, tiles):
-    capped = mammo.MammogramTiles(mammo.build_cache(small_config(archive, "--max_tiles", "10")))
-    counts = capped.tiles["image"].value_counts()
+    capped = mammo.open_tiles(mammo.build_cache(small_config(archive, "--max_tiles", "10")))
+    counts = capped.table["image"].value_counts()
     assert len(capped) == 10
     assert counts.max() - counts.min() <= 1
-    for image, group in capped.tiles.groupby("image"):
-        every = tiles.tiles[tiles.tiles["image"] == image]["freq_energy"]
+    for image, group in capped.table.groupby("image"):
+        every = tiles.table[tiles.table["image"] == image]["freq_energy"]
         assert group["freq_energy"].min() >= every.nlargest(len(group)).min()
     assert len(capped.pixels) <= len(tiles.pixels)
     funnel = pd.read_csv(capped.cache / "rejections.csv")
@@ -319,7 +317,7 @@ def test_max_tiles_caps_evenly_by_energy(archive, tiles):
 
 
 def test_reduced_pixels_are_block_means(tiles):
-    reduced = mammo.MammogramTiles(tiles.cache, reduce=4)
+    reduced = mammo.open_tiles(tiles.cache, reduce=4)
     full = tiles.pixels.numpy().view(np.uint16)
     small = reduced.pixels.numpy().view(np.uint16)
     offset = 0
@@ -440,7 +438,7 @@ def test_study_ids_stay_words(archive, tmp_path):
     images = pd.read_csv(cache / "images.csv")
     images["study_id"] = [f"{number:03}" for number in images.index]
     images.to_csv(cache / "images.csv", index=False)
-    assert mammo.MammogramTiles(cache).images["study_id"][:2].tolist() == ["000", "001"]
+    assert mammo.open_tiles(cache).images["study_id"][:2].tolist() == ["000", "001"]
 
 
 def test_a_setting_typed_out_is_the_default(tmp_path):
@@ -452,17 +450,14 @@ def test_a_setting_typed_out_is_the_default(tmp_path):
     assert len(keys) == 1
 
 
-def test_images_that_go_during_the_extraction_are_left_out_of_its_pictures(tmp_path, monkeypatch):
+def test_images_that_go_after_the_extraction_are_left_out_of_its_pictures(tmp_path, capsys):
     write_images(tmp_path / "images", 3)
-    config, finish = small_config(tmp_path), mammo.finish_cache
-
-    def finish_then_lose_one(*words):
-        finish(*words)
-        sorted((tmp_path / "images").iterdir())[0].unlink()
-
-    monkeypatch.setattr(mammo, "finish_cache", finish_then_lose_one)
+    config = small_config(tmp_path)
     cache = mammo.build_cache(config)
+    sorted((tmp_path / "images").iterdir())[0].unlink()
+    mammo.show_extraction(cache, config)
     assert all((cache / name).is_file() for name in mammo.EXTRACTION_PICTURES)
+    assert "note" not in capsys.readouterr().err
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):

@@ -131,7 +131,7 @@ def test_the_place_among_processes_comes_from_the_launcher(monkeypatch, environm
 
 @pytest.mark.parametrize("reduce", [1, 2])
 def test_streamed_tiles_give_the_same_views_bit_for_bit(tiles, reduce):
-    source = mammo.MammogramTiles(tiles.cache, reduce)
+    source = mammo.open_tiles(tiles.cache, reduce)
     ids = np.random.default_rng(0).permutation(len(source))[:12]
     part = source.subset(ids)
     assert part.pixels.numel() < source.pixels.numel() * len(ids)

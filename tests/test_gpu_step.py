@@ -78,10 +78,11 @@ def gpu_run(folder, monkeypatch, *flags):
     with mode:
         without_data(model).train()
         optimizer = mammo.build_optimizer(model, config)
-        tiles = object.__new__(mammo.MammogramTiles)
-        tiles.tile_size, tiles.reduce = 128, 4
-        tiles.layout, tiles.centre = np.tile([0, 90, 90], (8, 1)), np.full((8, 2), 44.3)
-        tiles.window = np.tile(np.float32([0, 1000]), (8, 1))
+        image = {"offset": 0, "height": 360, "width": 360, "y0": 0, "x0": 0, "low": 0, "high": 1000}
+        table = pd.DataFrame({"image": [0] * 8, "x": 113, "y": 113, "breast_ratio": 1.0})
+        tiles = mammo.MammogramTiles(
+            np.empty(90 * 90, np.uint16), pd.DataFrame([image]), table, 128, reduce=4
+        )
         tiles.pixels = torch.empty(90 * 90, dtype=torch.int16, device=GPU)
         run = mammo.Run(
             config, folder, tiles, np.arange(8), np.arange(8), model, optimizer,
@@ -119,7 +120,6 @@ def test_pixels_beyond_the_gpus_memory_are_cut_by_the_host_and_seen_on_the_gpu(
 ):
     run, mode = gpu_run(tmp_path, monkeypatch)
     run.tiles.pixels = torch.zeros(90 * 90, dtype=torch.int16)
-    run.tiles.tiles = pd.DataFrame({"image": [0] * 8})
     subset = mammo.MammogramTiles.subset
 
     def with_data(*words):
@@ -354,7 +354,7 @@ def test_a_step_never_waits_for_the_gpu(archive, tmp_path, default_modes, flags)
 @needs_gpu
 def test_views_are_the_same_on_the_gpu(archive, tmp_path, default_modes):
     run = real_run(archive, tmp_path, "--no_compile")
-    host = mammo.MammogramTiles(run.tiles.cache, run.tiles.reduce)
+    host = mammo.open_tiles(run.tiles.cache, run.tiles.reduce)
     ids = np.arange(16)
     for spec in (mammo.PLAIN_VIEW, mammo.VIEW_1, mammo.VIEW_2):
         expected = mammo.make_view(host, ids, spec, 32, (1, 2))

@@ -188,7 +188,7 @@ def test_sixteen_bit_images_reach_the_views_whole(tmp_path):
         data_dir=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"), tile_size=256,
         min_freq_energy=0,
     )  # fmt: skip
-    tiles = mammo.MammogramTiles(mammo.build_cache(config))
+    tiles = mammo.open_tiles(mammo.build_cache(config))
     view = mammo.make_view(tiles, np.arange(1), mammo.PLAIN_VIEW, 256)
     assert len(torch.unique(view)) > 1000
     assert breast_image(bits=16)[0].dtype == np.uint16

@@ -157,7 +157,7 @@ def test_an_epoch_shows_every_tile_once_spread_over_images(archive):
     assert (mammo.epoch_order(run, 1) != order).any()
     few = open_run(archive, "--tiles_per_epoch", "20", "--run_name", "order")
     drawn = mammo.epoch_order(few, 3)
-    counts = np.bincount(few.tiles.tiles["image"].to_numpy()[drawn])
+    counts = np.bincount(few.tiles.table["image"].to_numpy()[drawn])
     assert len(drawn) == 20
     assert counts.max() - counts.min() <= 1
 

@@ -1,6 +1,7 @@
 """Views: one faithful resample, documented ranges, randomness from the key alone."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,17 +13,13 @@ import train_byol_mammo as mammo
 SPECS = {"view 1": mammo.VIEW_1, "view 2": mammo.VIEW_2}
 
 
-class OneImage:
-    """A stand-in for MammogramTiles: one float-like 16-bit image, one tile in its middle."""
-
-    def __init__(self, image, tile_size, reduce=1):
-        self.tile_size, self.reduce = tile_size, reduce
-        self.pixels = torch.from_numpy(
-            np.ascontiguousarray(image).astype(np.uint16).view(np.int16).ravel()
-        )
-        self.layout = np.array([[0, *image.shape]])
-        self.centre = np.array([[image.shape[1] / 2, image.shape[0] / 2]])
-        self.window = np.array([[0, 65535]], np.float32)
+def one_tile(image, tile_size):
+    """A 16-bit image with one tile in its middle."""
+    height, width = image.shape
+    row = {"offset": 0, "height": height, "width": width, "y0": 0, "x0": 0, "low": 0, "high": 65535}
+    tile = {"image": 0, "x": (width - tile_size) / 2, "y": (height - tile_size) / 2}
+    pixels = np.ascontiguousarray(image).astype(np.uint16).ravel()
+    return mammo.MammogramTiles(pixels, pd.DataFrame([row]), pd.DataFrame([tile]), tile_size)
 
 
 def test_views_follow_from_the_key_alone(tiles):
@@ -46,7 +43,7 @@ def test_parameters_differ_per_sample_and_view(tiles):
 @pytest.mark.parametrize("reduce", [1, 4])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_gather_equals_a_float64_reference_warp(tiles, spec, reduce):
-    source = mammo.MammogramTiles(tiles.cache, reduce)
+    source = mammo.open_tiles(tiles.cache, reduce)
     size, ids = 128 // reduce, np.arange(0, len(tiles), 5)
     homographies = mammo.random_homographies(spec, np.random.default_rng(0), len(ids))
     views = mammo.sample_tiles(source, ids, homographies, size)
@@ -70,7 +67,7 @@ def test_plain_view_is_the_tile(archive, tiles):
     ids = np.arange(4)
     view = mammo.make_view(tiles, ids, mammo.PLAIN_VIEW, 128) * mammo.GREY_STD + mammo.GREY_MEAN
     for index in ids:
-        tile = tiles.tiles.loc[index]
+        tile = tiles.table.loc[index]
         image = tiles.images.loc[tile["image"]]
         source = mammo.read_mammogram(archive / "images" / image["image"])
         source = np.where(mammo.segment_breast_tissue(source), source, 0)
@@ -94,7 +91,7 @@ def test_a_three_pixel_speck_survives(shift):
     sigma = 3 / 2.355
     speck = np.exp(-((x - 96 - shift) ** 2 + (y - 96 - shift) ** 2) / (2 * sigma**2))
     image = 20000 + 20000 * speck
-    tiles, ids = OneImage(image, 128), np.zeros(16, int)
+    tiles, ids = one_tile(image, 128), np.zeros(16, int)
     spec = mammo.ViewSpec(rotation=25, flip=True)
     turned = mammo.sample_tiles(
         tiles, ids, mammo.random_homographies(spec, np.random.default_rng(0), 16), 128
@@ -114,7 +111,7 @@ def test_views_stay_inside_the_margin_and_show_no_black_corner(spec):
     reach = max(np.abs(x / w).max(), np.abs(y / w).max())
     assert reach <= 1 + 2 * mammo.VIEW_MARGIN
     side = 128 + 2 * round(128 * mammo.VIEW_MARGIN)
-    tissue = OneImage(np.full((side, side), 30000), 128)
+    tissue = one_tile(np.full((side, side), 30000), 128)
     views = mammo.sample_tiles(tissue, np.zeros(300, int), homographies[:300], 32)
     np.testing.assert_allclose(views, 30000 / 65535, atol=1e-5)
 
@@ -187,6 +184,6 @@ def test_shrinking_does_not_alias():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 65535, (768, 768))
     block = image.reshape(384, 2, 384, 2).mean((1, 3))
-    view = mammo.sample_tiles(OneImage(block, 384, 1), np.zeros(1, int), np.eye(3)[None], 256)
+    view = mammo.sample_tiles(one_tile(block, 384), np.zeros(1, int), np.eye(3)[None], 256)
     ideal = image.reshape(256, 3, 256, 3).mean((1, 3)).std() / 65535
     assert float(view.std()) < 1.3 * ideal

@@ -284,7 +284,7 @@ def test_odd_names_links_pipes_and_folders_in_the_main_script(tmp_path, capsys):
     }
     assert len(funnel) == 16 + 4
     assert {"new\nline.png", "\\xff\\xfe.png", "folder.png/inside.png"} <= set(skipped)
-    assert len(mammo.MammogramTiles(cache).images) == 16
+    assert len(mammo.open_tiles(cache).images) == 16
     print(mammo.describe_funnel(funnel))
     assert "loop.png: no such file" in capsys.readouterr().out
 

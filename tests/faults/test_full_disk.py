@@ -281,10 +281,10 @@ DAMAGE = {
 def test_a_damaged_cache_is_built_anew(archive, tmp_path, name, capfd):
     shutil.copytree(archive, tmp_path / "a")
     config = small_config(tmp_path / "a")
-    before = mammo.MammogramTiles(mammo.build_cache(config), 4)
+    before = mammo.open_tiles(mammo.build_cache(config), 4)
     truth = before.pixels.clone(), before.tiles.copy()
     DAMAGE[name](before.cache)
-    after = mammo.MammogramTiles(mammo.build_cache(config), 4)
+    after = mammo.open_tiles(mammo.build_cache(config), 4)
     assert torch.equal(after.pixels, truth[0])
     pd.testing.assert_frame_equal(after.tiles, truth[1])
     if "reduced" not in name:
