@@ -415,10 +415,15 @@ def endless_batches(run: mammo.Run) -> Iterator[tuple[np.ndarray, Any]]:
         yield from mammo.batches(run)
 
 
-def constant_views(run: mammo.Run) -> list[torch.Tensor]:
-    """Two views of noise that lie on the device already, each (B, 1, S, S)."""
+def as_views(images: Sequence[torch.Tensor]) -> list[mammo.View]:
+    """Tensors (B, C, S, S) as what an objective takes; nothing of it but BYOL's loss is computed."""
+    return [mammo.View(spec.kind, image, image) for spec, image in zip(mammo.VIEWS, images, strict=True)]
+
+
+def constant_views(run: mammo.Run) -> list[mammo.View]:
+    """Views of noise that lie on the device already, each (B, 1, S, S)."""
     shape = (run.config.batch_size, 1, run.config.view_side, run.config.view_side)
-    return [torch.randn(shape, device=run.device) for _ in range(2)]
+    return as_views([torch.randn(shape, device=run.device) for _ in mammo.VIEWS])
 
 
 def model_passes(run: mammo.Run) -> Callable[[int], Any]:
@@ -427,7 +432,7 @@ def model_passes(run: mammo.Run) -> Callable[[int], Any]:
 
     def step(_: int) -> None:
         with run.autocast():
-            loss = run.loss_function(*views, None)[0]
+            loss = run.compute_loss(views)[0]
         run.optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
 
@@ -442,7 +447,7 @@ def bare_step(run: mammo.Run) -> Callable[[int], Any]:
         passes(index)
         run.scaler.step(run.optimizer)
         run.scaler.update()
-        run.model.update_target(0.99)
+        run.objective.after_step(0, 1)
 
     return step
 
@@ -454,7 +459,7 @@ def parts_of_step(run: mammo.Run) -> dict[str, Callable[[int], Any]]:
     return {
         "views": our_views(run),
         "optimiser": lambda _: run.optimizer.step(),
-        "target": lambda _: run.model.update_target(0.99),
+        "target": lambda _: run.objective.after_step(0, 1),
         "forward and backward": passes,
     }
 
@@ -467,7 +472,7 @@ def utilisation(run: mammo.Run, seconds: float) -> tuple[float, float]:
     views = constant_views(run)
     with FlopCounterMode(display=False) as counter, run.autocast():
         run.model.grad_checkpoint = False
-        mammo.Objective(run.model)(*views)[0].backward()
+        mammo.BYOL(run.model)(views)[0].backward()
     run.model.grad_checkpoint = run.config.grad_checkpoint
     run.model.zero_grad()
     side = 8192 if run.device.type == "cuda" else 2048
@@ -490,7 +495,7 @@ def whole_step(run: mammo.Run) -> Callable[[int], Any]:
     def step(index: int) -> None:
         pending.append(mammo.train_step(run, *next(source)))
         if index % LOG_EVERY == 0:
-            torch.stack(pending).mean(0).tolist()
+            mammo.read_metrics(run, pending, mammo.StopSignal())
             pending.clear()
 
     return step
@@ -565,7 +570,7 @@ def lightly_step(
     # A plain model in PyTorch's default memory layout, a plain optimiser.
     model = copy.deepcopy(run.model).to(memory_format=torch.contiguous_format)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    objective, optimizer = mammo.Objective(model), torch.optim.AdamW(trained, lr=run.config.lr)
+    objective, optimizer = mammo.BYOL(model), torch.optim.AdamW(trained, lr=run.config.lr)
 
     def forever() -> Iterator[list[torch.Tensor]]:
         while True:
@@ -576,7 +581,7 @@ def lightly_step(
     def step(_: int) -> None:
         views = [view.to(run.device, non_blocking=True) for view in next(source)]
         with autocast():
-            loss = objective(*views)[0]
+            loss = objective(as_views(views))[0]
         optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()
         run.scaler.step(optimizer)
@@ -594,7 +599,7 @@ def our_views(run: mammo.Run) -> Callable[[int], Any]:
     def step(index: int) -> None:
         ids, tiles = next(source)
         places = ids if tiles is None else np.arange(len(ids))
-        mammo.two_views(run, tiles or run.tiles, places, (0, index, 0))
+        mammo.make_views(run, tiles or run.tiles, places, (0, index, 0))
 
     return step
 

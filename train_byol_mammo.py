@@ -19,7 +19,7 @@ Contents
     5 Pixel cache      parallel extraction, one memory-mapped array, tiles as an index into it
     6 Views            random homographies and photometry, one bilinear gather
     7 Model            backbone, BYOL heads, classification head
-    8 Schedule         optimisers, weight decay groups, learning rate, momentum
+    8 Objective        BYOL's loss, frequency target, optimisers, learning rate
     9 Checkpoint       atomic writes, resume, backbone export
     10 Monitoring      collapse, progress, metrics.csv, wandb, pictures, report.html
     11 Training        processes, the step, the epoch, the run
@@ -49,6 +49,7 @@ import json
 import math
 import multiprocessing
 import netrc
+import operator
 import os
 import platform
 import queue
@@ -66,14 +67,15 @@ import time
 import traceback
 import uuid
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import cv2
 import numpy as np
@@ -1078,14 +1080,29 @@ def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PI
     return energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
 
 
-# Each criterion and the setting that a tile must reach, in the order in which tiles are judged.
-THRESHOLDS = {
-    "breast_ratio": "min_breast_ratio",
-    "mean_intensity": "min_tile_intensity",
-    "non_zero_ratio": "min_non_zero_pixels",
-    "freq_energy": "min_freq_energy",
-}
-CRITERIA = tuple(THRESHOLDS)
+@dataclass(frozen=True)
+class Criterion:
+    """What a tile must fulfil to be kept: a column of score_tiles compared with a setting."""
+
+    column: str
+    setting: str  # name of its threshold in Config
+    title: str  # in pictures and reports: what is wrong with a tile that fails
+    colour: str = "#888888"  # of its mark in pictures
+    marker: str = "."
+    passes: Callable[[Any, Any], Any] = operator.ge  # (values, threshold); operator.le for "at most"
+    rescued: bool = False  # a tile of HIGH_FREQ_ENERGY need not fulfil it
+
+
+# In the order in which tiles are judged. Scoring, rejection, cache key, tables and pictures follow it.
+CRITERIA = (
+    Criterion("breast_ratio", "min_breast_ratio", "too little breast", "#999999", "x"),
+    Criterion("mean_intensity", "min_tile_intensity", "too dark", "#cc79a7", "v", rescued=True),
+    Criterion(
+        "non_zero_ratio", "min_non_zero_pixels", "too many empty pixels", "#d55e00", "D", rescued=True
+    ),
+    Criterion("freq_energy", "min_freq_energy", "too little fine detail", "#f0e442", "+"),
+)
+COLUMNS = [criterion.column for criterion in CRITERIA]
 
 
 def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
@@ -1127,7 +1144,14 @@ def score_tiles(
         muscle = segment_pectoral_muscle(image, mask)
     spacing_mm = spacing_mm or config.pixel_spacing_mm
     peaks = speck_peaks(image, mask, spacing_mm)
-    grey, filled, breast, covered = tile_sums(image, mask, muscle, ys, xs, size)
+
+    def layers(band: tuple[slice, slice]) -> tuple[Layer, ...]:
+        inside = mask[band].view(np.uint8)
+        grey = cv2.copyTo(image[band], inside)
+        counted = grey, inside, muscle[band].view(np.uint8)
+        return (grey, sum_of_greys), *((part, cv2.countNonZero) for part in counted)
+
+    grey, filled, breast, covered = tile_sums(layers, mask, ys, xs, size)
     breast_or_1 = np.maximum(breast, 1)
     table = pd.DataFrame(
         {
@@ -1142,30 +1166,41 @@ def score_tiles(
     return table.assign(rejected_by=_first_failure(table, config))
 
 
-def tile_sums(
-    image: np.ndarray, mask: np.ndarray, muscle: np.ndarray, ys: np.ndarray, xs: np.ndarray, size: int
-) -> np.ndarray:
-    """(4, tiles): sum of grey levels in the mask, px there that are not 0, px of the mask, px of muscle.
+Layer = tuple[np.ndarray, Callable[[np.ndarray], float]]  # (H, W), and what adds up a part of it
 
-    Tiles overlap: sums are taken once for each cell between the tiles' borders, then added up.
+
+def sum_of_greys(grey: np.ndarray) -> float:
+    """Sum of (H, W) grey levels; several times as fast as np.sum on 16 bits."""
+    return cv2.sumElems(grey)[0]
+
+
+def tile_sums(
+    layers: Callable[[tuple[slice, slice]], Sequence[Layer]],
+    mask: np.ndarray,
+    ys: np.ndarray,
+    xs: np.ndarray,
+    size: int,
+) -> np.ndarray:
+    """(layers, tiles) float64: sums of what `layers` makes of each band of an image, over each tile.
+
+    Nothing is added up outside the box of the mask (H, W). Tiles overlap: sums are taken once for each
+    cell between the tiles' borders; a summed-area table (Crow 1984) of the cells then gives the tiles'.
     """
-    rows = np.unique(np.concatenate([ys, np.minimum(ys + size, image.shape[0])]))
-    cols = np.unique(np.concatenate([xs, np.minimum(xs + size, image.shape[1])]))
-    sums = np.zeros((4, len(rows), len(cols)))  # of all pixels above and left of a border
+    rows = np.unique(np.concatenate([ys, np.minimum(ys + size, mask.shape[0])]))
+    cols = np.unique(np.concatenate([xs, np.minimum(xs + size, mask.shape[1])]))
     left, top, width, height = bounding_box(mask)
+    sums = np.zeros((len(layers(np.s_[:0, :0])), len(rows), len(cols)))  # above and left of a border
     for i in np.flatnonzero((rows[1:] > top) & (rows[:-1] < top + height)):
-        band = np.s_[rows[i] : rows[i + 1], left : left + width]
-        inside, covered = mask[band].view(np.uint8), muscle[band].view(np.uint8)
-        grey = cv2.copyTo(image[band], inside)
+        band = layers(np.s_[rows[i] : rows[i + 1], left : left + width])
         for j in np.flatnonzero((cols[1:] > left) & (cols[:-1] < left + width)):
             cell = np.s_[:, max(0, cols[j] - left) : cols[j + 1] - left]
-            sums[0, i + 1, j + 1] = cv2.sumElems(grey[cell])[0]
-            sums[1:, i + 1, j + 1] = [cv2.countNonZero(part[cell]) for part in (grey, inside, covered)]
+            sums[:, i + 1, j + 1] = [add_up(part[cell]) for part, add_up in band]
     sums = sums.cumsum(1).cumsum(2)
     y0, x0 = np.searchsorted(rows, ys)[:, None], np.searchsorted(cols, xs)
     y1, x1 = np.searchsorted(rows, ys + size)[:, None], np.searchsorted(cols, xs + size)
     y1, x1 = np.minimum(y1, len(rows) - 1), np.minimum(x1, len(cols) - 1)
-    return (sums[:, y1, x1] - sums[:, y0, x1] - sums[:, y1, x0] + sums[:, y0, x0]).reshape(4, -1)
+    tiles = sums[:, y1, x1] - sums[:, y0, x1] - sums[:, y1, x0] + sums[:, y0, x0]
+    return tiles.reshape(len(sums), -1)
 
 
 def _tile_energies(
@@ -1181,25 +1216,33 @@ def _tile_energies(
     return energies
 
 
+def failures(table: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """Which tiles of score_tiles fail each of CRITERIA by itself: bool, a column each."""
+    return pd.DataFrame(
+        {c.column: ~c.passes(table[c.column], getattr(config, c.setting)) for c in CRITERIA}
+    )
+
+
 def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
     """The first criterion that each tile fails, '' where it fails none.
 
     Specks may lie in dark fat or at the skin's edge: a tile of high energy is kept there (`is_rescued`).
     """
-    failed = [table[name] < getattr(config, bar) for name, bar in THRESHOLDS.items()]
+    failed = failures(table, config)
     # A tile without breast is of no use even where every threshold is 0.
-    failed[0] |= table["breast_ratio"] == 0
+    failed["breast_ratio"] |= table["breast_ratio"] == 0
     if config.high_freq_energy:
         high = table["freq_energy"] >= config.high_freq_energy
-        failed[1], failed[2] = failed[1] & ~high, failed[2] & ~high
-    return np.select(failed, CRITERIA, default="")
+        for criterion in CRITERIA:
+            if criterion.rescued:
+                failed[criterion.column] &= ~high
+    return np.select([failed[name] for name in COLUMNS], COLUMNS, default="")
 
 
 def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
     """Which tiles of score_tiles are kept for their high energy alone."""
-    dark = table["mean_intensity"] < config.min_tile_intensity
-    empty = table["non_zero_ratio"] < config.min_non_zero_pixels
-    return (table["rejected_by"] == "") & (dark | empty)
+    rescued = [criterion.column for criterion in CRITERIA if criterion.rescued]
+    return (table["rejected_by"] == "") & failures(table, config)[rescued].any(axis=1)
 
 
 def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
@@ -1210,8 +1253,8 @@ def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
         if record.get("tiles", {}).get("x")
     ]
     if not frames:
-        return pd.DataFrame(columns=["image", "x", "y", *CRITERIA])
-    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *CRITERIA]]
+        return pd.DataFrame(columns=["image", "x", "y", *COLUMNS])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *COLUMNS]]
     if config.max_tiles and len(tiles) > config.max_tiles:
         rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
         order = np.lexsort((-tiles["freq_energy"], rank))
@@ -1265,7 +1308,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
         "bit_depth": bit_depth(image, view.brightest),
         "spacing_mm": spacing_mm,
         "positions": len(table),
-        "rejected": {name: int(counts.get(name, 0)) for name in CRITERIA},
+        "rejected": {name: int(counts.get(name, 0)) for name in COLUMNS},
         "rescued": int(is_rescued(table, config).sum()),
         "tiles": kept.to_dict("list"),
     }
@@ -1293,8 +1336,7 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
 )
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
 SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does that much again
-CLOSED = "closed.json"  # lengths of the files in an extraction's folder that nobody writes to any more
-VIEW_MARGIN = 0.3  # of the tile size: the farthest a view reaches beyond its tile (see VIEW_1)
+RECORDS = "records.jsonl"  # a line for each image that an extraction has finished
 
 # The code that makes masks, tiles and pixels: file, beginning, end. An edited filter makes a new cache.
 PIXEL_CODE = ((__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),)
@@ -1372,14 +1414,13 @@ def _read_manifest(root: Path) -> pd.DataFrame:
 
 def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
-    names = (
-        "tile_size tile_stride min_breast_ratio min_freq_energy high_freq_energy min_tile_intensity "
-        "min_non_zero_pixels exclude_pectoral pixel_spacing_mm max_tiles"
-    )
+    names = "tile_size tile_stride high_freq_energy exclude_pectoral pixel_spacing_mm max_tiles".split()
+    names += [criterion.setting for criterion in CRITERIA]
     rows = sources.drop(columns="path").to_csv(index=False)
     return {
         # As floats: 40, typed as a flag, is 40.0.
-        "settings": {name: float(getattr(config, name)) for name in names.split()},
+        "settings": {name: float(getattr(config, name)) for name in names},
+        "view_margin": VIEW_MARGIN,
         "code": settings.code_version(PIXEL_CODE),
         "files": hashlib.sha256(rows.encode()).hexdigest(),
     }
@@ -1443,26 +1484,35 @@ def append_pixels(path: Path, pixels: np.ndarray) -> int:
 
 
 class Journal:
-    """A folder with the images that an extraction has finished: their pixels and a line about each.
+    """The images that an extraction has finished: their pixels, and a line about each in RECORDS.
 
-    Each start takes one below `extracted` that was closed as it should be, or makes one: what a killed
-    process left, or one on another node still writes, is read but never appended to. The disk is waited
-    for in a thread, beside the work on the next images.
+    Appends only to a folder of its own below `extracted`, that of this host and boot; those of others,
+    whose writes may still be under way, are read (read_records). fsync runs in a thread, so that
+    extraction never waits for the disk. The cache's lock keeps a folder to one extraction at a time.
     """
 
-    def __init__(self, extracted: Path) -> None:
-        self.folder, self.ends = take_folder(extracted)
+    def __init__(self, extracted: Path, finished: dict[int, dict[str, Any]]) -> None:
+        """`finished`: the records that stand, see read_records."""
+        self.folder = extracted / this_host()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.waiting: list[dict[str, Any]] = []
+        self.ends = {pixel_file(self.folder, bits)[0]: NPY_HEADER for bits in (8, 16)}
+        kept = [{**record} for record in finished.values() if record["folder"] == self.folder]
+        for record in kept:
+            del record["folder"]
+            self._note_end(record)
+        # A line whose pixels are gone goes for good: what is appended from now on must not stand in.
+        lines = "".join(f"{json.dumps(record)}\n" for record in kept)
+        write_atomic(self.folder / RECORDS, lines)
+        self._cut()  # what a killed extraction left behind its last image, perhaps half a value
         self.writer = ThreadPoolExecutor(1)
         self.written = self.writer.submit(self._write)
         self.due = time.monotonic() + SYNC_EVERY
 
     def add(self, record: dict[str, Any]) -> None:
         """Note a finished image. Raises the OSError of an earlier write."""
-        if "offset" in record:
-            path, end = pixels_end(self.folder, record)
-            self.ends[path] = max(self.ends[path], end)
-        self.waiting.append(record)  # last: what Ctrl-C cuts off here is neither kept nor on record
+        self._note_end(record)
+        self.waiting.append(record)
         if time.monotonic() >= self.due and self.written.done():
             self.written.result()
             self.written = self.writer.submit(self._write)
@@ -1471,19 +1521,26 @@ class Journal:
     def close(self) -> None:
         """Give back the room behind the last finished image, as on a full disk, and write what waits."""
         self.writer.shutdown()
-        for path, end in self.ends.items():
-            os.truncate(path, end)
+        self._cut()
         self._write()
-        ends = {path.name: end for path, end in self.ends.items()}
-        write_atomic(self.folder / CLOSED, json.dumps(ends))
+
+    def _note_end(self, record: dict[str, Any]) -> None:
+        if "offset" in record:
+            path, end = pixels_end(self.folder, record)
+            self.ends[path] = max(self.ends[path], end)
+
+    def _cut(self) -> None:
+        for path, end in self.ends.items():
+            with naming(path), path.open("ab") as file:
+                file.truncate(end)  # longer where it lacks its header
 
     def _write(self) -> None:
-        """Append what waits to records.jsonl once its pixels are safe."""
+        """Append what waits to RECORDS once its pixels are safe."""
         records = list(self.waiting)
         for path in self.ends:
             with naming(path), path.open("rb") as file:
                 os.fsync(file.fileno())
-        path = self.folder / "records.jsonl"
+        path = self.folder / RECORDS
         with naming(path), path.open("a") as out:
             # A full disk may have left half a line.
             out.write("\n" + "".join(f"{json.dumps(record)}\n" for record in records))
@@ -1492,22 +1549,10 @@ class Journal:
         del self.waiting[: len(records)]
 
 
-def take_folder(extracted: Path) -> tuple[Path, dict[Path, int]]:
-    """A folder to extract to, and the length of its pixel files: one that was closed, else a new one."""
-    for closed in extracted.glob(f"*/{CLOSED}"):
-        with suppress(OSError, ValueError):
-            ends = {closed.with_name(name): end for name, end in json.loads(closed.read_text()).items()}
-            closed.unlink()  # of several starts one succeeds
-            whole = all(path.stat().st_size == end for path, end in ends.items())
-            if whole and closed.with_name("records.jsonl").is_file():
-                return closed.parent, ends
-    folder = extracted / f"{socket.gethostname()}_{os.getpid()}_{time.time_ns()}"
-    folder.mkdir(parents=True)
-    ends = {pixel_file(folder, bits)[0]: NPY_HEADER for bits in (8, 16)}
-    for path in ends:
-        with naming(path):
-            path.write_bytes(bytes(NPY_HEADER))
-    return folder, ends
+def this_host() -> str:
+    """Host name and boot: two machines, such as containers, may share the first but not the second."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}_{boot.read_text().strip() if boot.is_file() else ''}"
 
 
 def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
@@ -1516,7 +1561,7 @@ def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
     Left out are damaged lines and those whose pixels are gone: scratch file systems purge old files.
     """
     records = {}
-    for journal in extracted.glob("*/records.jsonl"):
+    for journal in extracted.glob(f"*/{RECORDS}"):
         folder = journal.parent
         sizes = {path: path.stat().st_size for path in folder.glob("pixels_*.npy")}
         with journal.open(encoding="utf-8", errors="replace") as lines:
@@ -1593,8 +1638,7 @@ def note_other_code(final: Path, inputs: dict[str, Any]) -> None:
     for path in final.parent.glob("[!.]*/cache.json"):
         with suppress(OSError, ValueError, KeyError):  # a damaged cache tells nothing
             other = json.loads(path.read_text())["inputs"]
-            same = inputs["settings"] | other["settings"] == inputs["settings"]
-            if same and other["files"] == inputs["files"]:
+            if all(other[name] == inputs[name] for name in ("settings", "files")):
                 print(
                     f"note: the code that makes masks, tiles and pixels has changed since {path.parent} "
                     f"was made: extracting into {final}",
@@ -1628,13 +1672,10 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
         if index not in finished
     ]
     try:
-        with signals_as_ctrl_c():
-            journal = Journal(extracted)
-            try:
-                extract = functools.partial(extract_to_file, folder=str(journal.folder))
-                run_in_parallel(extract, jobs, config, "tiles", "image", done=journal.add)
-            finally:
-                journal.close()
+        with closing(Journal(extracted, finished)) as journal:
+            extract = functools.partial(extract_to_file, folder=str(journal.folder))
+            bar = progress(mode=config.progress, total=len(jobs), desc="tiles", unit="image")
+            run_in_parallel(extract, jobs, config.num_workers, bar, done=journal.add)
     except BrokenProcessPool as error:
         finished = read_records(extracted)
         left = [job[1] for job in jobs if job[0] not in finished]
@@ -1648,53 +1689,85 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
     return [finished[index] for index in range(len(sources))]
 
 
-@contextmanager
-def signals_as_ctrl_c() -> Iterator[None]:
-    """Let the first SIGTERM or SIGUSR1, as of a time limit, end what is inside in order, like Ctrl-C."""
+class StoppedError(Exception):
+    """A signal was obeyed, and all is in order for the same command to go on."""
 
-    def interrupt(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
+    def __init__(self, number: int, rest: str = "the same command goes on where it stopped") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {rest}")
+        self.code = 128 + number
 
-    names = ("SIGTERM", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    former = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
+
+STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request, obeyed where that leaves all in order.
+
+    `requested` is the number of the signal that this process received, `agreed` of the one that all
+    ranks stop for (0 = none): they compare at each read of the metrics, because all must leave the loop
+    at the same step. Ctrl-C twice quits at once. The other signals don't: SLURM and launchers send the
+    same one to a process and to its parent, which hands it on, and SIGKILL follows anyway.
+    """
+
+    def __init__(self) -> None:
+        self.requested, self.agreed = 0, 0
+
+    def __enter__(self) -> StopSignal:
+        numbers = [getattr(signal, name) for name in STOP_SIGNALS]
+        self.former = {number: signal.signal(number, self._request) for number in numbers}
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        if number == self.requested == signal.SIGINT:
+            signal.signal(number, self.former[number])
+            signal.raise_signal(number)
+        self.requested = self.requested or number
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.former.items():
             signal.signal(number, handler)
+
+    def obey(self) -> None:
+        """Raise StoppedError where a signal has come."""
+        if self.requested:
+            raise StoppedError(self.requested)
 
 
 def run_in_parallel(
     function: Callable[..., Any],
     jobs: Sequence[tuple[Any, ...]],
-    config: Config,
-    desc: str,
-    unit: str,
+    workers: int,
+    bar: tqdm,
     done: Callable[[Any], None] = lambda result: None,
     threads: bool = False,
 ) -> None:
-    """Call `function(*job)` for each job, in NUM_WORKERS processes or threads, with a progress bar.
+    """Call `function(*job)` for each job, in at most `workers` processes or threads, and move the bar.
 
-    `done` gets each result, here. An error or Ctrl-C drops the jobs that have not begun.
+    `done` gets each result, here. An error or a signal drops the jobs that have not begun; those at hand
+    end first, and `done` gets their results too. Raises StoppedError after a signal.
     """
-    workers = max(1, min(config.num_workers, available_cores(), len(jobs)))
-    with progress(mode=config.progress, total=len(jobs), desc=desc, unit=unit) as bar:
+    workers = max(1, min(workers, available_cores(), len(jobs)))
+    with bar, StopSignal() as stop:
         if workers == 1:
             for job in jobs:
+                stop.obey()
                 done(function(*job))
                 bar.update()
             return
         with ThreadPoolExecutor(workers) if threads else process_pool(workers) as pool:
-            running = set()
+            ended: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+            running: set[Future[Any]] = set()
             try:
                 for job in jobs:
-                    running.add(pool.submit(function, *job))
-                for future in as_completed(running.copy()):
-                    running.discard(future)
-                    done(future.result())
-                    bar.update()
+                    running.add(future := pool.submit(function, *job))
+                    future.add_done_callback(ended.put)
+                while running:
+                    stop.obey()
+                    with suppress(queue.Empty):  # looks at the signals twice a second
+                        future = ended.get(timeout=0.5)
+                        running.discard(future)
+                        done(future.result())
+                        bar.update()
             except BaseException:
                 begun = [future for future in running if not future.cancel()]
                 for future in wait(begun).done:  # none of these is lost
@@ -1716,11 +1789,13 @@ def process_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def start_worker() -> None:
-    """Let a process of run_in_parallel leave Ctrl-C to its parent and end with it.
+    """Let a process of run_in_parallel leave signals to its parent and end with it.
 
-    A killed run must not leave processes behind that write into what the next one builds.
+    Ctrl-C and SLURM reach all processes of a job, but the image at hand shall be finished. A killed run
+    must not leave processes behind that write into what the next one builds.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -1747,7 +1822,7 @@ def finish_cache(
     if tiles.empty:
         raise MammoError(
             f"no tile was kept.\n{describe_funnel(rejections)}\nloosen the criterion that rejects most "
-            f"(--{', --'.join(THRESHOLDS.values())}), or look at --extract_only --qc_pages"
+            f"(--{', --'.join(c.setting for c in CRITERIA)}), or look at --extract_only --qc_pages"
         )
     images, parts = _index_images(records, tiles, sources, config)
     files = {part[0] for part in parts}
@@ -1779,7 +1854,7 @@ def _funnel(records: list[dict[str, Any]], tiles: pd.DataFrame, sources: pd.Data
     kept = tiles["image"].value_counts()
     rows = []
     for index, record in enumerate(records):
-        rejected = record.get("rejected", dict.fromkeys(CRITERIA, 0))
+        rejected = record.get("rejected", dict.fromkeys(COLUMNS, 0))
         passed = record.get("positions", 0) - sum(rejected.values())
         chosen = int(kept.get(index, 0))
         rows.append(
@@ -1800,7 +1875,7 @@ def describe_funnel(rejections: pd.DataFrame) -> str:
     """The funnel in a few lines of text: images, positions, rejections by criterion, skips by name."""
     total = rejections.sum(numeric_only=True)
     skipped = rejections[rejections["error"] != ""]
-    lost = ", ".join(f"{name} {total[name]:,.0f}" for name in (*CRITERIA, "capped") if total[name])
+    lost = ", ".join(f"{name} {total[name]:,.0f}" for name in (*COLUMNS, "capped") if total[name])
     lines = [
         f"images    {len(rejections):,}, skipped {len(skipped):,}",
         f"positions {total['positions']:,.0f}, kept {total['kept']:,.0f} "
@@ -1854,7 +1929,8 @@ def gather_pixels(images: pd.DataFrame, parts: list[Part], target: Path, config:
             out.write(np.ascontiguousarray(pixels.reshape(shape)[ys, xs], dtype).data)
 
     jobs = list(zip(parts, starts, strict=True))
-    run_in_parallel(copy_part, jobs, config, "cache", "image", threads=True)
+    bar = progress(mode=config.progress, total=len(jobs), desc="cache", unit="image")
+    run_in_parallel(copy_part, jobs, config.num_workers, bar, threads=True)
 
 
 def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
@@ -2007,8 +2083,9 @@ def open_reduced(
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """Ranges of one view's random parameters; all 0 = the tile as it is."""
+    """Ranges of one kind of view's random parameters; all 0 = the tile as it is."""
 
+    kind: str = "plain"  # by which an objective may tell its views apart
     rotation: float = 0.0  # degrees, uniform in +-rotation
     scale: float = 0.0  # magnification, uniform in 1 +- scale
     perspective: float = 0.0  # change of magnification from the centre to an edge, uniform in +-
@@ -2017,12 +2094,24 @@ class ViewSpec:
     blur: float = 0.0  # px of the view, largest sigma of a Gaussian applied to half of the views
     flip: bool = False  # mirror left-right and up-down, each for half of the views
 
+    @property
+    def reach(self) -> float:
+        """How far the farthest corner may lie from the tile's centre, along an axis, in tile sizes."""
+        angle = math.radians(min(self.rotation, 45))
+        turned = (math.cos(angle) + math.sin(angle)) / (1 - self.scale)
+        return turned / (1 - 2 * self.perspective) / 2
+
 
 # Tissue has no preferred direction in a tile, but it has a density: strong geometry, mild photometry.
 # A sigma of 1.2 px leaves a speck 3 px wide more than 40 % of its contrast.
-VIEW_1 = ViewSpec(rotation=15, scale=0.15, brightness=0.3, contrast=0.3, flip=True)
-VIEW_2 = ViewSpec(rotation=25, perspective=0.08, brightness=0.4, contrast=0.4, blur=1.2, flip=True)
+VIEW_1 = ViewSpec("view 1", rotation=15, scale=0.15, brightness=0.3, contrast=0.3, flip=True)
+VIEW_2 = ViewSpec(
+    "view 2", rotation=25, perspective=0.08, brightness=0.4, contrast=0.4, blur=1.2, flip=True
+)
+VIEWS = (VIEW_1, VIEW_2)  # of every tile in a step, in this order
 PLAIN_VIEW = ViewSpec()
+# The cache keeps that much tissue around its tiles, of the tile size: no view sees a black corner.
+VIEW_MARGIN = math.ceil(20 * (max(spec.reach for spec in VIEWS) - 0.5)) / 20
 BLUR_RADIUS = 4  # px, 3.3 of the largest sigma
 # Views are scaled to [0, 1] by the image's window, then standardised like the mean ImageNet channel.
 GREY_MEAN, GREY_STD = 0.449, 0.226
@@ -2133,6 +2222,14 @@ def _gaussian_blur(view: Tensor, sigma: Tensor) -> Tensor:
     return F.conv2d(flat, kernel.transpose(2, 3), groups=count).transpose(0, 1)
 
 
+class View(NamedTuple):
+    """One view of each tile in a batch."""
+
+    kind: str  # of its ViewSpec
+    image: Tensor  # (B, 1, S, S) float32 after photometry, standardised: what a network sees
+    sharp: Tensor  # (B, 1, S, S) float32 before photometry, 0 to 1 in the image's window (sample_tiles)
+
+
 def make_view(
     tiles: MammogramTiles,
     ids: np.ndarray,
@@ -2140,23 +2237,11 @@ def make_view(
     size: int,
     key: Sequence[int] = (0,),
     device: torch.device | None = None,
-) -> Tensor:
-    """One view of each tile in `ids` (B,): (B, 1, size, size) float32, standardised, on `device`.
+) -> View:
+    """One view of each tile in `ids` (B,), of `size` px, on `device`.
 
     All random parameters follow from `key`, such as (seed, step, rank, view), and from nothing else.
     """
-    return make_sharp_and_view(tiles, ids, spec, size, key, device)[1]
-
-
-def make_sharp_and_view(
-    tiles: MammogramTiles,
-    ids: np.ndarray,
-    spec: ViewSpec,
-    size: int,
-    key: Sequence[int] = (0,),
-    device: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The view as gathered (see sample_tiles), and as make_view returns it: after photometry."""
     rng = np.random.default_rng(key)
     if device is not None and device != tiles.pixels.device:
         # All pixels don't fit the device, these do: it makes views far faster than the host.
@@ -2164,7 +2249,7 @@ def make_sharp_and_view(
         tiles.pixels = to_device(tiles.pixels.numpy(), device)
     sharp = sample_tiles(tiles, ids, random_homographies(spec, rng, len(ids)), size)
     view = sharp if spec == PLAIN_VIEW else adjust_photometry(sharp, spec, rng)
-    return sharp, (view - GREY_MEAN) / GREY_STD
+    return View(spec.kind, (view - GREY_MEAN) / GREY_STD, sharp)
 
 
 # ---- 7 Model ---------------------------------------------------------------------------------------
@@ -2378,44 +2463,122 @@ def _three_channels(x: Tensor) -> Tensor:
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 
-def byol_loss(
-    model: MammogramBYOL, view_1: Tensor, view_2: Tensor, features: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Symmetric BYOL loss, -1 at perfect agreement, and the online projection of view 1 (B, proj_dim).
+# ---- 8 Objective ------------------------------------------------------------------------------------
 
-    Eq. 2 of the paper is 2 + 2 times this. Each view passes alone, so that batch statistics belong to
-    one view (section 3.2); the loss is computed in fp32 under autocast. `features` are the online
-    features of both views, where they are known.
+
+# An objective is what a step minimises. Another one is another class here and a line in build_objective;
+# the loop, monitoring, checkpoints and reports ask it for what they need.
+
+
+class ParameterGroup(NamedTuple):
+    """Modules that the optimiser trains alike."""
+
+    modules: list[nn.Module]
+    lr_factor: float = 1.0  # of the learning rate
+    decays: bool = True  # weight decay, but for biases and norm parameters
+
+
+class Objective(nn.Module, ABC):
+    """What a step minimises, as one module: DistributedDataParallel wants a single forward per step."""
+
+    # Title of the curve of each metric of its own; metrics.csv has a column for each.
+    curves: ClassVar[dict[str, str]] = {"loss": "loss"}
+
+    def __init__(self, model: MammogramBYOL) -> None:
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def trained(self) -> list[ParameterGroup]:
+        """What the optimiser gets; all other parameters are frozen."""
+
+    @abstractmethod
+    def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and scalars by name: `feature_std` and those of `curves`, detached.
+
+        `views` has one View for each of VIEWS.
+        """
+
+    def after_step(self, step: int, total_steps: int) -> dict[str, float]:
+        """What follows the optimiser's step number `step`, counted from 0; returns metrics by name."""
+        return {}
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Features (B, input_dim) where collapse is judged: the spread of what this returns (B, D)."""
+        return features
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a resumption needs beyond the model."""
+        return {name: v for name, v in self.state_dict().items() if not name.startswith("model.")}
+
+
+class BYOL(Objective):
+    """The symmetric loss of BYOL, -1 at perfect agreement (eq. 2 of the paper is 2 + 2 times this).
+
+    Each view passes alone, so that batch statistics belong to one view (section 3.2).
     """
-    criterion = NegativeCosineSimilarity()
-    features_1, features_2 = features or (model.get_features(view_1), model.get_features(view_2))
-    projection, prediction_1 = model.project(features_1)
-    _, prediction_2 = model.project(features_2)
-    target_1, target_2 = model.forward_target(view_1), model.forward_target(view_2)
-    loss = criterion(prediction_1.float(), target_2.float())
-    loss = 0.5 * (loss + criterion(prediction_2.float(), target_1.float()))
-    return loss, projection.detach()
+
+    curves: ClassVar[dict[str, str]] = {
+        "loss": "BYOL loss (-1 = agreement)",
+        "momentum": "target momentum",
+    }
+
+    def __init__(self, model: MammogramBYOL, momentum_base: float = MOMENTUM_BASE) -> None:
+        super().__init__(model)
+        self.momentum_base = momentum_base
+        self.criterion = NegativeCosineSimilarity()
+
+    def trained(self) -> list[ParameterGroup]:
+        """The online network."""
+        model = self.model
+        return [ParameterGroup([model.backbone, model.projection_head, model.prediction_head])]
+
+    def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
+        """BYOL's loss of two views."""
+        loss, metrics = self.byol_loss(views, [self.model.get_features(view.image) for view in views])
+        return loss, metrics
+
+    def byol_loss(
+        self, views: Sequence[View], features: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss from the online features of two views, in fp32 also under autocast."""
+        projection, prediction_1 = self.model.project(features[0])
+        _, prediction_2 = self.model.project(features[1])
+        target_1, target_2 = (self.model.forward_target(view.image) for view in views)
+        loss = self.criterion(prediction_1.float(), target_2.float())
+        loss = 0.5 * (loss + self.criterion(prediction_2.float(), target_1.float()))
+        return loss, {"loss": loss.detach(), "feature_std": feature_std(projection.detach())}
+
+    def after_step(self, step: int, total_steps: int) -> dict[str, float]:
+        """Move the target; its momentum rises from MOMENTUM_BASE to 1 by a cosine (section 3.2)."""
+        momentum = float(cosine_schedule(step, total_steps, self.momentum_base, 1.0))
+        self.model.update_target(momentum)
+        return {"momentum": momentum}
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Online projections."""
+        return self.model.projection_head(features)
 
 
 # What BYOL may ignore gets a target of its own: nothing in BYOL's loss asks for specks, which the blur
 # of one view hides from the other. One number for a whole tile is learnt too slowly (few tiles hold
 # specks, which are a thousandth of their pixels); one for each position of the last feature map is not.
 SPECK_QUANTITIES = 3
-SPECK_TAPS = np.array([0.054, 0.244, 0.404, 0.244, 0.054], np.float32)  # Gaussian, 1 px of the view
+SPECK_TAPS = (0.054, 0.244, 0.404, 0.244, 0.054)  # Gaussian, 1 px of the view
 FEATURE_STRIDE = 32  # px of the view for each position of a ResNet's last feature map
 PROMINENCE_RANGE = (0.5, 8.0)  # local deviations; a speck of more is as clear as it can be
 PLAIN_PROMINENCE = 3.0  # that plain tissue seldom reaches
 
 
-def speck_map(sharp: Tensor) -> Tensor:
+def speck_targets(sharp: Tensor, taps: Tensor) -> Tensor:
     """What the frequency target asks of each FEATURE_STRIDE px cell of views before photometry.
 
-    (B, 1, S, S) in units of the window -> (B, SPECK_QUANTITIES, S/32, S/32): log of the cell's highest
-    prominence, its excess over PLAIN_PROMINENCE, and log of the mean curvature's deviation. Prominence
-    is what frequency_energy adds up: the weaker of the two curvatures over the local deviation of the
-    mean curvature, here at the scale of 3 px of the view.
+    `sharp` (B, 1, S, S) in units of the window, `taps` SPECK_TAPS on its device ->
+    (B, SPECK_QUANTITIES, S/32, S/32): 0 log of the cell's highest prominence, 1 its excess over
+    PLAIN_PROMINENCE, 2 log of the mean curvature's deviation. Prominence is what frequency_energy adds
+    up: the weaker of the two curvatures over the local deviation of the mean curvature, here at the
+    scale of 3 px of the view.
     """
-    taps = to_device(SPECK_TAPS, sharp.device)
     kernel = torch.outer(taps, taps)[None, None]
     smooth = F.conv2d(F.pad(sharp, (3, 3, 3, 3), mode="replicate"), kernel)
     right, left, below, above = (
@@ -2438,45 +2601,80 @@ def speck_map(sharp: Tensor) -> Tensor:
     return torch.cat([prominence.log(), excess, (energy + 1e-7).log() / 2], dim=1)
 
 
-class Objective(nn.Module):
-    """What a step minimises, as one module: DistributedDataParallel wants a single forward per step."""
+class SpeckBYOL(BYOL):
+    """BYOL, and the frequency target beside it: a linear head finds each cell's specks.
 
-    def __init__(self, model: MammogramBYOL, speck_head: nn.Module | None = None) -> None:
-        super().__init__()
-        self.model, self.speck_head = model, speck_head
+    Its loss is the squared error, summed over the quantities, with which the head predicts the
+    standardised speck_targets of each view from its feature map; it starts near SPECK_QUANTITIES.
+    """
 
-    def forward(
-        self, view_1: Tensor, view_2: Tensor, specks: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """BYOL's loss and projection (see byol_loss), and the frequency loss, 0 without a head.
+    curves: ClassVar[dict[str, str]] = {
+        **BYOL.curves,
+        "freq_loss": f"frequency loss (starts near {SPECK_QUANTITIES})",
+    }
 
-        That is the squared error, summed over the quantities, with which a linear head predicts the
-        standardised speck_map of each view from its feature map; it starts near SPECK_QUANTITIES.
-        """
-        if self.speck_head is None or specks is None:
-            loss, projection = byol_loss(self.model, view_1, view_2)
-            return loss, projection, loss.new_zeros(())
-        maps = self.model.feature_map(view_1), self.model.feature_map(view_2)
-        features = maps[0].mean((2, 3)), maps[1].mean((2, 3))
-        loss, projection = byol_loss(self.model, view_1, view_2, features)
+    def __init__(
+        self, model: MammogramBYOL, sample: Tensor, input_dim: int, weight: float, momentum_base: float
+    ) -> None:
+        """`sample` (N, 1, S, S): sharp plain views, which scale the quantities."""
+        super().__init__(model, momentum_base)
+        self.weight = weight
+        self.speck_head = nn.Conv2d(input_dim, SPECK_QUANTITIES, 1)  # starts at zero
+        for parameter in self.speck_head.parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("taps", torch.tensor(SPECK_TAPS), persistent=False)
+        quantities = torch.cat([speck_targets(part, self.taps) for part in sample.split(32)])
+        deviation = quantities.std((0, 2, 3), keepdim=True).clamp_min(0.05)
+        self.register_buffer("mean", quantities.mean((0, 2, 3), True), persistent=False)
+        self.register_buffer("deviation", deviation, persistent=False)
+
+    def trained(self) -> list[ParameterGroup]:
+        """The online network and the head, which decays no more than a bias does."""
+        return [*super().trained(), ParameterGroup([self.speck_head], decays=False)]
+
+    def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
+        """BYOL's loss plus the weighted frequency loss."""
+        maps = [self.model.feature_map(view.image) for view in views]
+        loss, metrics = self.byol_loss(views, [found.mean((2, 3)) for found in maps])
         errors = [
-            F.mse_loss(self.speck_head(found).float(), wanted)
-            for found, wanted in zip(maps, specks, strict=True)
+            F.mse_loss(self.speck_head(found).float(), self.targets(view))
+            for found, view in zip(maps, views, strict=True)
         ]
-        return loss, projection, SPECK_QUANTITIES * (errors[0] + errors[1]) / 2
+        freq_loss = SPECK_QUANTITIES * (errors[0] + errors[1]) / 2
+        return loss + self.weight * freq_loss, {**metrics, "freq_loss": freq_loss.detach()}
+
+    @torch.no_grad()
+    def targets(self, view: View) -> Tensor:
+        """Standardised speck_targets (B, SPECK_QUANTITIES, S/32, S/32), in fp32 also under autocast."""
+        with torch.autocast(view.sharp.device.type, enabled=False):
+            return (speck_targets(view.sharp, self.taps) - self.mean) / self.deviation
 
 
-# ---- 8 Schedule ------------------------------------------------------------------------------------
+SPECK_SAMPLE = 256  # tiles that scale the quantities of speck_targets
 
 
-def build_optimizer(model: MammogramBYOL, config: Config) -> torch.optim.Optimizer:
-    """AdamW or LARS over the online network; biases and norm parameters without weight decay."""
-    online = [model.backbone, model.projection_head, model.prediction_head]
-    decayed, plain = get_weight_decay_parameters(online)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+def build_objective(
+    model: MammogramBYOL, config: Config, tiles: MammogramTiles, train_ids: np.ndarray
+) -> Objective:
+    """The objective that the settings ask for, on the CPU."""
+    if not config.freq_loss_weight:
+        return BYOL(model, config.momentum_base)
+    ids = train_ids[:: -(-len(train_ids) // SPECK_SAMPLE)]
+    parts = np.array_split(ids, -(-len(ids) // 32))
+    views = [make_view(tiles, part, PLAIN_VIEW, config.view_side) for part in parts]
+    sample = torch.cat([view.sharp.cpu() for view in views])
+    return SpeckBYOL(model, sample, config.input_dim, config.freq_loss_weight, config.momentum_base)
+
+
+def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimizer:
+    """AdamW or LARS over what the objective trains; all its other parameters are frozen."""
+    objective.requires_grad_(False)
+    groups: list[dict[str, Any]] = []
+    for modules, lr_factor, decays in objective.trained():
+        decayed, plain = get_weight_decay_parameters(modules)
+        parts = [(decayed, config.weight_decay), (plain, 0.0)] if decays else [(decayed + plain, 0.0)]
+        groups += [{"params": part, "weight_decay": w, "lr_factor": lr_factor} for part, w in parts]
+        nn.ModuleList(modules).requires_grad_(True)
     if config.optimizer == "lars":
         return LARS(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
@@ -2541,13 +2739,10 @@ def learning_rate(
     return float(cosine_warmup_schedule(step, total_steps, peak, 0.0, warmup, 0.0))
 
 
-def target_momentum(step: int, total_steps: int, config: Config) -> float:
-    """MOMENTUM_BASE -> 1 by a cosine over the run (BYOL, section 3.2)."""
-    return float(cosine_schedule(step, total_steps, config.momentum_base, 1.0))
-
-
 # ---- 9 Checkpoint ----------------------------------------------------------------------------------
 
+# A resumed run says so where this code is not what the run began with.
+TRAINING_CODE = ((__file__, "# ---- 6 Views", "# ---- 12 Entry"),)
 UNFINISHED = ".unfinished."  # how the name of a file begins until it is complete
 
 
@@ -2610,10 +2805,10 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["precision"] = precision_name(run.config, run.device)
         content["steps_per_epoch"] = run.steps_per_epoch
         content["best"] = run.best
-        if run.speck_head is not None:  # not in model_state_dict: it is no part of the model
-            content["speck_head"] = run.speck_head.state_dict()
+        content["objective"] = run.objective.own_state()
         content["healthy"] = run.healthy
         content["wandb_id"] = run.wandb_id
+        content["code"] = run.code
     write_checkpoint(path, content)
 
 
@@ -2679,8 +2874,13 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     if state["processes"] != run.world.size:  # the same place in the schedule, with other batches
         run.step = round(state["step"] * run.steps_per_epoch / state["steps_per_epoch"])
     run.best, run.healthy, run.wandb_id = state["best"], state["healthy"], state["wandb_id"]
-    if run.speck_head is not None:
-        run.speck_head.load_state_dict(state["speck_head"])
+    # Until version 0.1.0 a state held the frequency target's head by itself.
+    own = {f"speck_head.{name}": value for name, value in state.get("speck_head", {}).items()}
+    own = state.get("objective", own)
+    missing, unexpected = run.objective.load_state_dict(own, strict=False)
+    if unexpected or any(not name.startswith("model.") for name in missing):
+        raise KeyError("objective")
+    note_changed_code(run, state)
 
 
 def changed_tiles(state: dict[str, Any], cache: Path) -> list[str]:
@@ -2692,6 +2892,17 @@ def changed_tiles(state: dict[str, Any], cache: Path) -> list[str]:
     if seen is None:
         return [f"perhaps the tiles, since its cache {former} is gone"]
     return [] if seen == cache_digest(cache) else ["the images, their tile settings or the tile code"]
+
+
+def note_changed_code(run: Run, state: dict[str, Any]) -> None:
+    """Say so where a state was saved by other code of views and training than goes on now."""
+    then, now = state.get("code", run.code), run.code
+    if run.world.leads and then["training"] != now["training"]:
+        print(
+            f"note: the code of views and training has changed since this run was saved: commit "
+            f"{then['commit'][:12]} then, {now['commit'][:12]} now",
+            file=sys.stderr,
+        )
 
 
 def note_precision(state: dict[str, Any], precision: str) -> None:
@@ -2727,7 +2938,7 @@ def export_backbone(model: MammogramBYOL, path: Path, config: Config) -> None:
 # ---- 10 Monitoring ---------------------------------------------------------------------------------
 
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
-METRICS = (
+METRICS = (  # and those of the objective, see Objective.curves
     "step epoch loss lr momentum feature_std tiles_per_s batches_per_s seconds_left breast_ratio "
     "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss monitor_auroc "
     "monitor_auroc_mass monitor_auroc_calcification"
@@ -2749,27 +2960,30 @@ def rankme(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def plain_outputs(run: Run, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Features and projections of tiles `ids` as they are, in eval mode, on the CPU."""
+def encode(run: Run, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Features (N, input_dim) and embeddings (N, D), see Objective.embed, of plain tiles `ids` (N,).
+
+    In eval mode; float32 on the CPU.
+    """
     run.model.eval()
     outputs = []
     for part in np.array_split(ids, -(-len(ids) // run.config.batch_size)):
         view = make_view(run.tiles, part, PLAIN_VIEW, run.config.view_side, device=run.device)
         with run.autocast():
-            features = run.model.get_features(view)
-            outputs.append((features.float().cpu(), run.model.projection_head(features).float().cpu()))
+            features = run.model.get_features(view.image)
+            outputs.append((features.float().cpu(), run.objective.embed(features).float().cpu()))
     run.model.train()
-    features, projections = map(torch.cat, zip(*outputs, strict=True))
-    return features, projections
+    features, embeddings = map(torch.cat, zip(*outputs, strict=True))
+    return features, embeddings
 
 
-def watch(run: Run) -> dict[str, float]:
-    """Feature std of the projections and RankMe of the backbone features on the monitor tiles.
+def monitor_metrics(run: Run) -> dict[str, float]:
+    """Feature std of the embeddings and RankMe of the backbone features on the monitor tiles.
 
     The features stay with the run, for embedding.png.
     """
-    run.features, projections = plain_outputs(run, run.monitor_ids)
-    return {"std": float(feature_std(projections)), "rankme": float(rankme(run.features))}
+    run.features, embeddings = encode(run, run.monitor_ids)
+    return {"std": float(feature_std(embeddings)), "rankme": float(rankme(run.features))}
 
 
 LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without the box's centre
@@ -2954,7 +3168,7 @@ def run_probe(run: Run, probe: Probe) -> dict[str, float]:
     logistic = LogisticRegression(C=PROBE_STRENGTH, class_weight="balanced", max_iter=5000, tol=1e-3)
     model = make_pipeline(StandardScaler(), logistic)
     folds = StratifiedGroupKFold(PROBE_FOLDS, shuffle=True, random_state=run.config.seed % 2**32)
-    features, out = plain_outputs(run, probe.ids)[0].numpy(), {}
+    features, out = encode(run, probe.ids)[0].numpy(), {}
     for name, target in zip(CLASSES, probe.targets.T, strict=True):
         known = np.isfinite(target)
         x, y, studies = features[known], target[known].astype(int), probe.studies[known]
@@ -3009,14 +3223,16 @@ class MetricsFile:
     """metrics.csv, one row every LOG_EVERY steps. A resumed run drops rows of steps it repeats, and on
     another number of processes counts the others anew by their epoch."""
 
-    def __init__(self, path: Path, step: int, steps_per_epoch: int, enabled: bool = True) -> None:
-        self.path, self.enabled = path, enabled
+    def __init__(
+        self, path: Path, columns: list[str], step: int, steps_per_epoch: int, enabled: bool = True
+    ) -> None:
+        self.path, self.columns, self.enabled = path, columns, enabled
         if not enabled:
             return
-        kept = pd.DataFrame(columns=METRICS)
+        kept = pd.DataFrame(columns=columns)
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.is_file() else ""
         if whole and step:  # without the last row, which a full disk cuts
-            kept = pd.read_csv(io.StringIO(whole)).reindex(columns=METRICS)
+            kept = pd.read_csv(io.StringIO(whole)).reindex(columns=columns)
             counted = (kept["epoch"] * steps_per_epoch).fillna(kept["step"])
             kept = kept.assign(step=counted.round().astype(int))
             kept = kept[kept["step"] <= step]
@@ -3028,7 +3244,7 @@ class MetricsFile:
             return
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             digits = {"step": 12, "epoch": 12}  # a resumption counts by them
-            cells = [f"{row[k]:.{digits.get(k, 6)}g}" if k in row else "" for k in METRICS]
+            cells = [f"{row[k]:.{digits.get(k, 6)}g}" if k in row else "" for k in self.columns]
             file.write(",".join(cells) + "\n")
 
 
@@ -3109,14 +3325,7 @@ def wandb_mode(config: Config) -> str:
 # Okabe & Ito's colours stay apart for the colour-blind.
 OKABE_ITO = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 BREAST_COLOUR, MUSCLE_COLOUR = "#56b4e9", "#e69f00"
-# What became of a tile: words, colour and marker.
-OUTCOMES = {
-    "": ("kept", "#009e73", "s"),
-    "breast_ratio": ("too little breast", "#999999", "x"),
-    "mean_intensity": ("too dark", "#cc79a7", "v"),
-    "non_zero_ratio": ("too many empty pixels", "#d55e00", "D"),
-    "freq_energy": ("too little fine detail", "#f0e442", "+"),
-}
+KEPT = Criterion("", "", "kept", "#009e73", "s")  # how tiles are marked that fail no criterion
 PICTURE_WIDTH = 5.6  # inches: text of 9-10 pt stays readable where a phone shrinks the picture
 
 
@@ -3179,7 +3388,8 @@ def draw_qc_pages(config: Config, folder: Path) -> None:
         for index, source in list_sources(config.data_dir).iterrows()
         if not (folder / f"{index:06d}.png").is_file()
     ]
-    run_in_parallel(draw_qc_page, jobs, config, "qc pages", "page")
+    bar = progress(mode=config.progress, total=len(jobs), desc="qc pages", unit="page")
+    run_in_parallel(draw_qc_page, jobs, config.num_workers, bar)
 
 
 def draw_qc_page(index: int, source: pd.Series, config: Config, path: Path) -> None:
@@ -3213,9 +3423,10 @@ def outline(axes: Any, sample: Sample) -> None:
 def mark_tiles(axes: Any, sample: Sample, config: Config) -> None:
     """Mark the centres of an image's tiles by outcome."""
     centre = sample.table[["x", "y"]] + config.tile_size / 2
-    for reason, (text, colour, marker) in OUTCOMES.items():
-        points = centre[sample.table["rejected_by"] == reason]
-        axes.scatter(points["x"], points["y"], s=14, c=colour, marker=marker, label=text)
+    for outcome in (KEPT, *CRITERIA):
+        points = centre[sample.table["rejected_by"] == outcome.column]
+        style = {"c": outcome.colour, "marker": outcome.marker, "label": outcome.title}
+        axes.scatter(points["x"], points["y"], s=14, **style)
 
 
 def panel_grid(count: int, columns: int, row_height: float) -> tuple[Any, list[Any]]:
@@ -3269,8 +3480,8 @@ def draw_tiles(samples: list[Sample], config: Config, path: Path) -> None:
             masked = np.where(sample.mask[area], sample.image[area], 0)
             text = f"kept\nenergy {tile['freq_energy']:.3f}"
             if reason:
-                limit = getattr(config, THRESHOLDS[reason])
-                text = f"{OUTCOMES[reason][0]}\n{tile[reason]:.3g} of {limit:g}"
+                failed = next(criterion for criterion in CRITERIA if criterion.column == reason)
+                text = f"{failed.title}\n{tile[reason]:.3g} of {getattr(config, failed.setting):g}"
             show_grey(axes, masked, text, *sample.window)
     figure.suptitle("Kept: most and least fine detail. Below: rejected", fontsize=11)
     save_figure(figure, path)
@@ -3282,27 +3493,26 @@ def in_turn(table: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def draw_views(run: Run, path: Path, count: int = 4) -> None:
-    """views.png: tiles beside the two views that BYOL compares."""
+    """views.png: tiles beside the views of them that a step sees."""
     ids = run.train_ids[np.linspace(0, len(run.train_ids) - 1, count).astype(int)]
-    plain = make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side)
-    columns = plain, *two_views(run, run.tiles, ids, (run.config.seed, 0, 0))
-    figure, panels = panel_grid(3 * count, 3, 2.0)
+    plain = make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side)._replace(kind="tile")
+    columns = plain, *make_views(run, run.tiles, ids, (run.config.seed, 0, 0))
+    figure, panels = panel_grid(len(columns) * count, len(columns), 2.0)
     for index, axes in enumerate(panels):
-        row, column = divmod(index, 3)
-        grey = (columns[column][row, 0] * GREY_STD + GREY_MEAN).cpu().numpy()
-        show_grey(axes, grey, ("tile", "view 1", "view 2")[column] if row == 0 else "", 0, 1)
+        row, column = divmod(index, len(columns))
+        grey = (columns[column].image[row, 0] * GREY_STD + GREY_MEAN).cpu().numpy()
+        show_grey(axes, grey, columns[column].kind if row == 0 else "", 0, 1)
     save_figure(figure, path)
 
 
-def draw_curves(metrics: pd.DataFrame, path: Path) -> None:
-    """curves.png: losses, feature std, RankMe, schedules and speed against the step, as far as known."""
+def draw_curves(metrics: pd.DataFrame, own: dict[str, str], path: Path) -> None:
+    """curves.png: what is known of the objective's `own` metrics (titles by column), of feature std,
+    RankMe, schedule and speed against the step."""
     curves = {
-        "BYOL loss (-1 = agreement)": {"training tiles": "loss"},
-        f"frequency loss (starts near {SPECK_QUANTITIES})": {"training tiles": "freq_loss"},
+        **{title: {"": name} for name, title in own.items()},
         "feature std (1 = isotropic)": {"training tiles": "feature_std", "monitor tiles": "monitor_std"},
         "RankMe (effective rank)": {"monitor tiles": "monitor_rankme"},
         "learning rate": {"": "lr"},
-        "target momentum": {"": "momentum"},
         "speed (tiles per second)": {"": "tiles_per_s"},
         "probe AUROC": {name: f"monitor_auroc_{name}" for name in CLASSES},
     }
@@ -3451,12 +3661,12 @@ def show_run(run: Run, tracker: Tracker, state: str = "running", reason: str = "
             tracker.log({"step": run.step, **there})
     except Exception as error:
         tqdm.write(f"note: report not written ({type(error).__name__}: {error})", file=sys.stderr)
-    run.shown = time.monotonic()
+    run.report_written_at = time.monotonic()
 
 
 def report_is_due(run: Run) -> bool:
     """Whether REPORT_EVERY minutes have passed."""
-    due = time.monotonic() - run.shown > 60 * run.config.report_every
+    due = time.monotonic() - run.report_written_at > 60 * run.config.report_every
     return run.world.leads and run.config.report_every > 0 and due
 
 
@@ -3469,11 +3679,14 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame
         summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         path = folder / "metrics.csv"
         metrics = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=METRICS)
+        # Until version 0.1.0 the titles of an objective's curves were not on record.
+        curves = record.setdefault("curves", {"loss": "loss", "freq_loss": "frequency loss"})
+        columns = list(dict.fromkeys([*METRICS, *curves]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MammoError(
             f"{folder}: not the folder of a run, or a file of it is damaged ({error!r})"
         ) from error
-    return record, summary, metrics.reindex(columns=METRICS).apply(pd.to_numeric, errors="coerce")
+    return record, summary, metrics.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
 
 
 def write_report(folder: Path) -> Path:
@@ -3483,7 +3696,7 @@ def write_report(folder: Path) -> Path:
     """
     record, summary, metrics = read_run(folder)
     if len(metrics):
-        draw_curves(metrics, folder / "curves.png")
+        draw_curves(metrics, record["curves"], folder / "curves.png")
     title = html.escape(f"Run {folder.resolve().name}")
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -3573,14 +3786,19 @@ def html_learning(folder: Path, metrics: pd.DataFrame) -> str:
     )
 
 
+def beyond(criterion: Criterion) -> str:
+    """Where the values lie of tiles that fail a criterion."""
+    return "above" if criterion.passes(0, 1) else "below"
+
+
 def html_funnel(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> str:
     """From images to tiles: how many each criterion took, and what that looks like."""
     funnel, skipped = summary.get("funnel", {}), summary.get("skipped", {})
     total = max(1, funnel.get("positions", 0))
     rows = [("positions in the images", funnel.get("positions", 0))]
     rows += [
-        (f"{OUTCOMES[name][0]} ({name} below {config.get(bar):g})", -funnel.get(name, 0))
-        for name, bar in THRESHOLDS.items()
+        (f"{c.title} ({c.column} {beyond(c)} {config[c.setting]:g})", -funnel.get(c.column, 0))
+        for c in CRITERIA
     ]
     rows += [("over --max_tiles", -funnel.get("capped", 0)), ("kept", funnel.get("kept", 0))]
     lines = (
@@ -3717,27 +3935,38 @@ class Run:
     tiles: MammogramTiles
     train_ids: np.ndarray
     monitor_ids: np.ndarray
-    model: MammogramBYOL
+    probe: Probe | None  # labelled tiles, with --labels
+    objective: Objective
+    compute_loss: Callable[
+        ..., Any
+    ]  # the objective as DistributedDataParallel and torch.compile wrap it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
     autocast: Callable[[], Any]
-    loss_function: Callable[..., tuple[Tensor, Tensor, Tensor]]
     steps_per_epoch: int
     wandb_id: str
     world: World
+    code: dict[str, str]  # git commit and digest of the code of views and training
     step: int = 0
     # Epoch of the best checkpoint and the figure that chose it; empty = none yet.
     best: dict[str, float] = dataclasses.field(default_factory=dict)
-    probe: Probe | None = None
-    speck_head: nn.Conv2d | None = None  # of the frequency target
-    speck_scale: tuple[Tensor, Tensor] | None = None  # mean and deviation of its quantities
     healthy: bool = True
     batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
     features: Tensor | None = None  # (monitor tiles, input_dim) as of the last epoch
-    shown: float = -math.inf  # when the report was written, on time.monotonic()
-    saved: float = dataclasses.field(default_factory=time.monotonic)  # when last.pth was, on the same
+    report_written_at: float = -math.inf  # s, on time.monotonic()
+    state_saved_at: float = dataclasses.field(default_factory=time.monotonic)  # s, on the same
+
+    @property
+    def model(self) -> MammogramBYOL:
+        """The model that the objective trains."""
+        return self.objective.model
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of metrics.csv: METRICS and what the objective adds."""
+        return list(dict.fromkeys([*METRICS, *self.objective.curves]))
 
     @property
     def total_steps(self) -> int:
@@ -3867,49 +4096,38 @@ def epoch_order(run: Run, epoch: int) -> np.ndarray:
     return run.train_ids[rng.permutation(drawn)]
 
 
-def two_views(
+def make_views(
     run: Run, tiles: MammogramTiles, ids: np.ndarray, key: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """The two views of tiles `ids`, each (B, 1, S, S) on the training device."""
-    (_, view_1), (_, view_2) = two_sharp_and_views(run, tiles, ids, key)
-    return view_1, view_2
-
-
-def two_sharp_and_views(
-    run: Run, tiles: MammogramTiles, ids: np.ndarray, key: tuple[int, ...]
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Both views of tiles `ids` as make_sharp_and_view gives them."""
-    size = run.config.view_side
+) -> tuple[View, ...]:
+    """A View of tiles `ids` (B,) for each of VIEWS, on the training device."""
     return tuple(
-        make_sharp_and_view(tiles, ids, spec, size, (*key, number), run.device)
-        for number, spec in enumerate((VIEW_1, VIEW_2), 1)
+        make_view(tiles, ids, spec, run.config.view_side, (*key, number), run.device)
+        for number, spec in enumerate(VIEWS, 1)
     )
 
 
-def train_step(run: Run, ids: np.ndarray, tiles: MammogramTiles | None = None) -> Tensor:
-    """One optimiser step on tiles `ids`: BYOL loss, feature std and frequency loss, still on the device.
+def train_step(
+    run: Run, ids: np.ndarray, tiles: MammogramTiles | None = None
+) -> dict[str, Tensor | float]:
+    """One optimiser step on tiles `ids` (B,); returns its metrics by name, tensors still on the device.
 
     `tiles` are those ids alone, where the pixels of all don't fit the device (MammogramTiles.subset).
     """
     config, processes = run.config, run.world.size
+    lr = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config, processes)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config, processes)
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     source, places = (run.tiles, ids) if tiles is None else (tiles, np.arange(len(ids)))
-    key = (config.seed, run.step, run.world.rank)
-    (sharp_1, view_1), (sharp_2, view_2) = two_sharp_and_views(run, source, places, key)
-    specks = None
-    if run.speck_scale is not None:
-        mean, deviation = run.speck_scale
-        specks = (speck_map(sharp_1) - mean) / deviation, (speck_map(sharp_2) - mean) / deviation
+    views = make_views(run, source, places, (config.seed, run.step, run.world.rank))
     with run.autocast():
-        loss, projection, freq_loss = run.loss_function(view_1, view_2, specks)
+        loss, metrics = run.compute_loss(views)
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss + config.freq_loss_weight * freq_loss).backward()
+    run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.model.update_target(target_momentum(run.step, run.total_steps, config))
+    after = run.objective.after_step(run.step, run.total_steps)
     run.step += 1
-    return torch.stack([loss.detach(), feature_std(projection), freq_loss.detach()])
+    return {"loss": loss.detach(), **metrics, "lr": lr, **after}
 
 
 def batches(run: Run) -> Iterator[tuple[np.ndarray, MammogramTiles | None]]:
@@ -3940,7 +4158,7 @@ def train_one_epoch(
     """Train to the end of the current epoch, or to MAX_STEPS, or until a signal asks to stop."""
     config = run.config
     logged = time.monotonic()
-    pending: list[Tensor] = []
+    pending: list[dict[str, Tensor | float]] = []
     recent: list[np.ndarray] = []
     for ids, tiles in batches(run):
         pending.append(train_step(run, ids, tiles))
@@ -3948,18 +4166,18 @@ def train_one_epoch(
         bar.update()
         last = run.step % run.steps_per_epoch == 0 or run.step == config.max_steps
         due = save_is_due(run)
-        # Several processes can only agree to stop where all of them read their metrics.
+        # All ranks must reach the same all_reduce, so several check for a stop only at log steps.
         alone = run.world.size == 1
         if run.step % config.log_every == 0 or last or (alone and (stop.requested or due)):
             # The only place that waits for the device: LOG_EVERY steps are read at once.
             means = read_metrics(run, pending, stop)
             check_finite(run, means, pending, recent, saving=bool(last or due or stop.agreed))
-            run.batch_std = means[1]
+            run.batch_std = means["feature_std"]
             row = describe_step(run, means, len(pending) / (time.monotonic() - logged), ids)
             bar.set_postfix_str(describe_row(row, run.monitor))
             metrics.write(row)
             tracker.log(row)
-            if stop.agreed or last:  # the state is saved after what an epoch's end may bring
+            if stop.agreed or last:  # last.pth is written by the caller, after end_epoch
                 return
             if due:
                 save_state(run)
@@ -3968,60 +4186,59 @@ def train_one_epoch(
             pending, recent, logged = [], [], time.monotonic()
 
 
-def read_metrics(run: Run, pending: list[Tensor], stop: StopSignal) -> list[float]:
-    """Mean loss, feature std and frequency loss of the last steps over all processes.
+def read_metrics(
+    run: Run, pending: list[dict[str, Tensor | float]], stop: StopSignal
+) -> dict[str, float]:
+    """Metrics of the last steps by name: means over steps and ranks of tensors, the last of numbers.
 
-    The processes also agree to stop: a signal that any of them has got by now holds for all. One that
+    The ranks also agree to stop: a signal that any of them has got by now holds for all. One that
     comes later waits for the next time, wherever it comes.
     """
     stop.agreed = stop.requested
-    means = torch.stack(pending).mean(0)
+    measured = {name: v for name, v in pending[-1].items() if isinstance(v, Tensor)}
+    means = torch.stack([torch.stack([step[name] for name in measured]) for step in pending]).mean(0)
     if run.world.size > 1:
         distributed.all_reduce(means)
         means /= run.world.size
         agreed = torch.tensor(stop.agreed, device=run.device)
         distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
         stop.agreed = int(agreed)
-    return means.tolist()
+    return {**pending[-1], **dict(zip(measured, means.tolist(), strict=True))}  # type: ignore[dict-item]
 
 
 def save_is_due(run: Run) -> bool:
     """Whether SAVE_EVERY minutes have passed."""
-    return time.monotonic() - run.saved > 60 * run.config.save_every
+    return time.monotonic() - run.state_saved_at > 60 * run.config.save_every
 
 
 def save_state(run: Run) -> None:
     """Write last.pth, from one process."""
     if run.world.leads:
         save_checkpoint(run.folder / "last.pth", run, resumable=True)
-    run.saved = time.monotonic()
+    run.state_saved_at = time.monotonic()
 
 
 def describe_row(row: dict[str, float], monitor: dict[str, float]) -> str:
     """What the progress bar says, the most telling first: a narrow terminal cuts the end."""
     rank = f" RankMe {monitor['rankme']:.1f}" if monitor else ""
+    momentum = f" momentum {row['momentum']:.5f}" if "momentum" in row else ""
     return (
         f"loss {row['loss']:.4f} std {row['feature_std']:.3f}{rank} {row['tiles_per_s']:.1f} tiles/s "
-        f"lr {row['lr']:.2e} momentum {row['momentum']:.5f}"
+        f"lr {row['lr']:.2e}{momentum}"
     )
 
 
-def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarray) -> dict[str, float]:
+def describe_step(run: Run, means: dict[str, float], speed: float, ids: np.ndarray) -> dict[str, float]:
     """A row of metrics.csv for the last step; `means` as from read_metrics, `speed` in steps/s."""
     row = {
         "step": run.step,
         "epoch": run.step / run.steps_per_epoch,
-        "loss": means[0],
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "momentum": target_momentum(run.step - 1, run.total_steps, run.config),
-        "feature_std": means[1],
+        **means,
         "tiles_per_s": speed * run.config.batch_size * run.world.size,
         "batches_per_s": speed,
         "seconds_left": (run.last_step - run.step) / speed,
         "breast_ratio": float(run.tiles.table["breast_ratio"].to_numpy()[ids].mean()),
     }
-    if run.speck_head is not None:
-        row["freq_loss"] = means[2]
     if run.device.type == "cuda":
         row["gpu_memory_gb"] = torch.cuda.max_memory_allocated(run.device) / 2**30
         # Needs nvidia-ml-py and the right to ask the driver; wandb's system metrics have it anyway.
@@ -4031,16 +4248,20 @@ def describe_step(run: Run, means: Sequence[float], speed: float, ids: np.ndarra
 
 
 def check_finite(
-    run: Run, means: list[float], pending: list[Tensor], recent: list[np.ndarray], saving: bool
+    run: Run,
+    means: dict[str, float],
+    pending: list[dict[str, Tensor | float]],
+    recent: list[np.ndarray],
+    saving: bool,
 ) -> None:
     """Raise MammoError, naming the tiles, where a loss or a weight about to be saved is not a number.
 
-    `pending` and `recent`: losses and tiles of the steps since the last look. A weight that is spoilt
-    while all losses are sound was spoilt by the last step: any later loss would have told.
+    `pending` and `recent`: metrics and tiles of the steps since the last look. If all losses are finite
+    but a weight is not, the last step did it: an earlier bad weight would have made a later loss NaN.
     """
     what, index = "loss", len(recent) - 1
-    if not all(map(math.isfinite, means)):
-        sound = torch.stack(pending).isfinite().all(1).tolist()
+    if not all(map(math.isfinite, means.values())):
+        sound = [all(math.isfinite(float(value)) for value in step.values()) for step in pending]
         index = sound.index(False) if False in sound else index  # else it was another process's
     elif saving and not all_finite([run.model.state_dict(), run.optimizer.state_dict()]):
         what = "network's state"
@@ -4074,7 +4295,7 @@ def end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
 
 def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
     config, epoch = run.config, run.step // run.steps_per_epoch
-    run.monitor = watch(run)
+    run.monitor = monitor_metrics(run)
     if run.probe is not None and (epoch % config.probe_every == 0 or epoch == config.epochs):
         run.monitor |= run_probe(run, run.probe)
         found = [f"{name} {run.monitor[f'auroc_{name}']:.3f}" for name in CLASSES]
@@ -4105,39 +4326,6 @@ def _end_epoch(run: Run, metrics: MetricsFile, tracker: Tracker) -> None:
         show_run(run, tracker)
 
 
-class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request that the loop obeys at the next step (several
-    processes when they next agree, see read_metrics).
-
-    `requested` is the number of the signal that this process got, `agreed` of the one that is obeyed;
-    0 = none. A second signal acts at once, unless it follows within REPEAT seconds:
-    SLURM and launchers send the same one to a process and to its parent, which hands it on.
-    """
-
-    REPEAT = 5.0
-
-    def __init__(self) -> None:
-        self.requested, self.agreed, self.since = 0, 0, 0.0
-
-    def __enter__(self) -> StopSignal:
-        names = ("SIGTERM", "SIGUSR1", "SIGINT")
-        signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.former = {number: signal.signal(number, self._request) for number in signals}
-        return self
-
-    def _request(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.requested and now - self.since > self.REPEAT:
-            signal.signal(number, self.former[number])
-            signal.raise_signal(number)
-        if not self.requested:
-            self.requested, self.since = number, now
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-
 def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
     """Put model, optimiser and tiles on the device and resume where a run's state is found."""
     device = choose_device(config)
@@ -4152,26 +4340,28 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
             f"{drawn} tiles per epoch for a batch of {config.batch_size * world.size}: lower "
             "--batch_size, add images or loosen the tile settings"
         )
+    probe = prepare_probe(tiles, config)
     model = prepare_model(backbone, config, device, world)
+    objective = build_objective(model, config, tiles, train_ids).to(device)
+    optimizer = build_optimizer(objective, config)
     run = Run(
         config=config,
         folder=config.run_dir,
         tiles=tiles,
         train_ids=train_ids,
         monitor_ids=monitor_ids,
-        model=model,
-        optimizer=build_optimizer(model, config),
+        probe=probe,
+        objective=objective,
+        compute_loss=compiled(distribute(objective, device, world), config, device),
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         device=device,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        loss_function=Objective(model),
         steps_per_epoch=drawn // (config.batch_size * world.size),
-        world=world,
         wandb_id=hashlib.sha256(f"{config.run_dir.resolve()}{time.time()}".encode()).hexdigest()[:8],
+        world=world,
+        code={"commit": git_commit(), "training": settings.code_version(TRAINING_CODE)},
     )
-    run.probe = prepare_probe(tiles, config)
-    if config.freq_loss_weight:
-        add_speck_head(run)
     if (run.folder / "last.pth").is_file():  # else none is there, or `claimed` has moved it aside
         state = load_checkpoint(run.folder / "last.pth")
         try:
@@ -4181,13 +4371,16 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path) -> Run:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = f"{run.folder / 'last.pth'} is no state of such a run ({type(error).__name__})"
             raise MammoError(f"{reason}; --no_resume moves it aside") from error
-    objective: nn.Module = Objective(model, run.speck_head)
-    if world.size > 1:
-        # Batch norm on the CPU can't be synchronised: its statistics are those of the first process.
-        devices = [device.index] if device.type == "cuda" else None
-        objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
-    run.loss_function = compiled(objective, config, device)
     return run
+
+
+def distribute(objective: Objective, device: torch.device, world: World) -> nn.Module:
+    """The objective with its gradients averaged over the ranks, where there are several."""
+    if world.size == 1:
+        return objective
+    # Batch norm on the CPU can't be synchronised: its statistics are those of rank 0.
+    devices = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(objective, device_ids=devices)
 
 
 def prepare_model(
@@ -4197,30 +4390,9 @@ def prepare_model(
     torch.manual_seed(config.seed)  # the heads' initial weights
     model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
     model.grad_checkpoint = config.grad_checkpoint
-    model.classification_head.requires_grad_(False)  # BYOL doesn't train it
     if world.size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device).to(memory_format=torch.channels_last).train()
-
-
-SPECK_SAMPLE = 256  # tiles that scale the quantities of speck_map
-
-
-def add_speck_head(run: Run) -> None:
-    """Give the run the frequency target's linear head, which starts at zero, and its targets' scale."""
-    head = nn.Conv2d(run.config.input_dim, SPECK_QUANTITIES, 1).to(run.device)
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter)
-    run.speck_head = head
-    run.optimizer.add_param_group({"params": list(head.parameters()), "weight_decay": 0.0})
-    ids = run.train_ids[:: -(-len(run.train_ids) // SPECK_SAMPLE)]
-    maps = [
-        speck_map(make_sharp_and_view(run.tiles, part, PLAIN_VIEW, run.config.view_side)[0].cpu())
-        for part in np.array_split(ids, -(-len(ids) // 32))
-    ]
-    quantities = torch.cat(maps)
-    mean, deviation = quantities.mean((0, 2, 3), True), quantities.std((0, 2, 3), keepdim=True)
-    run.speck_scale = mean.to(run.device), deviation.clamp_min(0.05).to(run.device)
 
 
 # Bytes that a pixel of a view leaves for the backward pass in bf16: 235 MiB for 512 x 512 in a ResNet50.
@@ -4272,13 +4444,18 @@ def compiled(function: Callable[..., Any], config: Config, device: torch.device)
     return call
 
 
-def environment(precision: str) -> dict[str, str]:
-    """Versions, device, precision and git commit, recorded beside each run's result."""
+def git_commit() -> str:
+    """The commit of this code, or unknown."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git here
         commit = ""
+    return commit or "unknown"
+
+
+def environment(precision: str) -> dict[str, str]:
+    """Versions, device, precision and git commit, recorded beside each run's result."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -4287,7 +4464,7 @@ def environment(precision: str) -> dict[str, str]:
         "opencv": cv2.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "precision": precision,
-        "git_commit": commit or "unknown",
+        "git_commit": git_commit(),
     }
 
 
@@ -4372,7 +4549,8 @@ def train_in_folder(run: Run) -> Path:
         start_folder(run)
         if config.qc_pages:
             draw_qc_pages(config, run.folder / "qc" / run.tiles.cache.name)
-    metrics = MetricsFile(run.folder / "metrics.csv", run.step, run.steps_per_epoch, world.leads)
+    path = run.folder / "metrics.csv"
+    metrics = MetricsFile(path, run.columns, run.step, run.steps_per_epoch, world.leads)
     tracker = Tracker(run.wandb_id, config, world.leads)
     options = {"total": limit, "initial": run.step, "desc": "train", "unit": "step"}
     with (
@@ -4386,7 +4564,9 @@ def train_in_folder(run: Run) -> Path:
                     end_epoch(run, metrics, tracker)
             if run.step < limit:
                 save_state(run)
-                raise StoppedError(stop.agreed, run.folder)
+                raise StoppedError(
+                    stop.agreed, f"the same command goes on from {run.folder / 'last.pth'}"
+                )
         except Exception as error:
             if world.leads:
                 show_run(run, tracker, "stopped", str(error))
@@ -4445,6 +4625,7 @@ def start_folder(run: Run) -> None:
     sweep(run.folder)
     precision = precision_name(run.config, run.device)
     record = {"config": dataclasses.asdict(run.config), "environment": environment(precision)}
+    record["curves"] = run.objective.curves
     write_atomic(run.folder / "config.json", json.dumps(record, indent=2))
     for name in EXTRACTION_PICTURES:
         if (run.tiles.cache / name).is_file():
@@ -4472,7 +4653,7 @@ def finish_run(run: Run, tracker: Tracker) -> None:
     if not best.is_file():  # no epoch was complete, or none was healthy
         save_checkpoint(best, run)
     if run.features is None and run.config.report_every:  # no epoch has ended in this process
-        watch(run)
+        monitor_metrics(run)
     show_run(run, tracker, "finished")
     # The last file: while it is missing, the same command does this again.
     export_backbone(run.model, folder / "backbone.safetensors", run.config)
@@ -4494,17 +4675,6 @@ def finish_run(run: Run, tracker: Tracker) -> None:
 
 
 # ---- 12 Entry --------------------------------------------------------------------------------------
-
-
-class StoppedError(Exception):
-    """The run obeyed a signal; its state is saved."""
-
-    def __init__(self, number: int, folder: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; the same command goes on from "
-            f"{folder / 'last.pth'}"
-        )
-        self.code = 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -106,7 +106,7 @@ FREE_ON_RESUME = (
     "num_workers device resume wandb_mode wandb_project"
 ).split()
 # Mild: labels must stay true, and a tile's box is only known for the tile as it lies.
-MILD_VIEW = mammo.ViewSpec(rotation=15, scale=0.1, brightness=0.15, contrast=0.15, flip=True)
+MILD_VIEW = mammo.ViewSpec("mild", rotation=15, scale=0.1, brightness=0.15, contrast=0.15, flip=True)
 
 
 @dataclass(frozen=True)
@@ -446,7 +446,7 @@ class Engine:
                 tiles, part, mammo.PLAIN_VIEW, self.config.view_side, device=self.device
             )
             with self.autocast():
-                outputs.append(call(view).float().cpu())
+                outputs.append(call(view.image).float().cpu())
         out = torch.cat(outputs).numpy()
         if not np.isfinite(out).all():
             raise MammoError("the network gives values that are no numbers: its weights are damaged")
@@ -459,7 +459,7 @@ class Engine:
         """
         plain, side = mammo.PLAIN_VIEW, self.config.view_side
         views = (
-            mammo.make_view(tiles, part, plain, side, device=self.device).expand(-1, 3, -1, -1)
+            mammo.make_view(tiles, part, plain, side, device=self.device).image.expand(-1, 3, -1, -1)
             for part in np.array_split(ids, max(1, len(ids) // 64))
         )
         update_bn(views, self.model.backbone)
@@ -737,7 +737,7 @@ def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
         )
         targets = mammo.to_device(job.data.targets[part], engine.device)
         with engine.autocast():
-            loss = masked_bce(engine.model.classify(view), targets, weight)
+            loss = masked_bce(engine.model.classify(view.image), targets, weight)
         job.optimizer.zero_grad(set_to_none=True)
         job.scaler.scale(loss).backward()
         job.scaler.step(job.optimizer)
@@ -745,7 +745,8 @@ def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
         losses.append(loss.detach())
         bar.update()
         if stop.requested:
-            raise mammo.StoppedError(stop.requested, job.folder)
+            rest = f"the same command goes on from {job.folder / 'last.pth'}"
+            raise mammo.StoppedError(stop.requested, rest)
     means = torch.stack(losses)
     if not means.isfinite().all():
         first = means.isfinite().tolist().index(False)

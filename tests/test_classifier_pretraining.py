@@ -52,12 +52,16 @@ def tissue_views(count=4, size=128, seed=0):
     return torch.from_numpy(0.3 + 0.35 * smooth + 0.01 * noise[1]).unsqueeze(1)
 
 
+def speck_targets(sharp):
+    return mammo.speck_targets(sharp, torch.tensor(mammo.SPECK_TAPS))
+
+
 def test_specks_stand_out_in_their_own_cell_and_lines_do_not():
     plain = tissue_views()
     speckled, lined = plain.clone(), plain.clone()
     speckled[:, :, 42:45, 80:83] += 0.3
     lined[:, :, 42:45, :] += 0.3
-    quiet, found, line = (mammo.speck_map(view) for view in (plain, speckled, lined))
+    quiet, found, line = (speck_targets(view) for view in (plain, speckled, lined))
     assert found.shape == (4, mammo.SPECK_QUANTITIES, 4, 4)
     excess = found[:, 1]
     assert (excess[:, 1, 2] > 2).all()
@@ -70,12 +74,12 @@ def test_specks_stand_out_in_their_own_cell_and_lines_do_not():
 
 def test_prominence_ignores_gain_and_energy_follows_it():
     view = tissue_views()
-    dim, bright = mammo.speck_map(view), mammo.speck_map(1.5 * view)
+    dim, bright = speck_targets(view), speck_targets(1.5 * view)
     torch.testing.assert_close(dim[:, 0], bright[:, 0], atol=0.05, rtol=0)  # log; the floor costs 5 %
     torch.testing.assert_close(
         bright[:, 2] - dim[:, 2], torch.full((4, 4, 4), np.log(1.5)), atol=0.02, rtol=0
     )
-    assert torch.isfinite(mammo.speck_map(torch.zeros(2, 1, 64, 64))).all()  # air
+    assert torch.isfinite(speck_targets(torch.zeros(2, 1, 64, 64))).all()  # air
 
 
 @pytest.mark.parametrize("size", [32, 64, 100, 129])
@@ -83,7 +87,7 @@ def test_the_map_has_the_shape_of_the_feature_map_whose_mean_are_the_features(si
     model = mammo.MammogramBYOL(torchvision.models.resnet18(), 512, 64, 32).eval()
     view = tissue_views(2, size)
     found = model.feature_map(view)
-    assert found.shape[2:] == mammo.speck_map(view).shape[2:]
+    assert found.shape[2:] == speck_targets(view).shape[2:]
     torch.testing.assert_close(found.mean((2, 3)), model.get_features(view), rtol=1e-4, atol=1e-5)
 
 
@@ -101,14 +105,15 @@ def test_the_target_is_learnt_and_stays_out_of_the_model(archive):
     )
     plain = open_run(archive, "--run_name", "without")
     assert set(run.model.state_dict()) == set(plain.model.state_dict())
-    assert plain.speck_head is None
+    assert plain.objective.own_state() == {}
     ids = run.train_ids[:8]
-    losses = [float(mammo.train_step(run, ids)[2]) for _ in range(24)]
+    losses = [float(mammo.train_step(run, ids)["freq_loss"]) for _ in range(24)]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     mammo.save_checkpoint(run.folder / "last.pth", run, resumable=True)
     mammo.save_checkpoint(run.folder / "plain.pth", run)
-    assert "speck_head" in torch.load(run.folder / "last.pth")
-    assert "speck_head" not in torch.load(run.folder / "plain.pth")
+    own = torch.load(run.folder / "last.pth")["objective"]
+    assert sorted(own) == ["speck_head.bias", "speck_head.weight"]
+    assert "objective" not in torch.load(run.folder / "plain.pth")
 
 
 def test_with_the_target_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
@@ -120,7 +125,7 @@ def test_with_the_target_stopped_and_resumed_equals_uninterrupted(archive, tmp_p
             mammo.train(small_config(tmp_path, *flags, *more, "--run_name", name))
     files = [tmp_path / "runs" / name / "last.pth" for name in ("whole", "parts")]
     assert weights_hash(files[0]) == weights_hash(files[1])
-    heads = [torch.load(file)["speck_head"]["weight"] for file in files]
+    heads = [torch.load(file)["objective"]["speck_head.weight"] for file in files]
     assert torch.equal(*heads)
     assert heads[0].abs().max() > 0
     table = pd.read_csv(files[0].with_name("metrics.csv"))

@@ -71,10 +71,14 @@ def test_heads_equal_lightlys():
     assert [m.out_features for m in default.classification_head if isinstance(m, nn.Linear)] == [2048, 2]
 
 
+def as_views(*images):
+    return [mammo.View("", image, image) for image in images]
+
+
 def test_loss_equals_lightlys_and_the_papers():
     model, (a, b) = small_model(), views()
     twin = copy.deepcopy(model)
-    loss, _ = mammo.byol_loss(model, a, b)
+    loss, _ = mammo.BYOL(model)(as_views(a, b))
     criterion = NegativeCosineSimilarity()
     p_a, p_b = twin(a), twin(b)
     z_a, z_b = twin.forward_target(a), twin.forward_target(b)
@@ -88,7 +92,7 @@ def test_loss_equals_lightlys_and_the_papers():
 
 def test_gradient_reaches_the_online_network_alone():
     model, (a, b) = small_model(), views()
-    mammo.byol_loss(model, a, b)[0].backward()
+    mammo.BYOL(model)(as_views(a, b))[0].backward()
     for name, parameter in model.named_parameters():
         target_or_classifier = "momentum" in name or name.startswith("classification")
         assert (parameter.grad is None) == target_or_classifier, name
@@ -115,10 +119,12 @@ def test_schedules_equal_lightlys():
     config = mammo.Config(lr=1.0, warmup_epochs=2, epochs=10, batch_size=32)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=14, max_epochs=70, end_value=0)
+    byol = mammo.BYOL(small_model(), config.momentum_base)
     for step in range(70):
         expected = scheduler.scale_lr(step)
         assert np.isclose(mammo.learning_rate(step, 70, 7, config), expected)
-        assert mammo.target_momentum(step, 70, config) == cosine_schedule(step, 70, 0.996, 1.0)
+        metrics = byol.after_step(step, 70)
+        assert metrics == {"momentum": cosine_schedule(step, 70, 0.996, 1.0)}
     assert mammo.learning_rate(69, 70, 7, config) == 0
     assert mammo.learning_rate(13, 70, 7, config) == 1
     larger = mammo.Config(lr=1.0, warmup_epochs=2, epochs=10, batch_size=128)
@@ -128,7 +134,7 @@ def test_schedules_equal_lightlys():
 
 def test_weight_decay_spares_biases_and_norms():
     model = small_model()
-    groups = mammo.build_optimizer(model, mammo.Config(weight_decay=0.5)).param_groups
+    groups = mammo.build_optimizer(mammo.BYOL(model), mammo.Config(weight_decay=0.5)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert all(p.ndim > 1 for p in groups[0]["params"])
     assert all(p.ndim == 1 for p in groups[1]["params"])

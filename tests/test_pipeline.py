@@ -189,7 +189,7 @@ def test_sixteen_bit_images_reach_the_views_whole(tmp_path):
         min_freq_energy=0,
     )  # fmt: skip
     tiles = mammo.open_tiles(mammo.build_cache(config))
-    view = mammo.make_view(tiles, np.arange(1), mammo.PLAIN_VIEW, 256)
+    view = mammo.make_view(tiles, np.arange(1), mammo.PLAIN_VIEW, 256).image
     assert len(torch.unique(view)) > 1000
     assert breast_image(bits=16)[0].dtype == np.uint16
     assert sys.version_info >= (3, 10)

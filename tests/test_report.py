@@ -82,7 +82,7 @@ def test_the_report_tells_the_run(finished):
     assert summary["state"] == "finished"
     assert (summary["step"], summary["epoch"], summary["images"]) == (8, 2.0, 5)
     assert list(summary["skipped"].values()) == [1]
-    lost = sum(funnel[name] for name in (*mammo.CRITERIA, "capped"))
+    lost = sum(funnel[name] for name in (*mammo.COLUMNS, "capped"))
     assert funnel["kept"] == funnel["positions"] - lost > 0
     best = metrics.loc[metrics["monitor_rankme"].idxmax()]
     assert summary["best"]["epoch"] == best["epoch"]
@@ -152,7 +152,7 @@ def test_the_curves_are_of_what_the_run_has_measured(monkeypatch, tmp_path):
     panels = []
     monkeypatch.setattr(mammo, "save_figure", lambda figure, path: panels.extend(figure.axes))
     table = pd.DataFrame({"step": [5, 10], "loss": [-0.5, -0.6], "freq_loss": [3.0, 2.5]})
-    mammo.draw_curves(table.reindex(columns=mammo.METRICS), tmp_path / "curves.png")
+    mammo.draw_curves(table.reindex(columns=mammo.METRICS), mammo.BYOL.curves, tmp_path / "curves.png")
     shown = {axes.get_title().split(" (")[0]: axes.lines[0].get_ydata().tolist() for axes in panels}
     assert shown == {"BYOL loss": [-0.5, -0.6], "frequency loss": [3.0, 2.5]}
 
@@ -214,7 +214,7 @@ def test_reports_keep_their_distance(archive):
     assert mammo.report_is_due(run)
     mammo.show_run(run, mammo.Tracker("id", run.config))
     assert not mammo.report_is_due(run)
-    run.shown -= 3601
+    run.report_written_at -= 3601
     assert mammo.report_is_due(run)
 
 
@@ -255,7 +255,7 @@ def test_classifier_results_below_the_run_are_part_of_it(finished, tmp_path):
 def test_metrics_of_an_older_version_keep_their_columns_on_resume(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss,monitor_std\n2,-0.25,\n4,-0.5,0.75\n6,-0.6,\n")
-    mammo.MetricsFile(path, 4, 2).write({"step": 6, "loss": -0.7, "seconds_left": 3})
+    mammo.MetricsFile(path, mammo.METRICS, 4, 2).write({"step": 6, "loss": -0.7, "seconds_left": 3})
     table = pd.read_csv(path)
     assert list(table.columns) == mammo.METRICS
     assert table["loss"].tolist() == [-0.25, -0.5, -0.7]

@@ -67,7 +67,7 @@ THRESHOLDS = st.tuples(st.floats(0, 1), st.floats(0, 255), st.floats(0, 1), st.f
 @settings(max_examples=100)
 def test_stricter_thresholds_never_add_tiles(first, second):
     rng = np.random.default_rng(0)
-    table = pd.DataFrame(rng.random((200, 4)) * (1, 255, 1, 0.2), columns=list(mammo.CRITERIA))
+    table = pd.DataFrame(rng.random((200, 4)) * (1, 255, 1, 0.2), columns=list(mammo.COLUMNS))
     table.iloc[:20, 0] = 0
     kept = []
     for bars in (np.minimum(first, second), np.maximum(first, second)):
@@ -75,7 +75,7 @@ def test_stricter_thresholds_never_add_tiles(first, second):
         config = mammo.Config(**dict(zip(names, bars.tolist(), strict=True)), high_freq_energy=0)
         failure = mammo._first_failure(table, config)
         kept.append(failure == "")
-        for name, bar in zip(mammo.CRITERIA, bars, strict=True):
+        for name, bar in zip(mammo.COLUMNS, bars, strict=True):
             assert (table[name][failure == ""] >= bar).all()
     assert (kept[0] | ~kept[1]).all()
     assert not kept[0][:20].any()

@@ -68,8 +68,8 @@ def test_five_steps_equal_a_plain_reference_loop(archive, tmp_path):
             order = mammo.epoch_order(run, 1)
         at = step % run.steps_per_epoch
         ids = order[8 * at : 8 * at + 8]
-        views = mammo.two_views(run, run.tiles, ids, (run.config.seed, step, 0))
-        x, y = (view.repeat(1, 3, 1, 1) for view in views)
+        views = mammo.make_views(run, run.tiles, ids, (run.config.seed, step, 0))
+        x, y = (view.image.repeat(1, 3, 1, 1) for view in views)
         predict = lambda v: online["prediction_head"](online["projection_head"](online["backbone"](v)))  # noqa: E731
         p_x, p_y = predict(x), predict(y)
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_five_steps_equal_a_plain_reference_loop(archive, tmp_path):
             )
             for slow, fast in pairs:
                 slow.mul_(momentum).add_(fast, alpha=1 - momentum)
-        actual = mammo.train_step(run, ids)[0]
+        actual = mammo.train_step(run, ids)["loss"]
         torch.testing.assert_close(actual, loss.detach(), rtol=1e-5, atol=1e-6)
     for name, module in online.items():
         for a, b in zip(getattr(run.model, name).parameters(), module.parameters(), strict=True):
@@ -100,22 +100,23 @@ def test_five_steps_equal_a_plain_reference_loop(archive, tmp_path):
 
 def fit(model, make_views, steps, momentum, lr=1e-3):
     """Train on given views; returns the last loss and feature std."""
-    optimizer = mammo.build_optimizer(model, mammo.Config(lr=lr))
+    objective = mammo.BYOL(model)
+    optimizer = mammo.build_optimizer(objective, mammo.Config(lr=lr))
     for _ in range(steps):
-        loss, projection = mammo.byol_loss(model, *make_views())
+        loss, metrics = objective(make_views())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.update_target(momentum)
         if loss < -0.97 and steps == 150:
             break
-    return float(loss.detach()), float(mammo.feature_std(projection))
+    return float(loss.detach()), float(metrics["feature_std"])
 
 
 def test_one_fixed_batch_is_overfitted_without_collapse(archive):
     run = open_run(archive, "--run_name", "overfit")
     ids = run.train_ids[:: len(run.train_ids) // 8][:8]
-    views = mammo.two_views(run, run.tiles, ids, (0, 0, 0))
+    views = mammo.make_views(run, run.tiles, ids, (0, 0, 0))
     loss, std = fit(run.model, lambda: views, steps=150, momentum=0.99)
     assert loss < -0.9
     assert std > 0.2
@@ -124,12 +125,13 @@ def test_one_fixed_batch_is_overfitted_without_collapse(archive):
 def test_without_the_predictor_the_collapse_warning_fires(archive, capfd):
     """Views that share nothing can only be agreed on by collapse; the predictor holds it off."""
     run = open_run(archive, "--run_name", "collapse", "--report_every", "0")
-    metrics = mammo.MetricsFile(run.folder / "metrics.csv", 0, run.steps_per_epoch)
+    metrics = mammo.MetricsFile(run.folder / "metrics.csv", run.columns, 0, run.steps_per_epoch)
     tracker = mammo.Tracker("id", run.config)
 
     def noise():
         generator.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        return [torch.randn(16, 1, 32, 32, generator=generator) * 4 for _ in range(2)]
+        images = [torch.randn(16, 1, 32, 32, generator=generator) * 4 for _ in range(2)]
+        return [mammo.View("noise", image, image) for image in images]
 
     generator = torch.Generator().manual_seed(0)
     run.step = run.steps_per_epoch
@@ -263,9 +265,9 @@ def test_processes_obey_the_signal_that_all_of_them_know_of(monkeypatch):
 
     monkeypatch.setattr(mammo.distributed, "all_reduce", all_reduce)
     run = SimpleNamespace(world=mammo.World(0, 2, 0), device=torch.device("cpu"))
-    mammo.read_metrics(run, [torch.zeros(3)], stop)
+    mammo.read_metrics(run, [{"loss": torch.zeros(())}], stop)
     assert (stop.requested, stop.agreed) == (signal.SIGTERM, 0)
-    mammo.read_metrics(run, [torch.zeros(3)], stop)
+    mammo.read_metrics(run, [{"loss": torch.zeros(())}], stop)
     assert stop.agreed == signal.SIGTERM
 
 
@@ -333,23 +335,23 @@ def test_a_second_run_in_one_folder_is_refused(archive, tmp_path):
 
 def test_metrics_of_another_number_of_processes_stay_in_place(tmp_path):
     path = tmp_path / "metrics.csv"
-    metrics = mammo.MetricsFile(path, 0, 10)
+    metrics = mammo.MetricsFile(path, mammo.METRICS, 0, 10)
     for step in (10, 20, 30):
         metrics.write({"step": step, "epoch": step / 10})
     for _ in range(2):  # killed at once and started again
-        mammo.MetricsFile(path, 12, 5)  # from step 25, on twice as many
+        mammo.MetricsFile(path, mammo.METRICS, 12, 5)  # from step 25, on twice as many
         kept = pd.read_csv(path)
         assert kept["step"].tolist() == [5, 10]
         assert kept["epoch"].tolist() == [1, 2]
     path.write_text("")
-    mammo.MetricsFile(path, 12, 5)
+    mammo.MetricsFile(path, mammo.METRICS, 12, 5)
     assert pd.read_csv(path).empty
 
 
 def test_metrics_of_long_runs_keep_their_steps(tmp_path):
-    metrics = mammo.MetricsFile(tmp_path / "metrics.csv", 0, 31_003)
+    metrics = mammo.MetricsFile(tmp_path / "metrics.csv", mammo.METRICS, 0, 31_003)
     metrics.write({"step": 3_100_299, "epoch": 3_100_299 / 31_003})
-    mammo.MetricsFile(tmp_path / "metrics.csv", 3_100_299, 31_003)
+    mammo.MetricsFile(tmp_path / "metrics.csv", mammo.METRICS, 3_100_299, 31_003)
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [3_100_299]
 
 
@@ -377,7 +379,8 @@ def test_too_few_tiles_for_a_batch_is_named(archive):
 
 def test_bf16_trains_on_the_cpu(archive):
     run = open_run(archive, "--precision", "bf16", "--run_name", "bf16")
-    loss, std, _ = mammo.train_step(run, run.train_ids[:8])
+    metrics = mammo.train_step(run, run.train_ids[:8])
+    loss, std = metrics["loss"], metrics["feature_std"]
     assert loss.dtype == torch.float32
     assert math.isfinite(loss)
     assert std > 0

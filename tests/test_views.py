@@ -24,17 +24,19 @@ def one_tile(image, tile_size):
 
 def test_views_follow_from_the_key_alone(tiles):
     ids = np.arange(6)
-    first = mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 3))
+    first = mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 3)).image
     torch.rand(5)
     np.random.rand(5)
-    assert torch.equal(first, mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 3)))
-    other = mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 4))
+    assert torch.equal(first, mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 3)).image)
+    other = mammo.make_view(tiles, ids, mammo.VIEW_2, 32, (1, 2, 4)).image
     assert ((first - other).flatten(1).abs().max(1).values > 0).all()
 
 
 def test_parameters_differ_per_sample_and_view(tiles):
     ids = np.zeros(8, int)
-    views = [mammo.make_view(tiles, ids, spec, 32, (0, 0, n)) for n, spec in enumerate(SPECS.values())]
+    views = [
+        mammo.make_view(tiles, ids, spec, 32, (0, 0, n)).image for n, spec in enumerate(SPECS.values())
+    ]
     flat = torch.cat(views).flatten(1)
     distance = torch.cdist(flat, flat) + torch.eye(16) * 1e3
     assert distance.min() > 0.1
@@ -65,7 +67,7 @@ def test_gather_equals_a_float64_reference_warp(tiles, spec, reduce):
 
 def test_plain_view_is_the_tile(archive, tiles):
     ids = np.arange(4)
-    view = mammo.make_view(tiles, ids, mammo.PLAIN_VIEW, 128) * mammo.GREY_STD + mammo.GREY_MEAN
+    view = mammo.make_view(tiles, ids, mammo.PLAIN_VIEW, 128).image * mammo.GREY_STD + mammo.GREY_MEAN
     for index in ids:
         tile = tiles.table.loc[index]
         image = tiles.images.loc[tile["image"]]
@@ -77,7 +79,7 @@ def test_plain_view_is_the_tile(archive, tiles):
 
 
 def test_full_bit_depth_reaches_the_views(tiles):
-    view = mammo.make_view(tiles, np.arange(16), mammo.PLAIN_VIEW, 128)
+    view = mammo.make_view(tiles, np.arange(16), mammo.PLAIN_VIEW, 128).image
     assert len(torch.unique(view)) > 1000
 
 

@@ -162,7 +162,7 @@ def test_training_on_a_full_disk_says_so_and_goes_on_when_there_is_room(whole, d
 
 def test_a_row_of_metrics_that_a_full_disk_cut_is_left_out(disk):
     path, row = disk / "metrics.csv", {"step": 0.0, "loss": -0.123456, "lr": 1e-3, "feature_std": 0.5}
-    metrics, written = mammo.MetricsFile(path, 0, 10), 0
+    metrics, written = mammo.MetricsFile(path, mammo.METRICS, 0, 10), 0
     with nearly_full(disk, 8192), pytest.raises(OSError, match=r"No space left.*metrics\.csv"):  # noqa: PT012
         while written < 1000:
             metrics.write({**row, "step": written + 1})
@@ -170,7 +170,7 @@ def test_a_row_of_metrics_that_a_full_disk_cut_is_left_out(disk):
     content = path.read_bytes()
     assert not content.endswith(b"\n")  # the case is there
     os.truncate(path, content.rindex(b"\n") + 2)  # at its worst: of step 123 there is a step 1 left
-    mammo.MetricsFile(path, written, 10)
+    mammo.MetricsFile(path, mammo.METRICS, written, 10)
     table = pd.read_csv(path)
     assert table["step"].tolist() == list(range(1, written + 1))
     assert (table["loss"] == -0.123456).all()

@@ -64,16 +64,16 @@ def test_a_number_that_is_none_in_a_batch_stops_the_run_and_names_its_tiles(
     archive, tmp_path, monkeypatch, saved_at_the_end_of_epochs, value, step
 ):
     """Losses are looked at every 4 steps: the tiles named are those of the bad one, not of the last."""
-    real = mammo.byol_loss
+    real = mammo.BYOL.forward
 
     def spoil(run, train):
-        def spoilt(model, view_1, view_2):
-            view_1[0, 0, 3, 3] = value
-            return real(model, view_1, view_2)
+        def spoilt(objective, views):
+            views[0].image[0, 0, 3, 3] = value
+            return real(objective, views)
 
         with monkeypatch.context() as patch:
             if run.step + 1 == step:
-                patch.setattr(mammo, "byol_loss", spoilt)
+                patch.setattr(mammo.BYOL, "forward", spoilt)
             return train()
 
     batches = Batches(monkeypatch, spoil)
@@ -143,17 +143,17 @@ def test_a_gradient_that_overflows_skips_the_step_and_lowers_the_scale(archive, 
     """The loop's own GradScaler, which PyTorch has for the CPU too, at a scale beyond float32."""
     run = open_run(archive, "--output_dir", str(tmp_path), "--run_name", "scaler")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
-    real = run.loss_function
+    real = run.compute_loss
 
     def steep(*views):  # gradients of a million times the usual ones
         loss, *others = real(*views)
         return loss * 2.0**20, *others
 
-    run.loss_function = steep
+    run.compute_loss = steep
     before = run.model.backbone.conv1.weight.detach().clone()
     ids, scales, moved = run.train_ids[:8], [], []
     for _ in range(4):
-        loss = mammo.train_step(run, ids)[0]
+        loss = mammo.train_step(run, ids)["loss"]
         assert torch.isfinite(loss)
         scales.append(run.scaler.get_scale())
         moved.append(not torch.equal(run.model.backbone.conv1.weight, before))
