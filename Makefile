@@ -4,7 +4,7 @@
 #              half an hour on two CPU cores (CONTRAST=1 makes half of the masses hard to see;
 #              SEEDS="0 1 2" tells how much the start of the weights matters, in three times the time)
 # make lint    formatter, linter, types
-# make docs    the notebook's outputs, the README's picture and its settings table
+# make docs    the notebook's outputs, the README's picture and the table of docs/settings.md
 # make audit   known weaknesses of the installed packages, secrets in the files; needs the internet
 # Each makes .venv and installs what it needs; VENV= (empty) uses the active environment instead.
 

@@ -1,4 +1,4 @@
-"""The README tells the truth: every command runs or says what it needs, every snippet and edit works."""
+"""README and docs are true: every command runs or says what it needs, every snippet and edit works."""
 
 import functools
 import io
@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,19 +16,34 @@ import torch
 import torchvision
 from conftest import ROOT, run_script, write_images
 from test_prepare_dicom import breast, make_dicom, save
-from update_docs import PICTURE, README, TABLE, settings_table
+from update_docs import PICTURE, SETTINGS, TABLE, settings_table
 
+import benchmark
 import prepare_dataset
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
 import train_classifier
 
-TEXT = README.read_text()
+README, CHANGING, COMPARED = (
+    ROOT / name for name in ("README.md", "docs/changing.md", "docs/compared.md")
+)
+LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)")  # a file, an anchor, or both; none outside
+
+
+def reading_order():
+    """README and the pages of docs/, each where README first links it."""
+    linked = dict.fromkeys(target for target, _ in LINK.findall(README.read_text()))
+    return [README, *(ROOT / target for target in linked if re.fullmatch(r"docs/\w+\.md", target))]
+
+
+PAGES = {path: path.read_text() for path in reading_order()}
+TEXT = "\n".join(PAGES.values())
 SCRIPTS = {
     "prepare_dataset.py": prepare_dataset.main,
     "train_byol_mammo.py": mammo.main,
     "train_classifier.py": train_classifier.main,
 }
+HELP = {**SCRIPTS, "benchmark.py": benchmark.main, "synthetic_mammograms.py": phantoms.main}
 # Added behind each command's own flags.
 SMALL_TILES = "--view_size 32 --pixel_spacing_mm 0.68 --tile_size 96 --tile_stride 64"
 QUICK = "--num_workers 1 --device cpu --wandb_mode disabled --backbone resnet18"
@@ -39,36 +55,55 @@ SMALL = {
 }
 
 
+@dataclass(frozen=True)
+class Command:
+    """A command of a fenced block or of a two-column table; `needs` is what it needs beyond a CPU."""
+
+    page: Path
+    heading: str
+    needs: str
+    words: tuple[str, ...]
+
+
+def sections(page):
+    """Heading and text of every section of a page, in order, with what stands before the first."""
+    parts = re.split(r"^## ", PAGES[page], flags=re.MULTILINE)
+    return [(part.partition("\n")[0], part) for part in parts]
+
+
 def blocks(language):
-    """Heading and text of every fenced block of a language, in order."""
+    """Page and text of every fenced block of a language, in reading order."""
+    fence = re.compile(rf"```{language}\n(.*?)```", flags=re.DOTALL)
+    return [(page, block) for page, text in PAGES.items() for block in fence.findall(text)]
+
+
+def commands():
+    """All commands in reading order."""
+    row = r"^\| (?P<on>[^|\n]+) \| `(?P<cell>[a-z]+ [^`\n]+\.(?:py|sh)[^`\n]*)` \|$"
+    place = re.compile(rf"```bash\n(?P<block>.*?)```|{row}", flags=re.DOTALL | re.MULTILINE)
     found = []
-    for section in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
-        heading = section.partition("\n")[0]
-        code = re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
-        found += [(heading, block.replace("\\\n", " ")) for block in code]
+    for page in PAGES:
+        for heading, section in sections(page):
+            for hit in place.finditer(section):
+                lines = (hit["block"] or hit["cell"]).replace("\\\n", " ").splitlines()
+                needs = lines[0].removeprefix("# needs ") if lines[0].startswith("# needs ") else ""
+                if hit["cell"] and not hit["cell"].startswith("python "):
+                    needs = hit["on"]
+                split = [tuple(shlex.split(line, comments=True)) for line in lines]
+                found += [Command(page, heading, needs, words) for words in split if words]
     return found
-
-
-def commands(block):
-    """Commands of a block as words, comments left out."""
-    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    return [words for words in lines if words]
 
 
 @functools.cache
 def help_of(script):
     out = io.StringIO()
     with redirect_stdout(out), pytest.raises(SystemExit):
-        SCRIPTS[script](["--help"])
+        HELP[script](["--help"])
     return out.getvalue()
 
 
-def needs(block):
-    return block.startswith("# needs ")
-
-
 def small(script, words, name):
-    """Flags that make a README command small enough for a test."""
+    """Flags that make a command small enough for a test."""
     flags = SMALL[script].split()
     if script == "train_byol_mammo.py":
         flags += ["--run_name", name]
@@ -77,16 +112,32 @@ def small(script, words, name):
     return flags
 
 
-def run_block(block, run_name):
-    for word, script, *words in commands(block):
-        assert word == "python"
-        code = SCRIPTS[script]([*words, *small(script, words, run_name)])
-        assert not code, " ".join([script, *words])
+def run_commands(wanted):
+    """Run commands in order; those that the smaller settings make equal share one run."""
+    done, name = set(), "byol_resnet50"  # the first run has the name that later commands use
+    for command in wanted:
+        python, script, *words = command.words
+        assert python == "python"
+        flags = [*words, *small(script, words, name)]
+        trains = script == "train_byol_mammo.py"
+        same = replace(mammo.parse_args(flags), run_name="") if trains else tuple(flags)
+        if same in done:
+            continue
+        if trains and name != "byol_resnet50":
+            flags += ["--report_every", "0"]
+        assert not SCRIPTS[script](flags), " ".join(command.words)
+        done.add(same)
+        if trains and "--extract_only" not in words:
+            name = f"run{len(done)}"
+
+
+def is_for_dicom(command):
+    return "dicom" in command.words
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with what the README's commands name, and ImageNet weights that were put in place."""
+    """A folder with what the commands name, and ImageNet weights that were put in place."""
     folder = tmp_path_factory.mktemp("readme")
     template = phantoms.PhantomSpec(height=440, width=350)
     phantoms.write_archive(folder, 6, template, test_share=0.34, lesion_share=1.0)
@@ -99,9 +150,7 @@ def work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder / "hub"))
         patch.chdir(folder)
-        for number, (heading, block) in enumerate(blocks("bash")):
-            if not (needs(block) or heading.startswith(("Start", "I have DICOM"))):
-                run_block(block, f"run{number}" if (folder / "runs").exists() else "byol_resnet50")
+        run_commands(c for c in commands() if not (c.needs or c.heading == "Start" or is_for_dicom(c)))
         yield folder
 
 
@@ -109,79 +158,107 @@ def test_the_commands_run_in_order_and_leave_what_they_promise(work):
     assert json.loads((work / "runs/byol_resnet50/config.json").read_text())["config"]["max_steps"] == 2
     for name in ("manifest.csv", "labels.csv", "prepare_report.html"):
         assert (work / "split_images" / name).is_file()
+    assert len(list(work.glob("runs/byol_resnet50/qc/*/*.png"))) == len(
+        list(work.glob("my_mammograms/*"))
+    )
     table = pd.read_csv(work / "runs/compare/compare.csv")
     assert {"none", "imagenet"} <= set(table["start"])
     assert list(work.glob("runs/predict/**/*.png"))
 
 
 def test_what_a_run_writes_is_what_the_readme_lists(work):
-    listed = TEXT.split("| out |")[1].split("\n\n")[0]
+    listed = PAGES[README].split("| out |")[1].split("\n\n")[0]
     written = {path.name for path in (work / "runs/byol_resnet50").iterdir() if path.is_file()}
     whole_epoch = {"embedding.png"}  # a run of a few steps has none
     assert set(re.findall(r"`(\w+\.\w+)`", listed)) - written <= whole_epoch
     assert not {name for name in written if name not in listed} - {"mammogram_byol_final.pth"}
 
 
-def test_the_snippet_runs(work, monkeypatch):
+def test_the_snippets_run(work, monkeypatch):
     """As written, but for the test's smaller network."""
     monkeypatch.chdir(work)
-    ((_, code),) = blocks("python")
-    code = code.replace("resnet50()", "resnet18()").replace("2048, 4096, 256", "512, 64, 32")
     names = {"x": torch.rand(2, 1, 64, 64)}
-    exec(code, names)
+    for _, code in blocks("python"):
+        exec(code.replace("resnet50()", "resnet18()").replace("2048, 4096, 256", "512, 64, 32"), names)
     assert names["features"].shape == (2, 512)
     assert names["logits"].shape == (2, 2)
     assert names["backbone"](torch.rand(1, 3, 64, 64)).shape == (1, 512)
 
 
 def test_the_dicom_commands_run(tmp_path, monkeypatch):
+    """What lays DICOM out, and the first training after it."""
     for number in range(3):
         pixels = breast(shape=(440, 350), seed=number)
         save(make_dicom(pixels), tmp_path / f"dicom/patient{number}/image{number}")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    (block,) = [block for heading, block in blocks("bash") if heading.startswith("I have DICOM")]
     monkeypatch.setitem(SMALL, "train_byol_mammo.py", SMALL["train_byol_mammo.py"] + " --weights none")
-    run_block(block, "run")
-    assert (tmp_path / "runs/run/backbone.safetensors").is_file()
+    trainings = [c for c in commands() if c.page == README and c.heading == "Train" and not c.needs]
+    run_commands([*filter(is_for_dicom, commands()), trainings[0]])
+    assert (tmp_path / "runs/byol_resnet50/backbone.safetensors").is_file()
+
+
+def assert_flags_exist(words):
+    """Words before the script are sbatch's and torchrun's own."""
+    place = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
+    script = words[place].replace("submit_byol.sh", "train_byol_mammo.py")
+    for word in words[place + 1 :]:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", help_of(script)), f"{script} has no flag {word}"
+    if script == "benchmark.py":
+        assert words[place + 1] in benchmark.COMMANDS
+
+
+def test_every_block_is_of_a_kind_that_is_tested():
+    fences = re.findall(r"^```(.*)$", TEXT, flags=re.MULTILINE)
+    assert {*fences} == {"", "bash", "python", "diff"}
+    assert fences[1::2] == [""] * (len(fences) // 2)
 
 
 def test_other_commands_say_what_they_need_and_have_flags_that_exist():
-    for heading, block in blocks("bash"):
-        for words in commands(block):
-            if words[0] in ("git", "make"):
-                assert heading == "Start"
-                continue
-            assert words[0] == "python" or needs(block), words
-            place = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
-            # Words before the script are sbatch's and torchrun's own.
-            script = words[place].replace("submit_byol.sh", "train_byol_mammo.py")
-            for word in words[place + 1 :]:
-                if word.startswith("--"):
-                    assert re.search(rf"{word}\b", help_of(script)), f"{script} has no flag {word}"
+    for command in commands():
+        if command.words[0] in ("git", "make"):
+            assert command.heading == "Start"
+            continue
+        assert command.words[0] == "python" or re.search("GPU|SLURM", command.needs), command
+        assert_flags_exist(command.words)
+    inline = re.findall(r"`(python \w+\.py[^`]*)`", TEXT)
+    assert any("benchmark.py" in line for line in inline)
+    for line in inline:
+        assert_flags_exist(shlex.split(line))
 
 
 def test_flags_named_in_the_text_exist():
     known = "".join(map(help_of, SCRIPTS))
     launchers = {"--nodes", "--gres", "--ntasks-per-node", "--cpus-per-task", "--mem", "--time"}
-    launchers |= {"--nproc_per_node", "--table"}
-    text = TEXT.split("## How it differs")[0]
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - launchers:
-        assert re.search(rf"{flag}\b", known), flag
+    launchers |= {"--nproc_per_node"}
+    for page, text in PAGES.items():
+        if page != COMPARED:
+            for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - launchers:
+                assert re.search(rf"{flag}\b", known), f"{page.name}: {flag}"
 
 
-def test_start_names_makes_targets():
+def test_make_targets_that_are_named_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    (_, start), *_ = blocks("bash")
-    named = [words[1] for words in commands(start) if words[0] == "make"]
-    assert named == ["demo", "test"]
-    assert set(named) <= set(targets)
+    started = [c.words[1] for c in commands() if c.words[0] == "make"]
+    assert started == ["demo", "test"]
+    assert {*started, *re.findall(r"`make ([a-z]+)", TEXT)} <= set(targets)
+
+
+def test_code_named_where_to_change_things_exists():
+    """README's table of places and docs/changing.md."""
+    code = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    places = dict(sections(README))["Change"] + PAGES[CHANGING]
+    names = set(re.findall(r"`(\w+)`", places))
+    assert {"Objective", "VIEW_1", "score_tiles", "ADAPTERS"} <= names
+    for name in names:
+        assert re.search(rf"\b{name}\b", code), name
 
 
 def edited(source):
-    """The main script with all the README's edits."""
+    """The main script with all edits of docs/changing.md."""
     edits = blocks("diff")
-    assert len(edits) == 3
+    assert [page for page, _ in edits] == [CHANGING] * 3
     for _, edit in edits:
         lines = [(line[:1], line[1:]) for line in edit.splitlines()]
         before = "\n".join(text for sign, text in lines if sign in "- ")
@@ -209,21 +286,36 @@ def test_the_edits_apply_and_run(tmp_path):
 
 def test_the_settings_table_is_the_constants():
     """After a change of a constant: python tests/update_docs.py --table."""
-    assert TABLE.search(TEXT).group() == settings_table()
+    assert TABLE.search(PAGES[SETTINGS]).group() == settings_table()
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^##+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_links_and_the_picture_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
-        assert (ROOT / target).exists(), target
-    assert f"]({PICTURE.relative_to(ROOT)})" in TEXT
-    headings = re.findall(r"^## (.+)$", TEXT, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
+    others = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("tests/*/README.md")]
+    for page in [*PAGES, *others]:
+        for target, anchor in LINK.findall(page.read_text()):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(linked), f"{page.name}: {target}#{anchor}"
+    assert f"]({PICTURE.relative_to(ROOT)})" in PAGES[README]
 
 
-def test_the_readme_stays_readable():
-    assert len(TEXT.splitlines()) <= 460
-    assert "Research use only. Not for clinical decisions." in TEXT
+def test_the_readme_is_read_in_five_minutes_and_leads_to_every_page():
+    assert len(PAGES[README].split()) <= 1300  # as wc -w counts
+    assert "Research use only. Not for clinical decisions." in PAGES[README]
+    assert set(PAGES) == {README, *ROOT.glob("docs/*.md")}
+
+
+def test_each_page_starts_with_a_sentence_on_what_it_answers():
+    for page, text in list(PAGES.items())[1:]:
+        title, first, *_ = text.split("\n\n")
+        assert re.fullmatch(r"# .+", title), page.name
+        assert re.fullmatch(r"This page answers [^.]*(?:\.\w+[^.]*)*\.", first), page.name
 
 
 def test_the_citation_file_has_what_readers_of_it_need():

@@ -1,7 +1,7 @@
-"""Rewrite what is generated: the notebook's outputs, the README's picture and its settings table.
+"""Rewrite what is generated: the notebook's outputs, README's picture and the table of settings.
 
     python tests/update_docs.py            # or make docs; a minute
-    python tests/update_docs.py --table    # the settings table alone
+    python tests/update_docs.py --table    # docs/settings.md alone
 
 The notebook runs with a phantom, never with a real image.
 """
@@ -22,7 +22,7 @@ import train_byol_mammo as mammo  # noqa: E402
 
 NOTEBOOK = ROOT / "breast_segmentation_tiling.ipynb"
 PICTURE = ROOT / "docs" / "overview.png"
-README = ROOT / "README.md"
+SETTINGS = ROOT / "docs" / "settings.md"
 TABLE = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", flags=re.DOTALL)
 
 
@@ -62,7 +62,7 @@ def pictures(notebook: nbformat.NotebookNode) -> list[bytes]:
 
 def main() -> None:
     """Rewrite the files in place."""
-    mammo.write_atomic(README, TABLE.sub(lambda _: settings_table(), README.read_text()))
+    mammo.write_atomic(SETTINGS, TABLE.sub(lambda _: settings_table(), SETTINGS.read_text()))
     if "--table" in sys.argv[1:]:
         return
     notebook = execute(nbformat.read(NOTEBOOK, as_version=4))
