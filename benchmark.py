@@ -67,6 +67,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
+from byol_mammo import checkpoints, device as devices, images as image_files, processes, report
 
 # ---- 1 Extraction ----------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ def extract_all(paths: Sequence[Path], cache: Path, workers: int) -> None:
     config = mammo.Config(
         data_dir=str(paths[0].parent), num_workers=workers, pixel_spacing_mm=PHANTOM_SPACING
     )
-    sources = mammo.list_sources(config.data_dir).iloc[: len(paths)]
+    sources = image_files.list_sources(config.data_dir).iloc[: len(paths)]
     records = mammo.extract_all(sources, config, cache / "extracted")
     mammo.finish_cache(cache, records, sources, {}, config)
 
@@ -140,7 +141,7 @@ def benchmark_extraction(paths: Sequence[Path], name: str, repeats: int, scratch
     print(f"{name}: {len(paths)} images, {len(links)} names; seconds an image")
     print(f"  read {read:.3f}   otsu {otsu:.3f}   extraction {one:.3f}")
     print(f"  extraction / read {one / read:.2f}   otsu / extraction {otsu / one:.2f}")
-    if mammo.available_cores() > 1:
+    if processes.available_cores() > 1:
         # Starting processes takes seconds, once: the difference between two runs leaves it out.
         few = best_time(lambda: extract_all(links[: len(links) // 2], scratch / "cache", 2), repeats)
         all_ = best_time(lambda: extract_all(links, scratch / "cache", 2), repeats)
@@ -160,7 +161,7 @@ def peak_of_extraction(paths: Sequence[Path], cache: Path, results: multiprocess
 
 def benchmark_memory(options: argparse.Namespace, scratch: Path) -> None:
     """Print the peak memory of extracting 50 and 500 images, each in a process of its own."""
-    paths = mammo.find_images(options.data_dir) if options.data_dir else None
+    paths = image_files.find_images(options.data_dir) if options.data_dir else None
     if paths is None:
         (scratch / "16").mkdir()
         paths = write_phantoms(scratch / "16", options.images, 16)
@@ -222,7 +223,7 @@ def benchmark_traps(seeds: int, scratch: Path) -> None:
 
 def spoilt(image: np.ndarray, breast: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """An image and its mask with additions that the mask must not change for, and cut to close-ups."""
-    rng, top = np.random.default_rng(0), 2 ** mammo.bit_depth(image) - 1
+    rng, top = np.random.default_rng(0), 2 ** image_files.bit_depth(image) - 1
     height, width = image.shape
     chest_left = mammo.chest_side(breast) == 0
 
@@ -288,7 +289,7 @@ def benchmark_encodings(images: Iterable[np.ndarray], stride: int, scratch: Path
     """Print how well masks and kept tiles of one picture agree over bit depths and polarity."""
     config, results = mammo.Config(tile_stride=stride), []
     for image in images:
-        whole = image << 16 - mammo.bit_depth(image)
+        whole = image << 16 - image_files.bit_depth(image)
         encodings = {
             "16 bit": whole,
             "12 bit": whole >> 4,
@@ -384,10 +385,10 @@ def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mamm
         device=options.device, precision=options.precision, grad_checkpoint=options.grad_checkpoint,
     )  # fmt: skip
     torch.manual_seed(0)
-    backbone = mammo.build_backbone(config.backbone)
+    backbone = checkpoints.build_backbone(config.backbone)
     config = mammo.match_input_dim(config, backbone)
-    mammo.set_determinism(config, mammo.choose_device(config))
-    return mammo.prepare_run(config, backbone, mammo.build_cache(config))
+    devices.set_determinism(config.deterministic, devices.choose_device(config.device))
+    return mammo.prepare_run(config, backbone, mammo.build_cache(config), processes.Ranks())
 
 
 def wait_for(device: torch.device) -> None:
@@ -495,7 +496,7 @@ def whole_step(run: mammo.Run) -> Callable[[int], Any]:
     def step(index: int) -> None:
         pending.append(mammo.train_step(run, *next(source)))
         if index % LOG_EVERY == 0:
-            mammo.read_metrics(run, pending, mammo.StopSignal())
+            mammo.read_metrics(run, pending, processes.StopSignal())
             pending.clear()
 
     return step
@@ -565,7 +566,7 @@ def lightly_step(
             phantoms.write_png(folder / f"{start + index:05d}.png", full)
     loader = torch.utils.data.DataLoader(
         PngTiles(sorted(folder.glob("*.png")), transform), run.config.batch_size, shuffle=True,
-        drop_last=True, num_workers=min(16, mammo.available_cores()), persistent_workers=True,
+        drop_last=True, num_workers=min(16, processes.available_cores()), persistent_workers=True,
     )  # fmt: skip
     # A plain model in PyTorch's default memory layout, a plain optimiser.
     model = copy.deepcopy(run.model).to(memory_format=torch.contiguous_format)
@@ -669,7 +670,7 @@ def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequenc
         batch, device = options.batch_size, run.device
         print(
             f"{options.backbone}, tiles of {tile_size} px, views of {run.config.view_side} px, "
-            f"batch {batch}, {device.type}, {mammo.precision_name(run.config, device)}"
+            f"batch {batch}, {device.type}, {devices.precision_name(run.config.precision, device)}"
         )
         seconds: dict[str, float] = {}
         peak = 0
@@ -705,7 +706,9 @@ def benchmark_resume(options: argparse.Namespace, scratch: Path) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     step = time_steps(whole_step(run), options.steps, run.device)
     write = best_time(lambda: mammo.save_state(run), 3)
-    read = best_time(lambda: mammo.resume_run(run, mammo.load_checkpoint(run.folder / "last.pth")), 3)
+    read = best_time(
+        lambda: mammo.resume_run(run, checkpoints.load_checkpoint(run.folder / "last.pth")), 3
+    )
     size = (run.folder / "last.pth").stat().st_size / 2**20
     print(f"state of {size:.0f} MiB: written in {write:.2f} s, read in {read:.2f} s", end="")
     print(f"; one step takes {step:.2f} s; at the default every {mammo.SAVE_EVERY:g} min: ", end="")
@@ -716,7 +719,11 @@ def benchmark_showing(options: argparse.Namespace, scratch: Path) -> None:
     """Print the time of a whole run with everything shown over that of the same run without."""
     config = dataclasses.replace(open_run(options, scratch, options.view_size).config, run_name="")
     settings = dataclasses.asdict(config) | {"max_steps": options.steps}
-    flags = [word for words in mammo.changed_flags(settings).values() for word in words]
+    flags = [
+        word
+        for words in report.changed_flags(settings, mammo.terms().defaults).values()
+        for word in words
+    ]
     sides = {
         "nothing": "--progress none --wandb_mode disabled --report_every 0",
         "showing": "--progress lines --wandb_mode offline",
@@ -768,10 +775,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.what == "memory":
             benchmark_memory(options, scratch)
         elif options.what == "masks" and options.data_dir:
-            paths = mammo.find_images(options.data_dir)
+            paths = image_files.find_images(options.data_dir)
             benchmark_spoilt(paths, scratch)
             images = map(mammo.read_mammogram, paths)
-            deep = (image for image in images if mammo.bit_depth(image) > 8)
+            deep = (image for image in images if image_files.bit_depth(image) > 8)
             benchmark_encodings(deep, FINE_STRIDE, scratch)
         elif options.what == "masks":
             benchmark_traps(options.seeds, scratch)
@@ -790,7 +797,7 @@ def benchmark_archives(options: argparse.Namespace, scratch: Path) -> None:
     """Run the extraction benchmark on the user's folder, or on phantoms of 16 and 8 bits."""
     cv2.setNumThreads(1)
     if options.data_dir:
-        paths = mammo.find_images(options.data_dir)
+        paths = image_files.find_images(options.data_dir)
         benchmark_extraction(paths, options.data_dir, options.repeats, scratch)
         return
     for bits in (16, 8):

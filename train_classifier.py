@@ -49,6 +49,20 @@ from torchvision.ops import nms
 from tqdm import tqdm
 
 import train_byol_mammo as mammo
+from byol_mammo import (
+    cache as caches,
+    checkpoints,
+    device as devices,
+    files,
+    images,
+    labels as labelling,
+    pictures,
+    processes,
+    report,
+    sampling,
+    tracking,
+)
+from byol_mammo.settings import exit_code, make_parser, parse_fields, setting_help
 from train_byol_mammo import MammoError
 
 # ---- 1 Configuration ------------------------------------------------------------------------------
@@ -176,11 +190,11 @@ class Settings:
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Settings]:
     """Command, its operands (weights or images) and Settings. Raises MammoError on a typo."""
-    parser = mammo.make_parser(__doc__)
+    parser = make_parser(__doc__)
     commands = "; ".join(f"{name}: {text}" for name, text in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("operands", nargs="*", help="weights for compare, images or folders for predict")
-    values = mammo.parse_fields(Settings, parser, mammo.setting_help(__file__), argv)
+    values = parse_fields(Settings, parser, setting_help(__file__), argv)
     command, operands = values.pop("command"), values.pop("operands")
     if command in OPERANDS and not operands:
         raise MammoError(f"{command} needs {OPERANDS[command]} ... (see --help)")
@@ -251,11 +265,11 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
 
     Raises MammoError for an unreadable table, a study in two splits, or no label that fits an image.
     """
-    labels = mammo.read_labels(settings.labels, settings.names)
-    sources = mammo.list_sources(config.data_dir)
+    labels = labelling.read_labels(settings.labels, settings.names)
+    sources = images.list_sources(config.data_dir)
     where = Path(settings.labels).parent, Path(config.data_dir)
-    found = mammo.match_labels(labels, where[0], sources["image"], where[1])
-    labels = mammo.with_manifest(labels, found, sources)
+    found = labelling.match_labels(labels, where[0], sources["image"], where[1])
+    labels = labelling.with_manifest(labels, found, sources)
     check_leak(labels, settings.labels)
     if (found < 0).all():
         raise MammoError(
@@ -271,8 +285,8 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
             print(f"note: {len(names):,} {what}, first {names[0]}", file=sys.stderr)
     side = mammo.reduction(config.tile_size, config.view_side)
     tiles = mammo.open_tiles(mammo.build_cache(config), side)
-    mammo.hold_on_device(tiles, mammo.choose_device(config), config)
-    rows = mammo.match_labels(labels, where[0], tiles.images["image"], where[1])
+    mammo.hold_on_device(tiles, own_device(config), config)
+    rows = labelling.match_labels(labels, where[0], tiles.images["image"], where[1])
     untiled = labels.loc[np.setdiff1d(found[found >= 0], rows)]
     if len(untiled):
         print(
@@ -292,7 +306,7 @@ def join_labels(
 ) -> LabelledTiles:
     """LabelledTiles of a cache; `rows` gives each image's row of `labels`, -1 = none."""
     names = settings.names
-    targets = mammo.tile_labels(tiles.table, rows, labels, tiles.tile_size, names)
+    targets = labelling.tile_labels(tiles.table, rows, labels, tiles.tile_size, names)
     known = labels.reindex(rows).reset_index(drop=True)  # row -1 is in no index: NaN
     image_targets = known[names].to_numpy(np.float32)
     image = tiles.table["image"].to_numpy()
@@ -377,17 +391,17 @@ def start_model(settings: Settings) -> tuple[mammo.MammogramBYOL, mammo.Config]:
     classes = list(mammo.CLASSES)
     torch.manual_seed(settings.seed)
     if settings.weights.endswith(".pth"):
-        state = mammo.load_checkpoint(settings.weights)
+        state = checkpoints.load_checkpoint(settings.weights)
         recorded, classes = state.get("config", {}), state.get("classes", classes)
     name = recorded.get("backbone", settings.backbone or mammo.BACKBONE)
     if settings.backbone and settings.backbone != name:
         raise MammoError(f"--backbone {settings.backbone}: {settings.weights} holds a {name}")
     if settings.weights in UNTRAINED or settings.backbone or recorded:
         source = "none" if recorded else settings.weights
-        backbone = mammo.build_backbone(name, source)
+        backbone = checkpoints.build_backbone(name, source)
     else:  # a file that says no architecture: its layers do
         backbone = mammo.load_backbone(settings.weights)
-    width = mammo.feature_width(backbone)
+    width = checkpoints.feature_width(backbone)
     known = {field.name for field in dataclasses.fields(mammo.Config)}
     try:
         base = mammo.Config(**{key: value for key, value in recorded.items() if key in known})
@@ -441,7 +455,7 @@ class Engine:
         self.model.eval()
         outputs = []
         parts = np.array_split(ids, max(1, -(-len(ids) // 64)))
-        for part in mammo.progress(parts, desc=desc, disable=None if desc else True, leave=False):
+        for part in tracking.progress(parts, desc=desc, disable=None if desc else True, leave=False):
             view = mammo.make_view(
                 tiles, part, mammo.PLAIN_VIEW, self.config.view_side, device=self.device
             )
@@ -473,12 +487,17 @@ class Engine:
         return self.over_tiles(tiles, ids, lambda view: self.model.classify(view).sigmoid(), desc)
 
 
+def own_device(config: mammo.Config) -> torch.device:
+    """The device of this process, also as one of several tasks."""
+    return devices.choose_device(config.device, processes.find_ranks().local_rank)
+
+
 def open_engine(settings: Settings) -> Engine:
     """Put the network with its starting weights on the device."""
     model, config = start_model(settings)
-    device = mammo.choose_device(config)
-    mammo.set_determinism(config, device)
-    dtype = mammo.choose_precision(config, device)
+    device = own_device(config)
+    devices.set_determinism(config.deterministic, device)
+    dtype = devices.choose_precision(config.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
     return Engine(model, config, device, autocast)
@@ -487,7 +506,7 @@ def open_engine(settings: Settings) -> Engine:
 def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
     """A trained classifier and the settings with its findings. Raises MammoError for a mere backbone."""
     engine = open_engine(settings)
-    state = mammo.load_checkpoint(settings.weights) if settings.weights.endswith(".pth") else {}
+    state = checkpoints.load_checkpoint(settings.weights) if settings.weights.endswith(".pth") else {}
     if "classifier" not in state or "optimizer" in state:
         problem = "it is for resuming" if "classifier" in state else "its head is not trained"
         raise MammoError(
@@ -614,12 +633,12 @@ def prepare_job(settings: Settings) -> Job:
     shift = prior_shift(data.targets[train_ids])
     folder = settings.folder(f"classifier_{settings.mode}")
     if folder.exists() and (not settings.resume or holds_another_result(folder, settings, data)):
-        mammo.move_aside(folder)
+        files.move_aside(folder)
         print(f"note: what {folder} held is moved aside", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    mammo.sweep(folder)
+    files.remove_unfinished(folder)
     drawn = draw_tiles(data, validation_ids, settings)
-    fp16 = mammo.choose_precision(engine.config, engine.device) == torch.float16
+    fp16 = devices.choose_precision(settings.precision, engine.device) == torch.float16
     scaler = torch.amp.GradScaler(engine.device.type, enabled=fp16)
     optimizer = build_optimizer(engine.model, settings)
     return Job(settings, engine, data, folder, train_ids, drawn, shift, optimizer, scaler)
@@ -634,7 +653,7 @@ def holds_another_result(folder: Path, settings: Settings, data: LabelledTiles) 
         return resumable != (settings.mode == "finetune")
     try:
         then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        other_data = mammo.changed_tiles(then, data.tiles.cache) or then["labels"] != data.fingerprint
+        other_data = caches.changed_tiles(then, data.tiles.cache) or then["labels"] != data.fingerprint
         return bool(other_data or changed_settings(then["settings"], settings))
     except (OSError, ValueError, KeyError):
         return True
@@ -681,7 +700,7 @@ def epoch_tiles(job: Job, epoch: int) -> np.ndarray:
     targets = job.data.targets[job.train_ids]
     positive = (targets == 1).any(1)
     negative = job.train_ids[~positive & np.isfinite(targets).any(1)]
-    order = mammo.spread_over_images(job.data.table["row"].to_numpy()[negative], rng)
+    order = sampling.spread_over_images(job.data.table["row"].to_numpy()[negative], rng)
     count = round(job.settings.negatives_per_positive * positive.sum())
     return rng.permutation(np.concatenate([job.train_ids[positive], negative[order[:count]]]))
 
@@ -715,7 +734,7 @@ def build_optimizer(model: mammo.MammogramBYOL, settings: Settings) -> torch.opt
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
+def finetune_epoch(job: Job, bar: tqdm, stop: processes.StopSignal) -> float:
     """One pass over the epoch's tiles; returns the mean loss."""
     settings, engine = job.settings, job.engine
     ids, weight = epoch_tiles(job, job.epoch), class_weights(job).to(engine.device)
@@ -735,7 +754,7 @@ def finetune_epoch(job: Job, bar: tqdm, stop: mammo.StopSignal) -> float:
             (settings.seed, step, 4),
             engine.device,
         )
-        targets = mammo.to_device(job.data.targets[part], engine.device)
+        targets = devices.to_device(job.data.targets[part], engine.device)
         with engine.autocast():
             loss = masked_bce(engine.model.classify(view.image), targets, weight)
         job.optimizer.zero_grad(set_to_none=True)
@@ -776,17 +795,17 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
-        content["cached"] = mammo.cache_digest(job.data.tiles.cache)
+        content["cached"] = caches.cache_digest(job.data.tiles.cache)
         content["labels"] = job.data.fingerprint
-        content["precision"] = mammo.precision_name(job.engine.config, job.engine.device)
-    mammo.write_checkpoint(job.folder / name, content)
+        content["precision"] = devices.precision_name(job.settings.precision, job.engine.device)
+    checkpoints.write_checkpoint(job.folder / name, content)
 
 
 def resume_job(job: Job) -> None:
     """Put last.pth's state into the job. Raises MammoError where settings that shape it differ."""
-    state = mammo.load_checkpoint(job.folder / "last.pth")
+    state = checkpoints.load_checkpoint(job.folder / "last.pth")
     changed = changed_settings(state["classifier"], job.settings)
-    changed += mammo.changed_tiles(state, job.data.tiles.cache)
+    changed += caches.changed_tiles(state, job.data.tiles.cache)
     if state.get("labels") != job.data.fingerprint:
         changed.append("the labels, splits or patients")
     if changed:
@@ -798,17 +817,18 @@ def resume_job(job: Job) -> None:
     job.optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where the state was saved in another precision than fp16
         job.scaler.load_state_dict(state["scaler"])
-    mammo.note_precision(state, mammo.precision_name(job.engine.config, job.engine.device))
+    precision = devices.precision_name(job.settings.precision, job.engine.device)
+    checkpoints.note_precision(state, precision)
     job.epoch, job.best_epoch, job.best_auroc = state["epoch"], state["best_epoch"], state["best_auroc"]
     job.rows = state["rows"]
 
 
-def record_epoch(job: Job, loss: float, tracker: mammo.Tracker) -> None:
+def record_epoch(job: Job, loss: float, tracker: tracking.Tracker) -> None:
     """Validate, write metrics.csv, keep the best checkpoint and the state to resume."""
     row = {"epoch": job.epoch, "loss": loss, **validate(job)}
     job.rows.append(row)
     tracker.log(row)
-    mammo.write_atomic(job.folder / "metrics.csv", pd.DataFrame(job.rows).to_csv(index=False))
+    files.write_atomic(job.folder / "metrics.csv", pd.DataFrame(job.rows).to_csv(index=False))
     found = ", ".join(f"{name} {row[f'auroc_{name}']:.3f}" for name in job.settings.names)
     what = f"epoch {job.epoch}: loss {loss:.3f}" if job.epoch else "probe"
     tqdm.write(f"{what}, validation AUROC {found}", file=sys.stderr)
@@ -819,7 +839,7 @@ def record_epoch(job: Job, loss: float, tracker: mammo.Tracker) -> None:
         save_classifier(job, "last.pth", resumable=True)
 
 
-def finetune(job: Job, tracker: mammo.Tracker) -> None:
+def finetune(job: Job, tracker: tracking.Tracker) -> None:
     """Fine-tune from the probe (epoch 0) until EPOCHS, or until validation stops improving."""
     settings = job.settings
     if not job.rows:
@@ -831,7 +851,7 @@ def finetune(job: Job, tracker: mammo.Tracker) -> None:
         "initial": job.epoch * steps,
         "unit": "step",
     }
-    with mammo.StopSignal() as stop, mammo.progress(desc="finetune", **bar_size) as bar:
+    with processes.StopSignal() as stop, tracking.progress(desc="finetune", **bar_size) as bar:
         while job.epoch < settings.epochs and job.epoch - job.best_epoch < settings.patience:
             loss = finetune_epoch(job, bar, stop)
             job.epoch += 1
@@ -1010,9 +1030,9 @@ def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: P
         "pr": ("recall (found)", "precision (right alarms)", "PR"),
     }
     for kind, (x_name, y_name, title) in kinds.items():
-        figure, panels = mammo.panel_grid(2, 2, 3.1)
+        figure, panels = pictures.panel_grid(2, 2, 3.1)
         for axes, level in zip(panels, ("tile", "image_max"), strict=True):
-            for index, (name, colour) in enumerate(zip(names, mammo.OKABE_ITO, strict=False)):
+            for index, (name, colour) in enumerate(zip(names, pictures.OKABE_ITO, strict=False)):
                 known = tables[level][tables[level][name].notna()]
                 target, scores = known[name].to_numpy(float), known[f"p_{name}"].to_numpy(float)
                 if len(set(target.tolist())) < 2:
@@ -1031,15 +1051,15 @@ def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: P
             axes.set_title(f"{title}, {level.split('_')[0]} level (dotted: chance)", fontsize=9)
             axes.legend(fontsize=8)
             axes.grid(alpha=0.3)
-        mammo.save_figure(figure, folder / f"{kind}.png")
+        pictures.save_figure(figure, folder / f"{kind}.png")
     draw_reliability(tables["tile"], names, folder / "reliability.png")
 
 
 def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:
     """How often a finding was there against the probability given, tiles in ten equal steps."""
-    figure, (axes,) = mammo.panel_grid(1, 1, 4.4)
+    figure, (axes,) = pictures.panel_grid(1, 1, 4.4)
     axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
-    for name, colour in zip(names, mammo.OKABE_ITO, strict=False):
+    for name, colour in zip(names, pictures.OKABE_ITO, strict=False):
         known = table[table[name].notna()]
         step = np.minimum((known[f"p_{name}"] * 10).astype(int), 9)
         points = known.groupby(step)[[f"p_{name}", name]].mean()
@@ -1048,23 +1068,23 @@ def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path) -> N
     axes.set_title("Reliability, tile level", fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    mammo.save_figure(figure, path)
+    pictures.save_figure(figure, path)
 
 
 def draw_training(rows: list[dict[str, float]], names: Sequence[str], path: Path) -> None:
     """curves.png: loss and validation AUROC against the epoch; epoch 0 is the frozen probe."""
     table = pd.DataFrame(rows)
-    figure, (left, right) = mammo.panel_grid(2, 2, 3.0)
+    figure, (left, right) = pictures.panel_grid(2, 2, 3.0)
     left.plot(table["epoch"][1:], table["loss"][1:], marker=".", color="#000000")
     left.set_title("training loss (cross-entropy)", fontsize=9)
-    for name, colour in zip(names, mammo.OKABE_ITO, strict=False):
+    for name, colour in zip(names, pictures.OKABE_ITO, strict=False):
         right.plot(table["epoch"], table[f"auroc_{name}"], marker=".", color=colour, label=name)
     right.set_title("validation AUROC (0: probe)", fontsize=9)
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    mammo.save_figure(figure, path)
+    pictures.save_figure(figure, path)
 
 
 def draw_embedding(
@@ -1077,11 +1097,11 @@ def draw_embedding(
     for index, name in enumerate(data.names):
         label[targets[:, index] == 1] = name
     panels = {"breast density": table["breast_density"], "view": table["view"], "finding": label}
-    figure, places = mammo.panel_grid(3, 2, 2.9)
+    figure, places = pictures.panel_grid(3, 2, 2.9)
     for axes, (name, values) in zip(places, panels.items(), strict=True):
         values = np.where(np.asarray(values, str) == "", "unknown", np.asarray(values, str))
         common = sorted(set(values), key=lambda value: -(values == value).sum())  # rare ones on top
-        for value, colour in zip(common, ("#bbbbbb", *mammo.OKABE_ITO), strict=False):
+        for value, colour in zip(common, ("#bbbbbb", *pictures.OKABE_ITO), strict=False):
             chosen = values == value
             x, y = points[chosen].T
             axes.scatter(x, y, s=4, color=colour, label=f"{value} ({chosen.sum():,})")
@@ -1089,7 +1109,7 @@ def draw_embedding(
         axes.set(xticks=[], yticks=[], xlabel=f"{title}, 1st axis", ylabel="2nd axis")
         axes.legend(fontsize=8, markerscale=3)
     figure.suptitle(f"{title} of tile features: near points look alike to the network", fontsize=9)
-    mammo.save_figure(figure, path)
+    pictures.save_figure(figure, path)
 
 
 def heat_map(
@@ -1138,11 +1158,11 @@ def draw_prediction(
     small = cv2.resize(image, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)
     heat = heat_map(tiles, scores, image.shape[:2], step)[:, : small.shape[0], : small.shape[1]]
     low, high = tiles.images[["low", "high"]].iloc[0]
-    figure, panels = mammo.panel_grid(1 + len(names), 2, 3.7)
-    mammo.show_grey(panels[0], small, "mammogram", low, high)
+    figure, panels = pictures.panel_grid(1 + len(names), 2, 3.7)
+    pictures.show_grey(panels[0], small, "mammogram", low, high)
     shown: Any = None
     for axes, name, score, layer in zip(panels[1:], names, scores.T, heat, strict=True):
-        mammo.show_grey(axes, small, f"{name}: {score.max():.0%} in its top tile", low, high)
+        pictures.show_grey(axes, small, f"{name}: {score.max():.0%} in its top tile", low, high)
         opacity = 0.65 * np.nan_to_num(layer).clip(0, 1) ** 0.5
         shown = axes.imshow(layer, cmap="inferno", vmin=0, vmax=1, alpha=opacity)
         for rank, index in enumerate(top_tiles(tiles, score, count)):
@@ -1154,7 +1174,7 @@ def draw_prediction(
             words.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 0.5})
     bar = figure.colorbar(shown, ax=panels, location="bottom", shrink=0.8, aspect=40)
     bar.set_label("probability of the finding in the tiles over a point", fontsize=9)
-    mammo.save_figure(figure, path)
+    pictures.save_figure(figure, path)
 
 
 # ---- 7 Commands ------------------------------------------------------------------------------------
@@ -1168,15 +1188,15 @@ def train(settings: Settings) -> Path:
     config = dataclasses.replace(
         job.engine.config, output_dir=str(job.folder.parent), run_name=job.folder.name
     )
-    precision = mammo.precision_name(job.engine.config, job.engine.device)
+    precision = devices.precision_name(settings.precision, job.engine.device)
     record = {
         "settings": dataclasses.asdict(settings),
         "cache_key": job.data.tiles.cache.name,
-        "cached": mammo.cache_digest(job.data.tiles.cache),
+        "cached": caches.cache_digest(job.data.tiles.cache),
         "labels": job.data.fingerprint,
-        "environment": mammo.environment(precision),
+        "environment": devices.environment(precision),
     }
-    mammo.write_atomic(job.folder / "config.json", json.dumps(record, indent=2))
+    files.write_atomic(job.folder / "config.json", json.dumps(record, indent=2))
     positive = (job.data.targets[job.train_ids] == 1).sum(0)
     found = ", ".join(f"{count} {name}" for count, name in zip(positive, settings.names, strict=True))
     studies = [len(set(job.data.studies[ids])) for ids in (job.train_ids, job.validation_ids)]
@@ -1185,7 +1205,7 @@ def train(settings: Settings) -> Path:
         f"validation on {studies[1]} studies"
     )
     run_id = hashlib.sha256(str(job.folder.resolve()).encode()).hexdigest()[:8]
-    tracker = mammo.Tracker(run_id, config)
+    tracker = mammo.start_tracker(run_id, config)
     try:
         if settings.mode == "probe":
             start_from_probe(job)
@@ -1234,7 +1254,7 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     )
     folder = settings.folder("compare")
     folder.mkdir(parents=True, exist_ok=True)
-    mammo.write_atomic(folder / "compare.csv", table.to_csv(index=False))
+    files.write_atomic(folder / "compare.csv", table.to_csv(index=False))
     studies_judged = len(set(data.studies[judged]))
     print(
         f"{len(judged):,} tiles of {studies_judged} studies; 95 % intervals are for these weights, over "
@@ -1248,13 +1268,13 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
 
 
 def note_seen(
-    checkpoints: Sequence[str], data: LabelledTiles, judged: np.ndarray, settings: Settings
+    starts: Sequence[str], data: LabelledTiles, judged: np.ndarray, settings: Settings
 ) -> None:
-    """Say on stderr which checkpoints were pre-trained on images that judge them."""
+    """Say on stderr which starts were pre-trained on images that judge them."""
     folder = Path(settings.data_dir).resolve()
     images = [folder / name for name in data.table["image"].iloc[judged].unique()]
-    for path in checkpoints:
-        state = mammo.load_checkpoint(path)
+    for path in starts:
+        state = checkpoints.load_checkpoint(path)
         recorded = state.get("config", {})
         trained_on = recorded.get("data_dir")
         if not trained_on or "classifier" in state:
@@ -1363,10 +1383,10 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     table = evaluation_table(tables, data.names, settings)
     folder = settings.folder("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
-    mammo.write_atomic(folder / "evaluation.csv", table.to_csv(index=False))
+    files.write_atomic(folder / "evaluation.csv", table.to_csv(index=False))
     for level, content in tables.items():
         text = content.drop(columns=INNER, errors="ignore").to_csv(index=False)
-        mammo.write_atomic(folder / f"predictions_{level}.csv", text)
+        files.write_atomic(folder / f"predictions_{level}.csv", text)
     draw_curves(tables, data.names, folder)
     shown = table[table["group"] == "all"].drop(columns="group")
     images = tables["image_max"]
@@ -1393,7 +1413,7 @@ def tiles_of_image(path: Path, config: mammo.Config) -> mammo.MammogramTiles:
     images = pd.DataFrame([{"image": path.name, **row}])
     reduce = mammo.reduction(config.tile_size, config.view_side)
     # In float, where a cache's averaged copy is rounded to 1/256 of a grey level.
-    averaged = mammo.block_average(pixels, reduce) if reduce > 1 else pixels.astype(np.float32)
+    averaged = caches.block_average(pixels, reduce) if reduce > 1 else pixels.astype(np.float32)
     return mammo.MammogramTiles(averaged.ravel(), images, table, config.tile_size, reduce)
 
 
@@ -1402,11 +1422,11 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
     engine, settings = open_classifier(settings)
     paths: list[Path] = []
     for operand in map(Path, operands):
-        paths += mammo.find_images(operand) if operand.is_dir() else [operand]
+        paths += images.find_images(operand) if operand.is_dir() else [operand]
     folder = settings.folder("predict")
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, path in enumerate(mammo.progress(paths, desc="predict", unit="image")):
+    for number, path in enumerate(tracking.progress(paths, desc="predict", unit="image")):
         try:
             tiles = tiles_of_image(path, engine.config)
         except mammo.ImageReadError as error:
@@ -1434,7 +1454,7 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
     for earlier in folder.glob("map_*.png"):
         if earlier.name not in set(table["picture"]):
             earlier.unlink()
-    mammo.write_atomic(folder / "predictions.csv", table.to_csv(index=False))
+    files.write_atomic(folder / "predictions.csv", table.to_csv(index=False))
     print(f"{table['picture'].notna().sum()} of {len(table)} images")
     print(f"open      {folder}: predictions.csv map_*.png")
     return table
@@ -1450,12 +1470,12 @@ def embed(settings: Settings) -> np.ndarray:
     features = engine.features(data.tiles, ids)
     folder = settings.folder("embed")
     folder.mkdir(parents=True, exist_ok=True)
-    with mammo.replacing(folder / "embeddings.npy") as temporary:
+    with files.atomic_path(folder / "embeddings.npy") as temporary:
         np.save(temporary, features)
     points, title = flat_map(features, settings.seed)
     table = data.table.iloc[ids].drop(columns=INNER).reset_index(drop=True)
     table[data.names], table[["map_x", "map_y"]] = data.targets[ids], points
-    mammo.write_atomic(folder / "embeddings.csv", table.to_csv(index=False))
+    files.write_atomic(folder / "embeddings.csv", table.to_csv(index=False))
     draw_embedding(points, data, ids, title, folder / "embeddings.png")
     print(f"open      {folder}: embeddings.npy embeddings.csv embeddings.png ({title})")
     return features
@@ -1479,7 +1499,7 @@ def update_report(settings: Settings) -> None:
     """Where results lie in the folder of a pre-training run, show them in its report.html too."""
     if (Path(settings.output_dir) / "summary.json").is_file():
         try:
-            print(f"report    {mammo.write_report(Path(settings.output_dir))}")
+            print(f"report    {report.write_report(Path(settings.output_dir), mammo.terms())}")
         except MammoError as error:  # the results are written: a damaged run doesn't spoil them
             print(f"note: {error}", file=sys.stderr)
 
@@ -1497,7 +1517,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             {"train": train, "evaluate": evaluate, "embed": embed}[command](settings)
         update_report(settings)
 
-    return mammo.exit_code(job, "lower --batch_size or --view_size")
+    return exit_code(job, "lower --batch_size or --view_size")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,141 @@
-"""What every script needs before anything else. Imports nothing but Python's own library."""
+"""Errors that a user can mend, flags from a dataclass, exit codes, the version of a piece of code.
+
+Imports Python's own library alone.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
+import dataclasses
+import difflib
 import hashlib
 import io
+import re
+import signal
+import sys
 import tokenize
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+
+class MammoError(Exception):
+    """An error that the user can mend; the message says what, where and how."""
+
+
+def check_settings(
+    values: Any, choices: dict[str, tuple[str, ...]], ranges: dict[str, tuple[float, float]]
+) -> None:
+    """Raise MammoError for an attribute of `values` that is none of its choices or outside its range."""
+    for name, known in choices.items():
+        value = getattr(values, name)
+        if value not in known:
+            raise MammoError(f"--{name} {value}: choose one of {', '.join(known)}")
+    for name, (low, high) in ranges.items():
+        value = getattr(values, name)
+        if not low <= value <= high:
+            raise MammoError(f"--{name} {value}: must lie between {low:g} and {high:g}")
+
+
+def setting_help(script: str) -> dict[str, str]:
+    """The one-line comment of each constant of a script, by lower-case name."""
+    source = Path(script).read_text(encoding="utf-8")
+    found = re.findall(r"^([A-Z][A-Z_]+) = [^#\n]+  # (.+)$", source, flags=re.MULTILINE)
+    return {name.lower(): comment for name, comment in found}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise MammoError(f"{message} (see --help)")
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that raises MammoError; its description is the docstring up to the contents."""
+    form = argparse.RawDescriptionHelpFormatter
+    return _Parser(
+        description=(doc or "").split("Contents")[0], formatter_class=form, allow_abbrev=False
+    )
+
+
+def parse_fields(
+    settings: Any, parser: argparse.ArgumentParser, comments: dict[str, str], argv: Sequence[str] | None
+) -> dict[str, Any]:
+    """Values by name: the fields of the dataclass `settings` as flags, and what else the parser knows.
+
+    `comments` are the flags' help (see setting_help). Raises MammoError on a typo.
+    """
+    for field in dataclasses.fields(settings):
+        text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true", help=text)
+            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false")
+            parser.set_defaults(**{field.name: field.default})
+        else:
+            kind = {"int": int, "float": float, "str": str}[str(field.type)]
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
+    words = sys.argv[1:] if argv is None else argv
+    words = [
+        re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words
+    ]
+    namespace, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        raise MammoError(f"unknown argument {unknown[0]}{hint}")
+    return vars(namespace)
+
+
+class StoppedError(Exception):
+    """A signal was obeyed, and all is in order for the same command to go on."""
+
+    def __init__(self, number: int, rest: str = "the same command goes on where it stopped") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; {rest}")
+        self.code = 128 + number
+
+
+def exit_code(job: Callable[[], None], memory_advice: str) -> int:
+    """Do a script's job: 0, or 2 after an error that the user can mend, or 128 + signal number."""
+    import torch
+    from torch import distributed
+
+    code = 2
+    try:
+        job()
+        return 0
+    except StoppedError as stopped:
+        code, message = stopped.code, str(stopped)
+    except KeyboardInterrupt:
+        code, message = 128 + signal.SIGINT, "interrupted; the same command goes on where it stopped"
+    except MammoError as error:
+        message = f"error: {error}"
+    except torch.cuda.OutOfMemoryError:
+        message = f"error: the GPU's memory is full; {memory_advice}"
+    except OSError as error:
+        message = (
+            f"error: {error.filename or 'file'}: {error.strerror or error}; once that is mended the "
+            "same command goes on where it stopped"
+        )
+    except RuntimeError as error:
+        if not distributed.is_initialized():
+            raise
+        reason = " ".join(str(error).split())[:300]
+        message = f"error: {reason}"
+        # A collective that fails is how the others learn that a process has died.
+        if isinstance(error, distributed.DistError) or "gloo" in reason:
+            message = (
+                f"error: the processes of the run lost each other ({reason}); the log of the first one "
+                "that ended says why. The same command goes on from last.pth"
+            )
+        else:
+            traceback.print_exc()  # now: leaving the group may take its time
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    print(message, file=sys.stderr)
+    return code
 
 
 def code_version(parts: Iterable[tuple[str | Path, str, str]]) -> str:
@@ -37,6 +165,6 @@ def _without_words(source: str) -> list[tuple[str, str]]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            text = node.body[0]
-            bare[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            bare[first - 1 : last] = [""] * (last - first + 1)
     return [(line, stripped.rstrip()) for line, stripped in zip(lines, bare, strict=True)]

@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import assert_same_cache, breast_image, small_config, write_images
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import train_byol_mammo as mammo
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, run_script
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from sklearn.metrics import roc_auc_score
 
 import synthetic_mammograms as phantoms

@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_prepare_dicom import breast, coded, make_dicom, save
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from pydicom import Dataset, Sequence, dcmread, uid
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileMetaDataset

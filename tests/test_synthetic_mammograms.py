@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_script
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import synthetic_mammograms as phantoms
 from synthetic_mammograms import PhantomSpec, make_phantom

@@ -3,8 +3,7 @@
 import numpy as np
 import pandas as pd
 from conftest import breast_image
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import train_byol_mammo as mammo
 

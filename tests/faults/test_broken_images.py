@@ -21,8 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import breast_image, small_config
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
 import prepare_dataset as prep
 import train_byol_mammo as mammo

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import breast_image, small_config
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, seed, settings, strategies as st
 from test_prepare_dicom import breast
 
 import prepare_dataset as prep

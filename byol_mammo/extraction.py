@@ -1,0 +1,248 @@
+"""The journal of an extraction, and how its images become a cache."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from byol_mammo import cache as caches, files, processes, tracking
+from byol_mammo.settings import MammoError
+
+SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does that much again
+RECORDS = "records.jsonl"  # a line for each image that an extraction has finished
+Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, dtype, offset, shape, box
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse freed blocks: handing tens of MB back per image costs a fifth of the time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc.mallopt(mmap_threshold, 1 << 25)  # the most that older glibc takes
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def pixel_file(folder: Path, bit_depth: int) -> tuple[Path, np.dtype]:
+    """Where images of this depth are extracted to, and as what."""
+    dtype = np.dtype(np.uint8 if bit_depth <= 8 else np.uint16)
+    return folder / f"pixels_{dtype}.npy", dtype
+
+
+def pixels_end(folder: Path, record: dict[str, Any]) -> tuple[Path, int]:
+    """The file that holds an image's pixels, and where they end in it, in bytes."""
+    path, dtype = pixel_file(folder, record["bit_depth"])
+    return path, files.NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
+
+
+def append_pixels(path: Path, pixels: np.ndarray) -> int:
+    """Append an image to a file that the processes of an extraction share; returns its offset in values.
+
+    A single write to a file open for appending lands in one piece behind all others (POSIX write()).
+    """
+    with files.name_file_in_errors(path), path.open("ab", buffering=0) as out:
+        written = out.write(pixels.data)
+        start = out.tell() - written - files.NPY_HEADER
+    if written < pixels.nbytes or start % pixels.itemsize:  # this image was cut short, or the one before
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return start // pixels.itemsize
+
+
+class Journal:
+    """The images that an extraction has finished: their pixels, and a line about each in RECORDS.
+
+    Appends only to a folder of its own below `extracted`, that of this host and boot; those of others,
+    whose writes may still be under way, are read (read_records). fsync runs in a thread, so that
+    extraction never waits for the disk. The cache's lock keeps a folder to one extraction at a time.
+    """
+
+    def __init__(self, extracted: Path, finished: dict[int, dict[str, Any]]) -> None:
+        """`finished`: the records that stand, see read_records."""
+        self.folder = extracted / processes.this_host()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.waiting: list[dict[str, Any]] = []
+        self.ends = {pixel_file(self.folder, bits)[0]: files.NPY_HEADER for bits in (8, 16)}
+        kept = [{**record} for record in finished.values() if record["folder"] == self.folder]
+        for record in kept:
+            del record["folder"]
+            self._note_end(record)
+        # A line whose pixels are gone goes for good: what is appended from now on must not stand in.
+        lines = "".join(f"{json.dumps(record)}\n" for record in kept)
+        files.write_atomic(self.folder / RECORDS, lines)
+        self._cut()  # what a killed extraction left behind its last image, perhaps half a value
+        self.writer = ThreadPoolExecutor(1)
+        self.written = self.writer.submit(self._write)
+        self.due = time.monotonic() + SYNC_EVERY
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Note a finished image. Raises the OSError of an earlier write."""
+        self._note_end(record)
+        self.waiting.append(record)
+        if time.monotonic() >= self.due and self.written.done():
+            self.written.result()
+            self.written = self.writer.submit(self._write)
+            self.due = time.monotonic() + SYNC_EVERY
+
+    def close(self) -> None:
+        """Give back the room behind the last finished image, as on a full disk, and write what waits."""
+        self.writer.shutdown()
+        self._cut()
+        self._write()
+
+    def _note_end(self, record: dict[str, Any]) -> None:
+        if "offset" in record:
+            path, end = pixels_end(self.folder, record)
+            self.ends[path] = max(self.ends[path], end)
+
+    def _cut(self) -> None:
+        for path, end in self.ends.items():
+            with files.name_file_in_errors(path), path.open("ab") as file:
+                file.truncate(end)  # longer where it lacks its header
+
+    def _write(self) -> None:
+        """Append what waits to RECORDS once its pixels are safe."""
+        records = list(self.waiting)
+        for path in self.ends:
+            with files.name_file_in_errors(path), path.open("rb") as file:
+                os.fsync(file.fileno())
+        path = self.folder / RECORDS
+        with files.name_file_in_errors(path), path.open("a") as out:
+            # A full disk may have left half a line.
+            out.write("\n" + "".join(f"{json.dumps(record)}\n" for record in records))
+            out.flush()
+            os.fsync(out.fileno())
+        del self.waiting[: len(records)]
+
+
+def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
+    """The lines of all journals by image number, each with the `folder` of its pixels.
+
+    Left out are damaged lines and those whose pixels are gone: scratch file systems purge old files.
+    """
+    records = {}
+    for journal in extracted.glob(f"*/{RECORDS}"):
+        folder = journal.parent
+        sizes = {path: path.stat().st_size for path in folder.glob("pixels_*.npy")}
+        with journal.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(ValueError):  # half a line, where a process was killed
+                    record = {"folder": folder, **json.loads(line)}
+                    if "error" not in record:
+                        path, end = pixels_end(folder, record)
+                        if end > sizes.get(path, 0):
+                            continue
+                    records[record["index"]] = record
+    return records
+
+
+def extract_missing(
+    extract: Callable[..., dict[str, Any]],
+    jobs: Sequence[tuple[Any, ...]],
+    extracted: Path,
+    workers: int,
+    mode: str,
+) -> list[dict[str, Any]]:
+    """Records of all jobs (number, path, ...), of which `extracted` may hold some; `mode`: of progress.
+
+    `extract(*job, folder=...)` extracts an image to that folder and returns its record.
+    """
+    finished = read_records(extracted)
+    left = [job for job in jobs if job[0] not in finished]
+    try:
+        with closing(Journal(extracted, finished)) as journal:
+            call = functools.partial(extract, folder=str(journal.folder))
+            bar = tracking.progress(mode=mode, total=len(left), desc="tiles", unit="image")
+            processes.run_in_parallel(call, left, workers, bar, done=journal.add)
+    except BrokenProcessPool as error:
+        finished = read_records(extracted)
+        suspects = [job[1] for job in left if job[0] not in finished]
+        suspects = suspects[: min(workers, processes.available_cores())]
+        raise MammoError(
+            f"an extraction process was killed at one of {', '.join(suspects)}, for want of memory "
+            "perhaps; lower --num_workers and start again: finished images are kept. If it ends there "
+            "again, one of these files crashes its decoder: move it away"
+        ) from error
+    finished = read_records(extracted)
+    return [finished[job[0]] for job in jobs]
+
+
+def write_cache(
+    building: Path,
+    tables: dict[str, pd.DataFrame],
+    parts: list[Part],
+    inputs: dict[str, Any],
+    workers: int,
+    mode: str,
+) -> None:
+    """Write images.csv, tiles.csv, rejections.csv, cache.json and, last, pixels.npy.
+
+    `parts`: where the pixels of each row of images.csv were extracted to; `mode`: of progress.
+    """
+    images, used = tables["images"], {part[0] for part in parts}
+    if len(used) == 1 and not tables["rejections"]["capped"].any():
+        # One dtype and nothing capped: the extraction's file is the cache's already.
+        pixels, dtype = used.pop(), parts[0][1]
+        with files.name_file_in_errors(pixels), pixels.open("r+b") as out:
+            files.write_npy_header(
+                out, dtype, (pixels.stat().st_size - files.NPY_HEADER) // dtype.itemsize
+            )
+            os.fsync(out.fileno())
+    else:
+        images["offset"] = (images["height"] * images["width"]).cumsum().shift(fill_value=0)
+        pixels = building / "extracted" / "pixels.npy"
+        files.remove_unfinished(pixels.parent)
+        pixels.unlink(missing_ok=True)  # of a start that was killed behind this
+        with files.atomic_path(pixels) as temporary:
+            bar = tracking.progress(mode=mode, total=len(parts), desc="cache", unit="image")
+            gather_pixels(images, parts, temporary, workers, bar)
+    sizes = {"pixels.npy": pixels.stat().st_size}
+    for name, table in tables.items():
+        path = building / f"{name}.csv"
+        files.write_atomic(path, table.to_csv(index=False))
+        sizes[path.name] = path.stat().st_size
+    summary = {"inputs": inputs, "versions": caches.library_versions(), "sizes": sizes, "finished": True}
+    files.write_atomic(building / "cache.json", json.dumps(summary, indent=2))
+    os.replace(pixels, building / "pixels.npy")  # last: without it the rest counts for nothing
+
+
+def gather_pixels(
+    images: pd.DataFrame, parts: list[Part], target: Path, workers: int, bar: tqdm
+) -> None:
+    """Copy the images' pixels to one .npy file, to the offsets in `images`, several images at a time.
+
+    A second copy: for extractions that were killed, for MAX_TILES, and for archives of 8-bit and
+    deeper images, which share uint16.
+    """
+    dtype = max(part[1] for part in parts)
+    length = int((images["height"] * images["width"]).sum())
+    with target.open("wb") as out:
+        files.write_npy_header(out, dtype, length)
+        out.truncate(files.NPY_HEADER + length * dtype.itemsize)
+    starts = files.NPY_HEADER + images["offset"] * dtype.itemsize
+
+    def copy_part(part: Part, start: int) -> None:
+        file, source, offset, shape, ys, xs = part
+        pixels = np.fromfile(
+            file, source, math.prod(shape), offset=files.NPY_HEADER + offset * source.itemsize
+        )
+        with target.open("r+b") as out:
+            out.seek(start)
+            out.write(np.ascontiguousarray(pixels.reshape(shape)[ys, xs], dtype).data)
+
+    jobs = list(zip(parts, starts, strict=True))
+    processes.run_in_parallel(copy_part, jobs, workers, bar, threads=True)

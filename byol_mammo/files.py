@@ -1,0 +1,101 @@
+"""Files that are whole or not there, tables, and arrays with a header."""
+
+from __future__ import annotations
+
+import html
+import os
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+
+from byol_mammo.settings import MammoError
+
+NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
+
+
+def read_table(path: Path, columns: Sequence[str], remedy: str) -> pd.DataFrame:
+    """A CSV as text, '' where empty. Raises MammoError where it is no table with `columns` once each."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            options = {"dtype": str, "keep_default_na": False, "index_col": False}
+            table = pd.read_csv(path, encoding="utf-8-sig", **options)
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' and Unicode errors are these
+        reason = " ".join(str(error).split())
+        raise MammoError(f"{path} is not a comma-separated UTF-8 table ({reason}); {remedy}") from error
+    missing = [name for name in columns if name not in table]
+    if missing:
+        there = ", ".join(map(str, table))[:200]
+        raise MammoError(f"{path}: no column {', '.join(missing)} (there is {there}); {remedy}")
+    twice = [name for name in columns if f"{name}.1" in table]  # as pandas renames it
+    if twice:
+        raise MammoError(f"{path}: the column {twice[0]} is there twice; keep one of them")
+    return table
+
+
+def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
+    """Write the NPY_HEADER bytes that make an .npy file of the `length` values that follow."""
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_2_0(file, header)
+
+
+UNFINISHED = ".unfinished."  # how the name of a file begins until it is complete
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`."""
+    path = Path(path)
+    temporary = path.with_name(f"{UNFINISHED}{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        with name_file_in_errors(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def name_file_in_errors(path: Path) -> Iterator[None]:
+    """Give an OSError inside, as that of a full disk, the name of the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or f"{error}, is the disk full?"  # NumPy gives no number
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what a killed process left half-written in a folder, of one file or of all."""
+    for leftover in folder.glob(f"{UNFINISHED}{name}*"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a run's folder to the first free NAME_1, NAME_2, ...: nothing is lost."""
+    number = 1
+    while folder.with_name(f"{folder.name}_{number}").exists():
+        number += 1
+    os.replace(folder, folder.with_name(f"{folder.name}_{number}"))
+
+
+def html_table(rows: Iterable[Iterable[Any]], header: Sequence[str] = (), kind: str = "") -> str:
+    """A table of text; nothing in it is taken for markup. `kind` paths: cells may break anywhere."""
+    lines = [("th", header)] * bool(header) + [("td", row) for row in rows]
+    cells = ("".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in row) for tag, row in lines)
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<div class="wide {kind}"><table>{table}</table></div>'

@@ -1,0 +1,257 @@
+"""Image files: finding them, what the manifest knows of them, decoding at full bit depth."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from kornia_rs import io as kornia_io
+from PIL import Image
+
+from byol_mammo import files
+from byol_mammo.settings import MammoError
+
+SPACING_RANGE = (0.005, 2)  # mm per pixel that can be; others count as unknown
+IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
+
+
+class ImageReadError(MammoError):
+    """An image that can't be used; names the file and the reason."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = Path(path), reason
+
+
+def find_images(data_dir: str | Path) -> list[Path]:
+    """All images under a folder, in linked ones too, sorted. Raises MammoError where there is none.
+
+    Links that lead nowhere are among them: they are skipped by name later, not lost in silence.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
+    found: list[Path] = []
+    entered: set[str] = set()  # links may lead in circles, or to a folder that is here by its own name
+    folders, linked = [root], []
+    while folders:
+        folder = folders.pop()
+        if os.path.realpath(folder) not in entered:
+            entered.add(os.path.realpath(folder))
+            with suppress(PermissionError):  # as lost+found; any other failure must not lose images
+                for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                    if entry.is_symlink() and os.path.isdir(entry):
+                        linked.append(Path(entry))
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry))
+                    else:
+                        found.append(Path(entry))
+        if not folders:
+            folders, linked = linked, []
+    paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        hint = "; prepare_dataset.py makes PNG of DICOM" if found else ""
+        raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it{hint}")
+    return paths
+
+
+def list_sources(data_dir: str | Path) -> pd.DataFrame:
+    """One row for each image file: path, image, size, mtime_ns, study_id, laterality, view, spacing_mm.
+
+    Study, laterality, view and spacing come from manifest.csv in the folder or beside it (written by
+    prepare_dataset.py); without one, each image counts as a study of its own.
+    """
+    root = Path(os.path.abspath(data_dir))  # links stay: their names are the images'
+    paths = find_images(root)
+    stats = [path.stat() if path.is_file() else path.lstat() for path in paths]
+    sources = pd.DataFrame(
+        {
+            "path": [str(path) for path in paths],
+            # Names may hold any byte; in tables those that are no text stand as \\x..
+            "image": [
+                os.fsencode(path.relative_to(root)).decode(errors="backslashreplace") for path in paths
+            ],
+            "size": [stat.st_size for stat in stats],
+            "mtime_ns": [stat.st_mtime_ns for stat in stats],
+        }
+    )
+    known = read_manifest(root)
+    sources = sources.merge(known, on="path", how="left")
+    stems = sources["image"].map(lambda name: str(Path(name).with_suffix("")))
+    sources["study_id"] = sources["study_id"].fillna(stems)
+    for column in ("laterality", "view"):
+        sources[column] = sources[column].astype(object).where(sources[column].notna(), "")
+    return sources
+
+
+def note_unknown_spacing(sources: pd.DataFrame, taken: float) -> None:
+    """Say how many images don't tell their pixel size."""
+    unknown = int(sources["spacing_mm"].isna().sum())
+    if unknown:
+        print(
+            f"note: {unknown} of {len(sources)} images don't tell their pixel size: "
+            f"--pixel_spacing_mm {taken} is taken",
+            file=sys.stderr,
+        )
+
+
+def read_manifest(root: Path) -> pd.DataFrame:
+    columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
+    real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
+    for folder in (root, root.parent, real.parent):
+        if not (folder / "manifest.csv").is_file():
+            continue
+        manifest = files.read_table(folder / "manifest.csv", ["file"], "rerun prepare_dataset.py")
+        paths = [folder / name for name in manifest["file"]]
+        manifest["path"] = [
+            str(root / path.relative_to(real) if path.is_relative_to(real) else path) for path in paths
+        ]
+        manifest = manifest.replace("", np.nan)
+        manifest = manifest.reindex(columns=columns).drop_duplicates("path")
+        spacing = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
+        manifest["spacing_mm"] = spacing.where(spacing.between(*SPACING_RANGE))
+        return manifest
+    return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
+
+
+# ---- Decoding and reducing: part of a cache's key --------------------------------------------------
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+MAX_SAMPLES = 150_000_000  # pixels times channels of the largest image read; most have 10-30 million
+
+
+def decode(path: str | Path) -> np.ndarray:
+    """The grey levels of an image file as they are: (H, W) uint8 or uint16. Raises ImageReadError."""
+    if not Path(path).is_file():
+        raise ImageReadError(path, "no such file" if not Path(path).exists() else "not a file")
+    if (samples := declared_samples(path)) > MAX_SAMPLES:
+        raise ImageReadError(path, f"declares {samples:,} values, more than a mammogram has")
+    data = Path(path).read_bytes()  # cv2.imread would crash at a name that is not UTF-8
+    try:
+        image = decode_grey_png(data)
+        if image is None:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:  # no memory for its pixels, for one
+        raise ImageReadError(path, f"can't be decoded ({error.err})") from error
+    if image is None:
+        raise ImageReadError(path, "can't be decoded: damaged, or not an image")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise ImageReadError(path, f"{image.dtype} pixels; convert to 8 or 16 bits")
+    if image.ndim == 3:
+        image = _grey(image)
+    if min(image.shape) < 2:
+        raise ImageReadError(path, f"only {image.shape[1]} x {image.shape[0]} px")
+    return image
+
+
+def decode_grey_png(data: bytes) -> np.ndarray | None:
+    """A whole PNG of 8 or 16 bits of grey as (H, W), else None; 1.5 to 1.8 times as fast as OpenCV."""
+    if not data.endswith(PNG_END):
+        return None
+    decoders = {8: kornia_io.decode_image_png_u8, 16: kornia_io.decode_image_png_u16}
+    try:
+        width, height, bits, *kind = struct.unpack_from(">2I5B", data, 16)  # IHDR (PNG 1.2, 4.1.1)
+        if any(kind) or bits not in decoders:  # colour, or interlaced
+            return None
+        return decoders[bits](data, (height, width), "mono")[..., 0]
+    except Exception:  # damaged: it raises no class of its own, and OpenCV has the last word
+        return None
+
+
+def declared_samples(path: str | Path) -> int:
+    """Pixels times channels by a file's header, read before any pixel. Raises ImageReadError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of large images and of odd tags
+            with Image.open(path, formats=("PNG", "TIFF", "JPEG", "PPM")) as image:
+                channels = 3 if image.mode == "P" else len(image.getbands())
+                return image.width * image.height * channels
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which it names
+        raise ImageReadError(path, f"declares more values than a mammogram has: {error}") from error
+    except OSError as error:
+        if error.errno:
+            raise ImageReadError(path, f"can't be read: {error.strerror}") from error
+        with open(path, "rb") as file:
+            dicom = file.read(132).endswith(b"DICM")  # after a preamble of 128 bytes (PS3.10, 7.1)
+        reason = "DICOM; prepare_dataset.py makes PNG of it" if dicom else "damaged, or not an image"
+        raise ImageReadError(path, f"can't be decoded: {reason}") from error
+    except Exception as error:  # Pillow raises almost anything on damaged headers
+        raise ImageReadError(path, "can't be decoded: its header is damaged") from error
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """One channel of (H, W, C): the first where the colours are copies, their luma otherwise."""
+    if image.shape[2] < 3 or (
+        np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+    ):
+        return np.ascontiguousarray(image[..., 0])
+    return cv2.cvtColor(np.ascontiguousarray(image[..., :3]), cv2.COLOR_BGR2GRAY)
+
+
+def bit_depth(image: np.ndarray, brightest: int | None = None) -> int:
+    """8, or the least of 10, 12, 14 and 16 bits that holds the largest value, `brightest` if known."""
+    if image.dtype == np.uint8:
+        return 8
+    brightest = int(image.max()) if brightest is None else brightest
+    return next(bits for bits in (10, 12, 14, 16) if brightest < 2**bits)
+
+
+def block_means(image: np.ndarray, factor: int) -> np.ndarray:
+    """Float32 means of blocks of factor x factor px, a power of two; rows and columns left over go.
+
+    Halving is the fast path of cv2.resize. Whole grey levels get 8 fractional bits after the first
+    halving, so that 8-bit images keep their averages.
+    """
+    height, width = (length // factor * factor for length in image.shape)
+    image = image[:height, :width]
+    scale = 1
+    while factor > 1 and image.size:
+        image = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        if image.dtype == np.uint8:
+            image, scale = image.astype(np.uint16) << 8, 256
+        factor //= 2
+    return image.astype(np.float32) / np.float32(scale)
+
+
+def largest_component(binary: np.ndarray) -> np.ndarray:
+    """The largest 8-connected component of a (H, W) bool array; all False where there is none."""
+
+    count, labels = cv2.connectedComponents(binary.view(np.uint8))
+    if count <= 2:  # the background and at most one more
+        return binary
+    return labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+
+
+def median_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """Median, and the standard deviation of a normal distribution of the same absolute deviations."""
+    centre = float(np.median(values))
+    return centre, 1.4826 * float(np.median(np.abs(values - centre)))
+
+
+def grey_step(image: np.ndarray) -> float:
+    """Usual gap between the grey levels in use: 1, or 16 where 12 bits were stretched to 16."""
+    rows = image[:: sampling_step(image) ** 2]  # whole rows are read faster than single pixels
+    levels = np.flatnonzero(np.bincount(rows.ravel()))
+    return float(np.median(np.diff(levels))) if len(levels) > 1 else 1.0
+
+
+def sampling_step(image: np.ndarray) -> int:
+    """Every how many rows and columns are read where some 100,000 px tell as much as all."""
+    return max(1, math.isqrt(image.size // 100_000))
+
+
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, width and height of what is True; twice as fast as cv2.boundingRect on whole images."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not rows.size:
+        return 0, 0, 0, 0
+    cols = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
+    return int(cols[0]), int(rows[0]), int(np.ptp(cols)) + 1, int(np.ptp(rows)) + 1

@@ -1,0 +1,216 @@
+"""labels.csv, tiles that hold a finding, groups of patients, the online probe."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from byol_mammo import files
+from byol_mammo.settings import MammoError
+
+LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without the box's centre
+PROBE_TILES = 2000  # labelled tiles of the online probe, half of them positive where there are enough
+PROBE_FOLDS = 3  # by study
+PROBE_STRENGTH = 0.01  # inverse weight decay of its logistic regression on standardised features
+# VinDr-Mammo's names of findings that are not the column's name in lower case.
+FINDING_ALIASES = {"suspicious_calcification": "calcification"}
+
+
+def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
+    """labels.csv as written by prepare_dataset.py, one row for each image.
+
+    Columns: `image` (path relative to the file's folder, or a bare name), each of `findings` as float
+    (1, 0, NaN = unknown), `boxes` as lists of dicts with `finding` (set of column names), xmin, ymin,
+    xmax, ymax in px; the others as text, '' where absent (study_id, patient_id, split, laterality,
+    view, breast_density). Raises MammoError with file, row and remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MammoError(f"labels {path}: no such file; prepare_dataset.py --findings_csv writes it")
+    table = files.read_table(path, ["image", *findings], "prepare_dataset.py --findings_csv writes it")
+    twice = table["image"][table["image"].duplicated()]
+    if len(twice):
+        raise MammoError(f"labels {path}: {twice.iloc[0]} has more than one row")
+    for name in findings:
+        number = pd.to_numeric(table[name].replace("", "nan"), errors="coerce")
+        wrong = ~(number.isin([0, 1]) | table[name].str.lower().isin(["", "nan"]))
+        if wrong.any():
+            row = table[wrong].iloc[0]
+            raise MammoError(
+                f"labels {path}: {name} of {row['image']} is {row[name]!r}, not 0, 1 or empty"
+            )
+        table[name] = number
+    for name in ("study_id", "patient_id", "split", "laterality", "view", "breast_density", "boxes"):
+        if name not in table:
+            table[name] = ""
+    table["boxes"] = [
+        _read_boxes(path, *row) for row in zip(table["image"], table["boxes"], strict=True)
+    ]
+    return table
+
+
+def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
+    """The boxes of one row; their findings by column name. Raises MammoError."""
+    try:
+        boxes = json.loads(text or "[]")
+        for box in boxes:
+            names = [name.strip().lower().replace(" ", "_") for name in box["finding"]]
+            box["finding"] = {FINDING_ALIASES.get(name, name) for name in names}
+            edges = [float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
+            if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:
+                raise ValueError(f"box {edges} has no area")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise MammoError(f"labels {path}: boxes of {image} can't be read ({error!r})") from error
+    return boxes
+
+
+def match_labels(
+    labels: pd.DataFrame, folder: Path, images: Sequence[str], data_dir: Path
+) -> np.ndarray:
+    """Row of `labels` for each of `images` (paths relative to data_dir), -1 where there is none.
+
+    `folder` is that of labels.csv; full paths are compared first, then bare file names, where one alone
+    has that name.
+    """
+    folder, data_dir = folder.resolve(), data_dir.resolve()
+    by_path = {str(folder / name): row for row, name in enumerate(labels["image"])}
+    names = labels["image"].map(lambda name: Path(name).name)
+    single = names[~names.duplicated(keep=False)]
+    by_name = dict(zip(single, single.index, strict=True))
+    rows = [by_path.get(str(data_dir / name), by_name.get(Path(name).name, -1)) for name in images]
+    return np.array(rows, dtype=int)
+
+
+def group_keys(table: pd.DataFrame) -> pd.Series:
+    """What splits, folds and intervals go by, for rows with study_id and patient_id ('' = unknown): the
+    patient of the study where any of its rows names one, else the study."""
+    known = table["patient_id"].where(table["patient_id"] != "")
+    return known.groupby(table["study_id"]).transform("first").fillna(table["study_id"])
+
+
+def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame) -> pd.DataFrame:
+    """Labels with study, side and view of their images also where only the manifest knows them, and
+    with `patient` (see patients); `found` gives the row of `labels` for each of `sources`, a table with
+    these columns."""
+    known = sources.assign(row=found).drop_duplicates("row").set_index("row").reindex(labels.index)
+    known = known[["study_id", "laterality", "view"]].fillna("")
+    study = labels["study_id"].where(labels["study_id"] != "", known["study_id"])
+    side, view = (known[n].where(known[n] != "", labels[n]) for n in ("laterality", "view"))
+    labels = labels.assign(
+        study_id=study.where(study != "", labels["image"]), laterality=side, view=view
+    )
+    return labels.assign(patient=group_keys(labels))
+
+
+def tile_labels(
+    tiles: pd.DataFrame, rows: np.ndarray, labels: pd.DataFrame, size: int, findings: Sequence[str]
+) -> np.ndarray:
+    """(N, findings) float32: 1, 0, or NaN = left out, for `tiles` (x, y, image) of `size` px.
+
+    `rows` gives the row of `labels` for each image, -1 = unlabelled. A tile is positive where it holds
+    a box's centre or LABEL_COVER of it, and left out where it merely touches one. Away from boxes it
+    is negative if the image is known to be without the finding, or if boxes say where it lies.
+    """
+    out = np.full((len(tiles), len(findings)), np.nan, np.float32)
+    for image, group in tiles.groupby("image"):
+        row = rows[int(image)]
+        if row < 0:
+            continue
+        index = tiles.index.get_indexer(group.index)
+        for column, finding in enumerate(findings):
+            boxes = [box for box in labels["boxes"][row] if finding in box["finding"]]
+            known = labels[finding][row]
+            if boxes or known == 0:
+                out[index, column] = 0
+            for state in (np.nan, 1):  # positive wins where a tile touches one box and holds another
+                for box in boxes:
+                    holds, touches = _tile_holds(group, box, size)
+                    out[index[touches if np.isnan(state) else holds], column] = state
+    return out
+
+
+def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which tiles hold a box's centre or LABEL_COVER of it, and which touch it; both (N,) bool."""
+    x, y = tiles["x"].to_numpy(), tiles["y"].to_numpy()
+    x0, y0, x1, y1 = (float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
+    across = (np.minimum(x + size, x1) - np.maximum(x, x0)).clip(0)
+    down = (np.minimum(y + size, y1) - np.maximum(y, y0)).clip(0)
+    cover = across * down / ((x1 - x0) * (y1 - y0))
+    centre_x, centre_y = (x0 + x1) / 2, (y0 + y1) / 2
+    centred = (x <= centre_x) & (centre_x < x + size) & (y <= centre_y) & (centre_y < y + size)
+    return centred | (cover >= LABEL_COVER), cover > 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Labelled tiles of a run: ids (N,), targets (N, findings) with NaN = unknown, groups (N,)."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    groups: np.ndarray  # the patient, or the study where no patient is known; folds keep them whole
+
+
+def prepare_probe(
+    path: Path,
+    data_dir: Path,
+    images: pd.DataFrame,
+    table: pd.DataFrame,
+    tile_size: int,
+    findings: Sequence[str],
+    order: np.ndarray,
+) -> Probe:
+    """The online probe's tiles: the first of `order` (ids of all tiles) that labels.csv knows of.
+
+    `images` and `table` as in MammogramTiles. Raises MammoError where there are too few.
+    """
+    labels = read_labels(path, findings)
+    rows = match_labels(labels, path.parent, images["image"], data_dir)
+    targets = tile_labels(table, rows, labels, tile_size, findings)
+    image_row = table["image"].to_numpy()
+    positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
+    negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]
+    ids = np.sort(np.concatenate([positive, negative[: PROBE_TILES - len(positive)]]))
+    patient = with_manifest(labels, rows, images)["patient"]
+    groups = patient.reindex(rows[image_row[ids]]).to_numpy(str)
+    probe = Probe(ids, targets[ids], groups)
+    for column, name in enumerate(findings):
+        for value, word in ((1, "with"), (0, "without")):
+            count = len(set(groups[probe.targets[:, column] == value]))
+            if count < PROBE_FOLDS:
+                raise MammoError(
+                    f"labels {path}: {count} studies have tiles {word} {name}, the online probe needs "
+                    f"{PROBE_FOLDS}; add labels, loosen the tile settings, or leave --labels out"
+                )
+    return probe
+
+
+def run_probe(
+    features: np.ndarray, probe: Probe, findings: Sequence[str], seed: int
+) -> dict[str, float]:
+    """Out-of-fold AUROC of a logistic probe on frozen features (N, D), mean and per finding.
+
+    Group k-fold: patients, or studies where no patient is known, stay whole.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    logistic = LogisticRegression(C=PROBE_STRENGTH, class_weight="balanced", max_iter=5000, tol=1e-3)
+    model = make_pipeline(StandardScaler(), logistic)
+    folds = StratifiedGroupKFold(PROBE_FOLDS, shuffle=True, random_state=seed % 2**32)
+    out = {}
+    for name, target in zip(findings, probe.targets.T, strict=True):
+        known = np.isfinite(target)
+        x, y, groups = features[known], target[known].astype(int), probe.groups[known]
+        scores = cross_val_predict(model, x, y, groups=groups, cv=folds, method="decision_function")
+        out[f"auroc_{name}"] = float(roc_auc_score(y, scores))
+    return {"auroc": float(np.mean(list(out.values()))), **out}

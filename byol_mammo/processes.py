@@ -1,0 +1,243 @@
+"""Ranks of a run, signals, pools of processes, and who may write to a folder."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from byol_mammo import files
+from byol_mammo.settings import MammoError, StoppedError
+
+
+def this_host() -> str:
+    """Host name and boot: two machines, such as containers, may share the first but not the second."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}_{boot.read_text().strip() if boot.is_file() else ''}"
+
+
+STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a request, obeyed where that leaves all in order.
+
+    `requested` is the number of the signal that this process received, `agreed` of the one that all
+    ranks stop for (0 = none): they compare at each read of the metrics, because all must leave the loop
+    at the same step. Ctrl-C twice quits at once. The other signals don't: SLURM and launchers send the
+    same one to a process and to its parent, which hands it on, and SIGKILL follows anyway.
+    """
+
+    def __init__(self) -> None:
+        self.requested, self.agreed = 0, 0
+
+    def __enter__(self) -> StopSignal:
+        numbers = [getattr(signal, name) for name in STOP_SIGNALS]
+        self.former = {number: signal.signal(number, self._request) for number in numbers}
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        if number == self.requested == signal.SIGINT:
+            signal.signal(number, self.former[number])
+            signal.raise_signal(number)
+        self.requested = self.requested or number
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def obey(self) -> None:
+        """Raise StoppedError where a signal has come."""
+        if self.requested:
+            raise StoppedError(self.requested)
+
+
+def run_in_parallel(
+    function: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int,
+    bar: tqdm,
+    done: Callable[[Any], None] = lambda result: None,
+    threads: bool = False,
+) -> None:
+    """Call `function(*job)` for each job, in at most `workers` processes or threads, and move the bar.
+
+    `done` gets each result, here. An error or a signal drops the jobs that have not begun; those at hand
+    end first, and `done` gets their results too. Raises StoppedError after a signal.
+    """
+    workers = max(1, min(workers, available_cores(), len(jobs)))
+    with bar, StopSignal() as stop:
+        if workers == 1:
+            for job in jobs:
+                stop.obey()
+                done(function(*job))
+                bar.update()
+            return
+        with ThreadPoolExecutor(workers) if threads else process_pool(workers) as pool:
+            ended: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+            running: set[Future[Any]] = set()
+            try:
+                for job in jobs:
+                    running.add(future := pool.submit(function, *job))
+                    future.add_done_callback(ended.put)
+                while running:
+                    stop.obey()
+                    with suppress(queue.Empty):  # looks at the signals twice a second
+                        future = ended.get(timeout=0.5)
+                        running.discard(future)
+                        done(future.result())
+                        bar.update()
+            except BaseException:
+                begun = [future for future in running if not future.cancel()]
+                for future in wait(begun).done:  # none of these is lost
+                    if not future.exception():
+                        with suppress(OSError):
+                            done(future.result())
+                raise
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that import the libraries once and end with this one.
+
+    Plain fork can hang once torch has started threads; a fork server can't.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+
+
+def start_worker() -> None:
+    """Let a process of run_in_parallel leave signals to its parent and end with it.
+
+    Ctrl-C and SLURM reach all processes of a job, but the image at hand shall be finished. A killed run
+    must not leave processes behind that write into what the next one builds.
+    """
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+PEER_TIMEOUT = 60  # minutes that a process waits for the others, as at the end of an epoch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run: the only one without torchrun or srun."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and shows."""
+        return self.rank == 0
+
+
+def find_ranks() -> Ranks:
+    """Read the place that torchrun, or srun with several tasks, has given this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in os.environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    try:
+        rank, size, local_rank = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        return Ranks()
+    # In an interactive allocation of several tasks, a plain `python` is no task of a step.
+    if "RANK" not in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return Ranks()
+    return Ranks(rank, size, local_rank)
+
+
+def join_ranks(ranks: Ranks, backend: str) -> None:
+    """Connect with the other ranks by nccl or gloo. Raises MammoError where they can't be found."""
+    if ranks.world_size == 1:
+        return
+    from torch import distributed  # here: prepare_dataset.py has no use for torch
+
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise MammoError(
+            f"{ranks.world_size} processes but no {' and '.join(missing)}: start by torchrun or "
+            "submit_byol.sh"
+        )
+    distributed.init_process_group(
+        backend,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=datetime.timedelta(minutes=PEER_TIMEOUT),
+    )
+
+
+def available_cores() -> int:
+    """Cores that this process may use (SLURM and cpusets give fewer than the node has)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def this_job() -> str:
+    """What SLURM's requeues and torchrun's restarts of a job have in common."""
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        if os.environ.get(name, "none") != "none":  # as torchrun says without --rdzv_id
+            return os.environ[name]
+    return f"{socket.gethostname()} {os.getppid()}"  # torchrun, which stays the same process
+
+
+def is_restarted() -> bool:
+    """Whether SLURM or torchrun starts this job again, with the flags of its first start."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+@contextmanager
+def exclusive_run_folder(folder: Path, resume: bool) -> Iterator[None]:
+    """Make the run's folder and hold it: two runs that write to one would mix their results.
+
+    A run that is not to be resumed, or can't be for want of last.pth, is moved aside first; a job that
+    is started again goes on with the run that it began, --no_resume or not. Raises MammoError where
+    another run holds the folder.
+    """
+    mark = folder / ".job"
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written is known by now
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise MammoError(f"another run is writing to {folder}; give --run_name NAME") from error
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
+    try:
+        own = is_restarted() and mark.is_file() and mark.read_text(encoding="utf-8") == this_job()
+        left = not (folder / "last.pth").is_file() and any(folder.glob("mammogram_byol_*.pth"))
+        if left or not (resume or own or all(path == mark for path in folder.iterdir())):
+            files.move_aside(folder)
+            folder.mkdir()
+        if not resume:
+            files.write_atomic(mark, this_job())
+        yield
+    finally:
+        lock.release()
