@@ -1,11 +1,9 @@
 """The classifier: labels to tiles, probe, fine-tuning, comparison, evaluation, prediction, refusals."""
 
-import ast
 import dataclasses
 import hashlib
 import json
 import re
-import subprocess
 import sys
 
 import cv2
@@ -14,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -23,8 +20,6 @@ import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
 import train_classifier as classifier
 
-SOURCE = (ROOT / "train_classifier.py").read_text()
-FIELDS = {field.name: field for field in dataclasses.fields(classifier.Settings)}
 TILES = (
     "--backbone resnet18 --tile_size 96 --tile_stride 64 --view_size 32 --pixel_spacing_mm 0.68".split()
 )
@@ -92,47 +87,6 @@ def trained(labelled):
     flags = ["--weights", "none", *TILES, "--epochs", 2, "--patience", 2, "--run_name", "tuned"]
     assert run_main("train", labelled, *flags) == 0
     return labelled.parent / "tuned"
-
-
-# ---- settings and shape
-
-
-def test_constants_fields_flags_and_help_agree():
-    section = SOURCE.split("# ---- 1 Configuration")[1].split("COMMANDS = ")[0]
-    constants = re.findall(r"^([A-Z_]+) = ", section, flags=re.MULTILINE)
-    assert sorted(name.lower() for name in constants) == sorted(FIELDS)
-    for name, field in FIELDS.items():
-        assert field.default == getattr(classifier, name.upper())
-    shown = run_script(ROOT / "train_classifier.py", "--help").stdout
-    flags = set(re.findall(r"^  --([a-z_]+)", shown, flags=re.MULTILINE))
-    assert set(FIELDS) == {flag for flag in flags if not flag.startswith("no_")}
-
-
-def test_every_setting_is_read():
-    code = SOURCE.split("COMMANDS = ")[1].split("def parse_args")[1]
-    for name in FIELDS:
-        assert re.search(rf"\b{name}\b", code) or name in ("output_dir", "run_name", "findings"), name
-
-
-def test_banners_equal_the_table_of_contents():
-    banners = re.findall(r"^# ---- (\d [A-Z][a-z ]+?) -+$", SOURCE, flags=re.MULTILINE)
-    contents = re.findall(r"^    (\d [A-Z][a-z ]+?)  ", classifier.__doc__, flags=re.MULTILINE)
-    assert banners == contents
-    assert len(banners) == 8
-
-
-def test_import_is_silent_and_the_main_script_imports_no_sibling():
-    code = "import train_classifier, sys; print({'wandb', 'matplotlib', 'sklearn'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "set()", "")
-    main = ast.parse((ROOT / "train_byol_mammo.py").read_text())
-    names = {
-        alias.name for node in ast.walk(main) if isinstance(node, ast.Import) for alias in node.names
-    }
-    names |= {node.module for node in ast.walk(main) if isinstance(node, ast.ImportFrom)}
-    assert not names & {path.stem for path in ROOT.glob("*.py")}
 
 
 # ---- tile labels

@@ -4,26 +4,23 @@ import copy
 import hashlib
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import stages
 import torch
-from conftest import ROOT, SMALL, small_config
+from conftest import SMALL, small_config
 from lightly.utils.lars import LARS as LightlyLARS  # noqa: N811
 
 import train_byol_mammo as mammo
 
-# A process of a run that writes down the tiles of every step and the hash of its weights.
-WORKER = """
-    import hashlib, json, os, sys
-    import train_byol_mammo as mammo
-    out, *flags = sys.argv[1:]
+
+def worker(words):
+    """A process of a run that writes down the tiles of every step and the hash of its weights."""
+    out, *flags = words
     seen, runs, step, prepare = [], [], mammo.train_step, mammo.prepare_run
     mammo.train_step = lambda run, ids, tiles=None: seen.append(ids.tolist()) or step(run, ids, tiles)
     mammo.prepare_run = lambda *words: runs.append(prepare(*words)) or runs[-1]
@@ -31,41 +28,34 @@ WORKER = """
     digest = hashlib.sha256()
     for name, value in runs[0].model.named_parameters():
         digest.update(name.encode() + value.detach().numpy().tobytes())
-    with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
-        json.dump({"seen": seen, "hash": digest.hexdigest(), "step": runs[0].step}, file)
-    sys.exit(code)
-"""
+    found = {"seen": seen, "hash": digest.hexdigest(), "step": runs[0].step}
+    Path(out, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    return code
 
 
 def start_processes(folder, archive, *flags, size=2):
-    """Start `size` processes of one run on an archive's images and cache."""
+    """Start `size` processes of one run on an archive's images and cache; they print to 0.log, 1.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = ["--data_dir", archive / "images", "--output_dir", folder / "runs"]
     places += ["--cache_dir", archive / "cache"]
-    words = [sys.executable, "-c", textwrap.dedent(WORKER), folder, *places, *SMALL, *flags]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [str(word) for word in words],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+        stages.start(
+            worker, [folder, *places, *SMALL, *flags], folder / f"{rank}.log",
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(size)
-    ]
+    ]  # fmt: skip
 
 
 def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_path):
     flags = ("--epochs", "10", "--tiles_per_epoch", "64", "--max_steps", "20")
     processes = start_processes(tmp_path, archive, *flags)
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()
+    for rank, process in enumerate(processes):
+        log = tmp_path / f"{rank}.log"
+        assert stages.end(process, log) == 0, log.read_text()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["step"] == second["step"] == 20
     assert first["hash"] == second["hash"]
@@ -74,8 +64,7 @@ def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_pa
         assert len(epoch) == len(set(epoch)) == 64
     # One process goes on from there: at the same place of the schedule, with half the global batch.
     alone = start_processes(tmp_path, archive, *flags[:-1], "42", size=1)[0]
-    _, errors = alone.communicate(timeout=300)
-    assert alone.returncode == 0, errors.decode()
+    assert stages.end(alone, tmp_path / "0.log") == 0, (tmp_path / "0.log").read_text()
     assert json.loads((tmp_path / "0.json").read_text())["step"] == 42
 
 
@@ -83,19 +72,17 @@ def test_a_dead_process_ends_the_others_with_a_message(archive, tmp_path):
     flags = ("--epochs", "1000", "--tiles_per_epoch", "64", "--save_every", "0")
     processes = start_processes(tmp_path, archive, *flags)
     until = time.monotonic() + 120
-    while not (tmp_path / "runs" / "byol_resnet18" / "last.pth").exists():
-        assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+    while not (tmp_path / "runs" / "byol_slim" / "last.pth").exists():
+        assert all(process.is_alive() for process in processes), (tmp_path / "0.log").read_text()
         assert time.monotonic() < until
         time.sleep(0.1)
-    processes[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    _, errors = processes[0].communicate(timeout=60)
-    processes[1].communicate()
-    assert time.monotonic() - killed < 60
-    assert processes[0].returncode == 2
-    assert b"lost each other" in errors
-    assert b"Traceback" not in errors
-    torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")
+    processes[1].kill()
+    assert stages.end(processes[0], tmp_path / "0.log", 60) == 2
+    processes[1].join()
+    printed = (tmp_path / "0.log").read_text()
+    assert "lost each other" in printed
+    assert "Traceback" not in printed
+    torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")
 
 
 def test_processes_without_an_address_are_told_how_to_start(monkeypatch):

@@ -6,64 +6,25 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
-from html.parser import HTMLParser
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import stages
 import torch
-from conftest import ROOT, run_script, small_config, train_script, write_images
+from conftest import HOSTILE, REPORTS, ROOT, run_script, small_config, train_script
+from pages import Page
 from test_training import open_run, start, wait_for
 
 import train_byol_mammo as mammo
-
-HOSTILE = "<img src=x onerror=alert(1)>"
-VOID = {"meta", "img"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest and collects attributes, images and visible text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.links, self.images, self.words = [], [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in VOID:
-            self.open.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        assert not [name for name, _ in attrs if name.startswith("on")]
-        self.images += [dict(attrs)["alt"]] if tag == "img" else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run with a hostile name, a broken image among its good ones."""
-    folder = tmp_path_factory.mktemp("report")
-    write_images(folder / "images", bits=12)
-    (folder / "images" / "Jane^<b>.png").write_bytes(b"\x89PNG broken")
-    flags = ("--epochs", "2", "--report_every", "0.00001", "--run_name", HOSTILE)
-    return mammo.train(small_config(folder, *flags))
 
 
 def test_the_report_is_one_self_contained_page(finished):
     text = (finished / "report.html").read_text()
     page = Page(text)
+    assert page.active == []
     assert page.images == ["curves", "embedding", "segmentation", "grid", "tiles", "views"]
     for link in page.links:
         kind, data = link.split(",", 1)
@@ -90,7 +51,7 @@ def test_the_report_tells_the_run(finished):
     for words in (
         "Finished", "step 8 of 8", f"{best['epoch']:.0f} (RankMe {best['monitor_rankme']:.1f})",
         f"positions in the images {funnel['positions']:,}", f"kept {funnel['kept']}",
-        "5 images, of which 1 were skipped", "can't be decoded", "--tile_size 128", "resnet18 resnet50",
+        "5 images, of which 1 were skipped", "can't be decoded", "--tile_size 128", "slim resnet50",
         f"torch {torch.__version__}", f"below {mammo.COLLAPSE_STD} collapsed",
         f"loss {metrics['loss'].dropna().iloc[-1]:.3f}",
     ):  # fmt: skip
@@ -160,17 +121,16 @@ def test_the_curves_are_of_what_the_run_has_measured(monkeypatch, tmp_path):
 def test_the_report_is_there_while_the_run_goes_on_and_when_it_is_stopped(archive, tmp_path):
     shutil.copytree(archive / "images", tmp_path / "images")
     shutil.copytree(archive / "cache", tmp_path / "cache")
-    process = start(tmp_path, "--epochs", "1000")
-    run = tmp_path / "runs" / "byol_resnet18"
+    process = start(tmp_path, "--epochs", "1000", "--report_every", "5")
+    run = tmp_path / "runs" / "byol_slim"
     wait_for(run / "report.html", process)
     page = Page((run / "report.html").read_text())
     assert "Running when last heard of" in page.text
     assert "time left" in page.text
     assert {"curves", "views", "tiles"} <= set(page.images)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert b"note:" not in errors
+    process.terminate()
+    assert stages.end(process, tmp_path / "log", 60) == 128 + signal.SIGTERM
+    assert "note:" not in (tmp_path / "log").read_text()
     page = Page((run / "report.html").read_text())
     step = torch.load(run / "last.pth")["step"]
     assert f"step {step:,} of 4,000" in page.text
@@ -180,7 +140,7 @@ def test_the_report_is_there_while_the_run_goes_on_and_when_it_is_stopped(archiv
 def test_an_error_is_told_by_the_report(archive, tmp_path, monkeypatch):
     shutil.copytree(archive, tmp_path / "a")
     monkeypatch.setattr(mammo, "read_metrics", lambda *_: [float("nan")] * 3)
-    config = small_config(tmp_path / "a", "--epochs", "1")
+    config = small_config(tmp_path / "a", "--epochs", "1", *REPORTS)
     with pytest.raises(mammo.MammoError, match="the loss is not a number"):
         mammo.train(config)
     page = Page((config.run_dir / "report.html").read_text())
@@ -191,12 +151,12 @@ def test_an_error_is_told_by_the_report(archive, tmp_path, monkeypatch):
 def test_a_report_that_cannot_be_written_ends_no_run(archive, tmp_path):
     shutil.copytree(archive / "images", tmp_path / "images")
     shutil.copytree(archive / "cache", tmp_path / "cache")
-    (tmp_path / "runs" / "byol_resnet18" / "report.html").mkdir(parents=True)
-    done = train_script(tmp_path, "--epochs", "1")
+    (tmp_path / "runs" / "byol_slim" / "report.html").mkdir(parents=True)
+    done = train_script(tmp_path, "--epochs", "1", *REPORTS)
     assert done.returncode == 0, done.stderr
     assert "note: report not written (IsADirectoryError" in done.stderr
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "runs" / "byol_resnet18" / "backbone.safetensors").is_file()
+    assert (tmp_path / "runs" / "byol_slim" / "backbone.safetensors").is_file()
 
 
 def test_report_every_zero_draws_nothing(archive, tmp_path, monkeypatch, capsys):
@@ -265,28 +225,23 @@ def test_metrics_of_an_older_version_keep_their_columns_on_resume(tmp_path):
 @pytest.mark.parametrize("mode", ["auto", "lines", "none", "bar"])
 def test_progress_in_a_log_file_is_whole_lines(archive, tmp_path, mode):
     shutil.copytree(archive / "images", tmp_path / "images")
-    done = subprocess.run(
-        [
-            sys.executable, ROOT / "train_byol_mammo.py", "--data_dir", tmp_path / "images",
-            "--output_dir", tmp_path, "--cache_dir", tmp_path / "cache", "--tile_size", "128",
-            "--tile_stride", "64", "--view_size", "32", "--backbone", "resnet18", "--weights", "none",
-            "--hidden_dim", "64", "--batch_size", "8", "--min_freq_energy", "0", "--pixel_spacing_mm",
-            "0.3", "--max_steps", "2", "--wandb_mode", "disabled", "--progress", mode,
-        ],
-        capture_output=True, check=True, timeout=300,
-    )  # fmt: skip
-    assert b"\r" not in done.stdout
-    assert (b"\r" in done.stderr) == (mode == "bar")
-    assert (b"\n\n" in done.stderr) is False
-    lines = done.stderr.decode().splitlines()
+    done = train_script(tmp_path, "--max_steps", "2", "--progress", mode)
+    assert done.returncode == 0
+    assert "\r" not in done.stdout
+    assert ("\r" in done.stderr) == (mode == "bar")
+    assert "\n\n" not in done.stderr
+    lines = done.stderr.splitlines()
     if mode == "none":
         assert lines == []
     if mode in ("auto", "lines"):
-        assert len(lines) == 2
-        assert lines[0].startswith("tiles: 4 of 4 images, ")
+        tiles, train = (  # one line each, or one a minute on a slow machine
+            [line for line in lines if line.startswith(f"{name}: ")] for name in ("tiles", "train")
+        )
+        assert len(tiles) + len(train) == len(lines)
+        assert tiles[-1].startswith("tiles: 4 of 4 images, ")
         assert re.fullmatch(
             r"train: 2 of 2 steps, \S+ gone, \S+ left, loss \S+ std \S+ \S+ tiles/s lr \S+ momentum \S+",
-            lines[1],
+            train[-1],
         )
 
 

@@ -1,14 +1,10 @@
 """Training: the step, overfitting, collapse, restart to the bit, refusals."""
 
-import contextlib
 import copy
 import hashlib
 import math
-import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -16,9 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import stages
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, small_config, train_script
+from conftest import SMALL, places_in, small_config
 from safetensors.torch import load_file
 from torch import nn
 
@@ -181,64 +178,26 @@ def test_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
 
 
 def start(folder, *flags):
-    places = [
-        "--data_dir",
-        folder / "images",
-        "--output_dir",
-        folder / "runs",
-        "--cache_dir",
-        folder / "cache",
-    ]
-    command = [sys.executable, ROOT / "train_byol_mammo.py", *places, *SMALL, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.Popen(
-        [str(word) for word in command],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    """A training in a process, its places below `folder`; what it prints is in folder/log."""
+    return stages.start("train_byol_mammo", [*places_in(folder), *SMALL, *flags], folder / "log")
 
 
 def wait_for(path, process, seconds=120):
     until = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), f"ended with {process.exitcode}"
         assert time.monotonic() < until, f"{path} did not come"
         time.sleep(0.02)
-
-
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(archive, tmp_path):
-    """SIGKILL at three random moments, with a checkpoint written after every step."""
-    shutil.copytree(archive / "images", tmp_path / "images")
-    shutil.copytree(archive / "cache", tmp_path / "cache")
-    flags = ("--epochs", "6", "--save_every", "0", "--seed", "5")
-    done = train_script(tmp_path, *flags, "--run_name", "whole")
-    assert done.returncode == 0, done.stderr
-    rng = random.Random(0)
-    for _ in range(int(os.environ.get("BYOL_MAMMO_KILLS", 3))):
-        process = start(tmp_path, *flags, "--run_name", "killed")
-        wait_for(tmp_path / "runs" / "killed" / "last.pth", process)
-        time.sleep(rng.uniform(0.0, 3.0))
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
-        for checkpoint in (tmp_path / "runs" / "killed").glob("[!.]*.pth"):
-            torch.load(checkpoint)  # whole or absent, never torn
-    assert train_script(tmp_path, *flags, "--run_name", "killed").returncode == 0
-    names = [tmp_path / "runs" / run / "mammogram_byol_final.pth" for run in ("whole", "killed")]
-    assert weights_hash(names[0]) == weights_hash(names[1])
 
 
 def test_sigterm_saves_and_says_how_to_go_on(archive, tmp_path):
     shutil.copytree(archive / "images", tmp_path / "images")
     process = start(tmp_path, "--epochs", "1000")
-    wait_for(tmp_path / "runs" / "byol_resnet18" / "metrics.csv", process)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert b"the same command goes on" in errors
-    assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] > 0
+    wait_for(tmp_path / "runs" / "byol_slim" / "metrics.csv", process)
+    process.terminate()
+    assert stages.end(process, tmp_path / "log", 60) == 128 + signal.SIGTERM
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")["step"] > 0
 
 
 def test_a_signal_that_comes_while_the_report_is_drawn_costs_no_step(archive, tmp_path, monkeypatch):

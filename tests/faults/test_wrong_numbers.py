@@ -81,7 +81,7 @@ def test_a_number_that_is_none_in_a_batch_stops_the_run_and_names_its_tiles(
         train_with(archive, tmp_path, "--log_every", "4")
     assert named_tiles(str(caught.value)) == batches.ids[step]
     assert all_finite(tmp_path / "runs") >= 2  # of the first epoch
-    assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] == 4
+    assert torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")["step"] == 4
 
 
 @pytest.mark.parametrize("what", ["weight", "statistic", "moment"])
@@ -109,7 +109,7 @@ def test_a_state_spoilt_behind_a_sound_loss_is_never_saved(
         train_with(archive, tmp_path, "--log_every", "1000")
     assert named_tiles(str(caught.value)) == batches.ids[STEPS]
     all_finite(tmp_path / "runs")
-    assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] == 4
+    assert torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")["step"] == 4
 
 
 def test_no_checkpoint_of_numbers_that_are_none_is_written(archive, tmp_path):
