@@ -120,6 +120,12 @@ def archive(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Build caches without their pictures, which cost more than the rest of a small one."""
+    monkeypatch.setattr(mammo, "draw_extraction", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a finished run with its report; a hostile name, hostile images, a broken one."""

@@ -275,7 +275,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGE))
-def test_a_damaged_cache_is_built_anew(archive, tmp_path, name, capfd):
+def test_a_damaged_cache_is_built_anew(archive, tmp_path, name, capfd, without_pictures):
     shutil.copytree(archive, tmp_path / "a")
     config = small_config(tmp_path / "a")
     before = mammo.MammogramTiles(mammo.build_cache(config), 4)
@@ -312,7 +312,7 @@ def test_a_cache_cut_short_during_the_run_leaves_the_last_state(whole, tmp_path)
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_of_two_builders_one_builds_and_the_other_waits(tmp_path, killed):
     """Where the first is killed, the second takes over."""
-    data = write_images(tmp_path / "images", 24, height=960, width=800)  # seconds of work: they meet
+    data = write_images(tmp_path / "images", 16, height=960, width=800)  # seconds of work: they meet
     flags = arguments(data, tmp_path, "--max_steps", "1")
     first = stages.start("train_byol_mammo", [*flags, "--run_name", "first"], tmp_path / "first.log")
     until = time.monotonic() + 60
