@@ -140,10 +140,6 @@ def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypa
     assert not (cache / "extracted").exists()
 
 
-# What an extraction leaves behind is looked at as files of lines and of pixels, wherever they lie. How it
-# keeps its books is its own affair; that the same command ends with the same cache is not.
-
-
 def left_by_a_first_start(folder, archive, monkeypatch):
     """The config of an extraction that Ctrl-C ended with three of the archive's four images done."""
     shutil.copytree(archive / "images", folder / "images")

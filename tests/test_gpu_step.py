@@ -9,23 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import small_network
 import torch
 from conftest import SMALL, small_config
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch import config as lowering
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._subclasses.fake_tensor import (
+from private_torch import (
+    COMPILERS,
+    COMPILES_BACKWARD_AT_ONCE,
     DataDependentOutputException,
     FakeTensorMode,
+    TorchDispatchMode,
+    backend_without,
+    bf16_and_scaler_without_a_driver,
+    tree_leaves,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_byol_mammo as mammo
 
 GPU = torch.device("cuda:0")
-COMPILERS = ("fw_compiler", "bw_compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
@@ -59,8 +60,7 @@ def no_gpu_is_asked(monkeypatch):
             _ = torch.empty(4, device=GPU)[1:]
     except RuntimeError:
         pytest.skip(f"PyTorch {torch.__version__} needs the driver for tensors without data too")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    bf16_and_scaler_without_a_driver(monkeypatch)
 
     def pinned_copy(array, device):
         return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
@@ -72,8 +72,12 @@ def gpu_run(folder, monkeypatch, *flags):
     """A Run whose tensors are on a GPU; call it inside FakeTensorMode."""
     flags = ("--device", "cuda", "--batch_size", "4", "--output_dir", str(folder), *flags)
     config = mammo.parse_args([*SMALL, *flags])
-    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 64, 32)
-    speck_head = torch.nn.Conv2d(512, mammo.SPECK_QUANTITIES, 1)
+    model = mammo.MammogramBYOL(mammo.build_backbone(small_network.NAME), small_network.WIDTH, 64, 32)
+    speck_head = (
+        torch.nn.Conv2d(small_network.WIDTH, mammo.SPECK_QUANTITIES, 1)
+        if config.freq_loss_weight
+        else None
+    )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         without_data(model).train()
@@ -83,16 +87,19 @@ def gpu_run(folder, monkeypatch, *flags):
         tiles.layout, tiles.centre = np.tile([0, 90, 90], (8, 1)), np.full((8, 2), 44.3)
         tiles.window = np.tile(np.float32([0, 1000]), (8, 1))
         tiles.pixels = torch.empty(90 * 90, dtype=torch.int16, device=GPU)
-        run = mammo.Run(
-            config, folder, tiles, np.arange(8), np.arange(8), model, optimizer,
-            torch.amp.GradScaler("cuda", enabled=False), GPU,
-            lambda: torch.autocast("cuda", torch.bfloat16), mammo.Objective(model), 2, "", mammo.World(),
-        )  # fmt: skip
-        if config.freq_loss_weight:
-            run.speck_head = without_data(speck_head)
-            run.speck_scale = torch.empty(2, 1, 3, 1, 1, device=GPU).unbind()
-            run.loss_function = mammo.Objective(model, run.speck_head)
-            optimizer.add_param_group({"params": list(run.speck_head.parameters())})
+        scale = None
+        if speck_head is not None:
+            optimizer.add_param_group({"params": list(without_data(speck_head).parameters())})
+            scale = torch.empty(2, 1, 3, 1, 1, device=GPU).unbind()
+        parts = {
+            "config": config, "folder": folder, "tiles": tiles, "train_ids": np.arange(8),
+            "monitor_ids": np.arange(8), "model": model, "optimizer": optimizer,
+            "scaler": torch.amp.GradScaler("cuda", enabled=False), "device": GPU,
+            "autocast": lambda: torch.autocast("cuda", torch.bfloat16),
+            "loss_function": mammo.Objective(model, speck_head), "steps_per_epoch": 2, "wandb_id": "",
+            "world": mammo.World(), "speck_head": speck_head, "speck_scale": scale,
+        }  # fmt: skip
+        run = mammo.Run(**parts)
 
     def backward(loss):
         assert loss.device == GPU
@@ -277,8 +284,8 @@ def test_pixels_stay_on_the_gpu_where_a_step_has_room_beside_them(monkeypatch, g
 
 
 def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
-    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 64, 32)
-    objective = mammo.Objective(model, torch.nn.Conv2d(512, mammo.SPECK_QUANTITIES, 1))
+    model = mammo.MammogramBYOL(mammo.build_backbone(small_network.NAME), small_network.WIDTH, 64, 32)
+    objective = mammo.Objective(model, torch.nn.Conv2d(small_network.WIDTH, mammo.SPECK_QUANTITIES, 1))
     views, specks = torch.randn(2, 4, 1, 64, 64), torch.randn(2, 4, mammo.SPECK_QUANTITIES, 2, 2)
     compiled = torch.compile(objective, backend="eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -292,10 +299,9 @@ def test_where_compiling_fails_the_plain_function_goes_on(monkeypatch, capsys, b
     def fail(*_):
         raise RuntimeError("out of shared memory")
 
-    if broken == "bw_compiler" and not hasattr(lowering, "force_non_lazy_backward_lowering"):
+    if broken == "bw_compiler" and not COMPILES_BACKWARD_AT_ONCE:
         pytest.skip(f"PyTorch {torch.__version__} compiles the backward pass at its first call")
-    compilers = {name: lambda graph, _: make_boxed_func(graph.forward) for name in COMPILERS}
-    backend = aot_autograd(**{**compilers, broken: fail})
+    backend = backend_without(broken, fail)
     plain_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: plain_compile(function, backend=backend))
     torch.compiler.reset()
