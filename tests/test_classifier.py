@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import small_network
 import torch
 import torchvision
 from hypothesis import given
@@ -20,9 +21,8 @@ import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
 import train_classifier as classifier
 
-TILES = (
-    "--backbone resnet18 --tile_size 96 --tile_stride 64 --view_size 32 --pixel_spacing_mm 0.68".split()
-)
+SIZES = "--tile_size 96 --tile_stride 64 --view_size 32 --pixel_spacing_mm 0.68"
+TILES = f"--backbone {small_network.NAME} {SIZES}".split()
 QUICK = "--device cpu --wandb_mode disabled --num_workers 1 --bootstrap 100 --batch_size 16".split()
 
 
@@ -232,11 +232,13 @@ def test_study_folds_keep_studies_whole_and_spread_findings():
 
 
 def test_logistic_head_is_exact_and_reaches_the_snippet(labelled, tmp_path):
-    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 32, 16).eval()
+    model = mammo.MammogramBYOL(
+        mammo.build_backbone(small_network.NAME), small_network.WIDTH, 32, 16
+    ).eval()
     rng = np.random.default_rng(4)
-    weights, biases = rng.normal(size=(2, 512)), rng.normal(size=2)
+    weights, biases = rng.normal(size=(2, small_network.WIDTH)), rng.normal(size=2)
     classifier.set_logistic_head(model, weights, biases)
-    features = torch.randn(6, 512)
+    features = torch.randn(6, small_network.WIDTH)
     expected = features.numpy() @ weights.T + biases
     with torch.no_grad():
         np.testing.assert_allclose(
@@ -250,7 +252,12 @@ def test_logistic_head_is_exact_and_reaches_the_snippet(labelled, tmp_path):
 def test_checkpoint_loads_as_the_contract_says_and_its_logits_mean_something(trained, labelled):
     state = torch.load(trained / "classifier_best.pth", weights_only=True)
     assert {"model_state_dict", "config", "classes", "step", "epoch", "monitor"} <= set(state)
-    model = mammo.MammogramBYOL(torchvision.models.resnet18(), 512, mammo.HIDDEN_DIM, mammo.PROJ_DIM)
+    model = mammo.MammogramBYOL(
+        torchvision.models.get_model(small_network.NAME),
+        small_network.WIDTH,
+        mammo.HIDDEN_DIM,
+        mammo.PROJ_DIM,
+    )
     model.load_state_dict(state["model_state_dict"])
     assert model.eval().classify(torch.zeros(2, 1, 32, 32)).shape == (2, 2)
     rows = pd.read_csv(trained / "metrics.csv")
@@ -476,7 +483,7 @@ def test_embed_writes_one_row_of_features_for_each_tile(trained, labelled, tmp_p
     assert run_main("embed", labelled, "--weights", trained / "classifier_best.pth", out=tmp_path) == 0
     features = np.load(tmp_path / "embed" / "embeddings.npy")
     table = pd.read_csv(tmp_path / "embed" / "embeddings.csv")
-    assert features.shape == (len(table), 512)
+    assert features.shape == (len(table), small_network.WIDTH)
     assert features.std(0).max() > 0
     assert set(table["split"]) == {"test"}
     assert min(cv2.imread(str(tmp_path / "embed" / "embeddings.png")).shape[:2]) > 300
@@ -509,7 +516,7 @@ def test_compare_gives_random_weights_the_checkpoints_backbone(trained, labelled
     weights = str(trained / "classifier_best.pth")
     with pytest.raises(SystemExit):
         run_main("compare", labelled, "none", weights, "--folds", 2)
-    assert opened == {weights: "resnet18", "none": "resnet18"}
+    assert opened == {weights: small_network.NAME, "none": small_network.NAME}
 
 
 def test_shuffled_labels_stay_together_by_patient():
@@ -645,7 +652,7 @@ def test_wrong_settings_are_refused_with_the_remedy(words, message, capsys):
 def test_wrong_checkpoints_are_refused(trained, labelled, tmp_path, capsys):
     weights = trained / "classifier_best.pth"
     assert run_main("predict", labelled, "--weights", weights, "--backbone", "resnet50", labelled) == 2
-    assert "holds a resnet18" in capsys.readouterr().err
+    assert "holds a slim" in capsys.readouterr().err
     state = torch.load(weights)
     state["config"]["backbone"] = "resnet34"
     torch.save(state, tmp_path / "other.pth")

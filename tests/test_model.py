@@ -1,7 +1,6 @@
 """The BYOL model against lightly and torchvision, and its files."""
 
 import copy
-import pickle
 
 import numpy as np
 import pytest
@@ -185,19 +184,6 @@ def test_wrong_weights_are_refused_with_the_remedy(tmp_path):
         mammo.build_backbone("resnet18", str(tmp_path / "junk.pth"))
     with pytest.raises(mammo.MammoError, match="no such file"):
         mammo.build_backbone("resnet18", str(tmp_path / "nothing.pth"))
-
-
-class _Payload:
-    def __reduce__(self):
-        return (open, ("/nonexistent/owned", "w"))
-
-
-def test_a_malicious_checkpoint_is_not_executed(tmp_path):
-    with (tmp_path / "evil.pth").open("wb") as file:
-        pickle.dump({"model_state_dict": _Payload()}, file)
-    for read in (mammo.load_checkpoint, mammo.read_backbone_state):
-        with pytest.raises(mammo.MammoError, match="can't be read"):
-            read(tmp_path / "evil.pth")
 
 
 def test_missing_imagenet_weights_name_file_and_way_out(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import stages
 import torch
 import torchvision
 from conftest import (
@@ -197,7 +198,11 @@ def test_the_demo_recipe_runs_in_small(tmp_path):
     }
     for command in commands:
         words = [re.sub(r"^demo/", f"{tmp_path}/", word) for word in command[1:]]
-        done = run_script(ROOT / words[0], *words[1:], *small[words[0]].split())
+        flags = [*words[1:], *small[words[0]].split()]
+        if words[0] == "synthetic_mammograms.py":
+            done = run_script(ROOT / words[0], *flags)
+        else:  # as `python SCRIPT` would, but imported already
+            done = stages.complete(words[0].removesuffix(".py"), flags, tmp_path)
         assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "byol_resnet18"
     assert (run / "backbone.safetensors").is_file()

@@ -75,8 +75,9 @@ def test_a_malicious_checkpoint_runs_nothing_in_the_main_script(stranger, archiv
     shutil.copyfile(path, tmp_path / "byol_slim" / "last.pth")
     assert mammo.main(flags) == 2
     assert "can't be read" in capsys.readouterr().err
-    with pytest.raises(mammo.MammoError, match="can't be read"):
-        mammo.load_backbone(path)
+    for read in (mammo.load_backbone, mammo.load_checkpoint, mammo.read_backbone_state):
+        with pytest.raises(mammo.MammoError, match="can't be read"):
+            read(path)
     assert not marker.exists()
 
 
