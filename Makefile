@@ -66,7 +66,7 @@ test: $(if $(VENV),$(VENV)/.installed-dev)
 lint: $(if $(VENV),$(VENV)/.installed-dev)
 	$(BIN)ruff format --check .
 	$(BIN)ruff check .
-	$(RUN) -m mypy *.py
+	$(RUN) -m mypy *.py $(wildcard byol_mammo)
 
 docs: $(if $(VENV),$(VENV)/.installed-dev)
 	$(RUN) tests/update_docs.py

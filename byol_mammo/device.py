@@ -67,7 +67,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise MammoError(f"{count} GPUs for more processes: give torchrun --nproc_per_node {count}")
     device = torch.device("cuda", index)
     try:
-        torch.zeros(1, device=device).add_(1).item()  # a build without code for this GPU fails here
+        run_a_kernel(device)
     except RuntimeError as error:
         major, minor = torch.cuda.get_device_capability(index)
         raise MammoError(
@@ -76,6 +76,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             "CUDA 12.6), or give --device cpu"
         ) from error
     return device
+
+
+def run_a_kernel(device: torch.device) -> None:
+    """Raise RuntimeError on a GPU that this build of PyTorch has no code for."""
+    torch.zeros(1, device=device).add_(1).item()
 
 
 def note_idle_gpu(name: str, device: torch.device) -> None:

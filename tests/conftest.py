@@ -17,22 +17,34 @@ import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("byol_mammo/**/*.py")])  # the project without its tests
 sys.path.insert(0, str(ROOT))
 
+import small_network  # noqa: E402
+import stages  # noqa: E402
+
+import byol_mammo.pictures  # noqa: E402
 import train_byol_mammo as mammo  # noqa: E402
 
 settings.register_profile("shared", deadline=None)  # machines are busy
 settings.load_profile("shared")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    stages.serve()
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
 REAL = Path(os.environ.get("MAMMO_REAL_DATA", ROOT.parent / "shared" / "real"))
-# Flags that make a run small enough for a test.
+# Flags that make a run small enough for a test. Its pictures cost as much as the rest: tests that are
+# about reports add REPORTS, and what is started as a program of its own knows ResNet-18 alone.
 SMALL = (
-    "--tile_size 128 --tile_stride 64 --view_size 32 --backbone resnet18 --weights none "
+    f"--tile_size 128 --tile_stride 64 --view_size 32 --backbone {small_network.NAME} --weights none "
     "--hidden_dim 64 --proj_dim 32 --batch_size 8 --tiles_per_epoch 32 --monitor_tiles 32 "
     "--min_freq_energy 0 --pixel_spacing_mm 0.3 --num_workers 1 --log_every 2 --device cpu "
-    "--wandb_mode disabled"
+    "--report_every 0 --wandb_mode disabled"
 ).split()
+HOSTILE = "<img src=x onerror=alert(1)>"
+PLANTED = ("<script>alert(1)</script>", HOSTILE, '"><svg onload=alert(1)>')
+REPORTS = ("--report_every", "5")
+RESNET18 = ("--backbone", "resnet18")
 
 
 def breast_image(height=384, width=320, bits=8, seed=0):
@@ -63,18 +75,21 @@ def run_script(*words, cwd=ROOT, timeout=300, env=None):
     )
 
 
-def train_script(folder, *flags, **options):
-    """Run train_byol_mammo.py with SMALL settings, images in `folder`/images, outputs in `folder`."""
-    places = ["--data_dir", folder / "images", "--output_dir", folder / "runs"]
-    places += ["--cache_dir", folder / "cache"]
-    return run_script(ROOT / "train_byol_mammo.py", *places, *SMALL, *flags, **options)
+def places_in(folder):
+    """Flags: images in `folder`/images, outputs in `folder`."""
+    places = {"data_dir": "images", "output_dir": "runs", "cache_dir": "cache"}
+    return [word for name, part in places.items() for word in (f"--{name}", str(folder / part))]
+
+
+def train_script(folder, *flags, env=None):
+    """train_byol_mammo.py with SMALL settings in a process: places of `folder`, see places_in."""
+    words = [*places_in(folder), *SMALL, *flags]
+    return stages.complete("train_byol_mammo", words, folder, environment=env)
 
 
 def small_config(folder, *flags):
     """The Config of train_script."""
-    places = ["--data_dir", str(folder / "images"), "--output_dir", str(folder / "runs")]
-    places += ["--cache_dir", str(folder / "cache")]
-    return mammo.parse_args([*places, *SMALL, *flags])
+    return mammo.parse_args([*places_in(folder), *SMALL, *flags])
 
 
 def assert_same_cache(cache, other):
@@ -104,6 +119,24 @@ def archive(tmp_path_factory):
     write_images(folder / "images", bits=12)
     mammo.build_cache(small_config(folder))
     return folder
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Build caches without their pictures, which cost more than the rest of a small one."""
+    monkeypatch.setattr(byol_mammo.pictures, "draw_extraction", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished run with its report; a hostile name, hostile images, a broken one."""
+    folder = tmp_path_factory.mktemp("finished")
+    images = write_images(folder / "images", bits=12)
+    _, *others = sorted(images.iterdir())
+    for path, name in zip(others, PLANTED, strict=True):
+        path.rename(images / f"{name.replace('/', chr(0x2215))}.png")  # names hold all but a slash
+    (images / f"Jane^<b> {HOSTILE}.png").write_bytes(b"\x89PNG broken")
+    return mammo.train(small_config(folder, "--epochs", "2", *REPORTS, "--run_name", HOSTILE))
 
 
 @pytest.fixture(scope="session")

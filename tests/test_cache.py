@@ -1,22 +1,25 @@
 """The pixel cache: contents, key, resumption, errors."""
 
+import contextlib
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import shutil
+import socket
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import assert_same_cache, breast_image, small_config, write_images
-from hypothesis import given, strategies as st
+import stages
+from conftest import assert_same_cache, breast_image, images_done, small_config, write_images
 
+import byol_mammo.extraction
+import byol_mammo.pictures
+import byol_mammo.report
 import train_byol_mammo as mammo
 
 
@@ -41,7 +44,7 @@ def assert_masked_originals(folder, tiles):
 
 
 @pytest.mark.parametrize("flags", [(), ("--max_tiles", "9")])
-def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flags):
+def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flags, without_pictures):
     write_images(tmp_path / "images", 2, bits=12)
     cv2.imwrite(str(tmp_path / "images" / "shallow.png"), breast_image(seed=7)[0])
     tiles = mammo.open_tiles(mammo.build_cache(small_config(tmp_path, *flags)))
@@ -71,7 +74,7 @@ def test_second_build_finds_the_cache(archive):
     assert (mammo.build_cache(config) / "pixels.npy").stat().st_mtime_ns == before
 
 
-def test_labels_outside_the_breast_never_reach_the_cache(tmp_path):
+def test_labels_outside_the_breast_never_reach_the_cache(tmp_path, without_pictures):
     image, mask = breast_image()
     image[10:40, 270:310] = 255
     (tmp_path / "images").mkdir()
@@ -94,7 +97,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@given(st.sampled_from(sorted({**SETTINGS, **OTHERS})))
+@pytest.mark.parametrize("name", sorted({**SETTINGS, **OTHERS}))
 def test_key_changes_exactly_when_its_inputs_do(name):
     sources = pd.DataFrame({"path": ["/a/b.png"], "image": ["b.png"], "size": [3], "mtime_ns": [5]})
     plain = mammo.Config()
@@ -115,7 +118,7 @@ def test_key_follows_the_files_but_not_their_folder(column):
     assert key() != key(**{column: "c.png" if column == "image" else 99})
 
 
-def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypatch):
+def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypatch, without_pictures):
     shutil.copytree(archive / "images", tmp_path / "images")  # copytree keeps mtimes
     config = small_config(tmp_path)
     calls = []
@@ -138,18 +141,31 @@ def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypa
     assert not (cache / "extracted").exists()
 
 
-def first_start(folder, archive):
-    """Three of the archive's four images extracted by a start that ended there; config, their folder."""
+def left_by_a_first_start(folder, archive, monkeypatch):
+    """The config of an extraction that Ctrl-C ended with three of the archive's four images done."""
     shutil.copytree(archive / "images", folder / "images")
-    config = small_config(folder)
-    sources = mammo.list_sources(config.data_dir)
-    inputs = mammo.cache_inputs(sources, config)
-    extracted = Path(config.cache_dir) / f".{mammo.cache_key(inputs)}.building" / "extracted"
-    journal = mammo.Journal(extracted, {})
-    for index, path in enumerate(sources["path"][:3]):
-        journal.add(mammo.extract_to_file(index, path, 0.3, config, str(journal.folder)))
-    journal.close()
-    return config, journal.folder
+    config, extract, calls = small_config(folder), mammo.extract_image, []
+
+    def interrupted(*job):
+        calls.append(job)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return extract(*job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mammo, "extract_image", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mammo.build_cache(config)
+    assert images_done(folder) == 3
+    return config
+
+
+def lines_and_pixels(folder):
+    """The file with a line about each image and the one with their pixels, of an unfinished cache."""
+    (lines,) = folder.glob("cache/.*.building/**/*.jsonl")
+    pixels = max(lines.parent.glob("*.npy"), key=lambda path: path.stat().st_size)
+    assert pixels.stat().st_size > 100_000
+    return lines, pixels
 
 
 def write_at_the_end(path, content):
@@ -161,73 +177,137 @@ def cut_by(path, size):
     os.truncate(path, path.stat().st_size - size)
 
 
-LINES, PIXELS = "records.jsonl", "pixels_uint16.npy"
-DAMAGE = {  # what happens to a folder, how many of its 3 images that costs, whether pixels get copied
-    "nothing is wrong": (lambda folder: None, 0, False),
-    "half a line": (lambda folder: write_at_the_end(folder / LINES, b'{"index": 3, "er'), 0, False),
-    "a line of nothing": (lambda folder: write_at_the_end(folder / LINES, bytes(40)), 0, False),
-    "pixels without a line": (lambda folder: write_at_the_end(folder / PIXELS, bytes(1001)), 0, False),
-    "lines gone": (lambda folder: (folder / LINES).unlink(), 3, False),
-    "pixels gone": (lambda folder: (folder / PIXELS).unlink(), 3, False),
-    "pixels cut": (lambda folder: cut_by(folder / PIXELS, 101), 1, False),
+DAMAGE = {  # what happens to the two files, and how many of the 3 images that costs
+    "nothing is wrong": (lambda lines, pixels: None, 0),
+    "half a line": (lambda lines, pixels: write_at_the_end(lines, b'{"index": 3, "er'), 0),
+    "a line of nothing": (lambda lines, pixels: write_at_the_end(lines, bytes(40)), 0),
+    "pixels without a line": (lambda lines, pixels: write_at_the_end(pixels, bytes(1001)), 0),
+    "lines gone": (lambda lines, pixels: lines.unlink(), 3),
+    "pixels gone": (lambda lines, pixels: pixels.unlink(), 3),
+    "pixels cut": (lambda lines, pixels: cut_by(pixels, 101), 1),
 }
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGE))
 def test_what_an_interrupted_extraction_leaves_is_used_or_made_again(
-    archive, tmp_path, name, monkeypatch
+    archive, tmp_path, name, monkeypatch, without_pictures
 ):
-    config, folder = first_start(tmp_path, archive)
-    damage, cost, copied = DAMAGE[name]
-    damage(folder)
-    again, copies = [], []
-    extract, gather = mammo.extract_image, mammo.gather_pixels
+    config = left_by_a_first_start(tmp_path, archive, monkeypatch)
+    damage, cost = DAMAGE[name]
+    damage(*lines_and_pixels(tmp_path))
+    again, extract = [], mammo.extract_image
     monkeypatch.setattr(mammo, "extract_image", lambda *job: again.append(job) or extract(*job))
-    monkeypatch.setattr(mammo, "gather_pixels", lambda *job: copies.append(job) or gather(*job))
     cache = mammo.build_cache(config)
     assert_same_cache(cache, mammo.build_cache(small_config(archive)))
     assert len(again) == 1 + cost
-    assert len(copies) == copied
     assert not (cache / "extracted").exists()
 
 
-def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_path, monkeypatch):
-    """On file systems whose locks don't reach other nodes: a second one extracts in between."""
-    config, _ = first_start(tmp_path / "a", archive)
-    second, _ = first_start(tmp_path / "b", archive)
-    extract, started = mammo.extract_image, []
+def test_what_another_node_extracted_is_used_and_left_alone(
+    archive, tmp_path, monkeypatch, without_pictures
+):
+    """It may be writing there still: whatever is in its folder stays as it is."""
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "another")
+        config = left_by_a_first_start(tmp_path, archive, monkeypatch)
+    lines, pixels = lines_and_pixels(tmp_path)
+    for path in set(lines.parent.iterdir()) - {lines, *lines.parent.glob("*.npy")}:
+        path.unlink()  # where a folder is closed in order, it was killed
+    write_at_the_end(pixels, b"odd")
+    before = {path: path.read_bytes() for path in (lines, pixels)}
+    again, extract = [], mammo.extract_image
 
-    def disturbed(*job):
-        if not started:
-            started.append(True)
-            with monkeypatch.context() as patch:
-                patch.setattr(mammo, "this_host", lambda: "another")
-                sources = mammo.list_sources(second.data_dir)
-                mammo.extract_all(sources, second, folder_of(config) / "extracted")
+    def looking(*job):
+        again.append(job)
+        assert {path: path.read_bytes() for path in before} == before
         return extract(*job)
 
+    monkeypatch.setattr(mammo, "extract_image", looking)
+    cache = mammo.build_cache(config)
+    assert len(again) == 1
+    assert_same_cache(cache, mammo.build_cache(small_config(archive)))
+
+
+class NoLock:
+    """A lock of a file system that has none."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def acquire(self, timeout=0):
+        return contextlib.nullcontext()
+
+
+def test_two_builders_whose_lock_fails_them_extract_side_by_side(
+    archive, tmp_path, monkeypatch, without_pictures
+):
+    """On file systems whose locks don't reach other nodes: a second one extracts in between."""
+    config = left_by_a_first_start(tmp_path, archive, monkeypatch)
+    extract, calls = mammo.extract_image, []
+
+    def disturbed(*job):
+        calls.append(job)
+        if len(calls) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(socket, "gethostname", lambda: "another")
+                patch.setattr(mammo, "finish_cache", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    mammo.build_cache(config)
+        return extract(*job)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mammo, "FileLock", NoLock)
     monkeypatch.setattr(mammo, "extract_image", disturbed)
-    assert_same_cache(mammo.build_cache(config), mammo.build_cache(small_config(archive)))
+    cache = mammo.build_cache(config)
+    assert len(calls) == 2  # both extracted the fourth image
+    assert_same_cache(cache, mammo.build_cache(small_config(archive)))
 
 
-def folder_of(config):
-    """Where a config's cache is being built."""
-    return next(Path(config.cache_dir).glob(".*.building"))
+def test_a_line_whose_pixels_are_gone_never_comes_back(tmp_path):
+    """Scratch file systems purge old files; what is extracted next may reach as far as they did."""
+
+    def extract(index, grey):
+        record = {"index": index, "bit_depth": 8, "shape": [4, 5]}
+        path, _ = byol_mammo.extraction.pixel_file(journal.folder, 8)
+        pixels = np.full((4, 5), grey, np.uint8)
+        journal.add({**record, "offset": byol_mammo.extraction.append_pixels(path, pixels)})
+
+    for index, grey in ((0, 1), (7, 2)):
+        finished = byol_mammo.extraction.read_records(tmp_path)
+        journal = byol_mammo.extraction.Journal(tmp_path, finished)
+        extract(index, grey)
+        journal.close()
+        assert set(byol_mammo.extraction.read_records(tmp_path)) == {index}
+        if index == 0:
+            byol_mammo.extraction.pixel_file(journal.folder, 8)[0].unlink()
 
 
-def test_an_image_that_did_not_end_gives_its_room_back(archive, tmp_path):
-    _, folder = first_start(tmp_path, archive)
-    journal = mammo.Journal(folder.parent, mammo.read_records(folder.parent))
-    assert journal.folder == folder
-    before = (folder / "pixels_uint16.npy").stat().st_size
-    mammo.append_pixels(folder / "pixels_uint16.npy", np.ones((5, 7), np.uint16))
-    journal.close()
-    assert (folder / "pixels_uint16.npy").stat().st_size == before
-    assert len(mammo.read_records(folder.parent)) == 3
+def test_an_image_that_did_not_end_gives_its_room_back(archive, tmp_path, monkeypatch):
+    shutil.copytree(archive / "images", tmp_path / "images")
+    extract, sizes = mammo.extract_to_file, []
+
+    def room():
+        return sum(path.stat().st_size for path in tmp_path.glob("cache/.*.building/**/*.npy"))
+
+    def interrupted(*job, **options):
+        sizes.append(room())
+        record = extract(*job, **options)
+        if len(sizes) == 4:
+            assert room() > sizes[-1]  # its pixels are there and no line about them
+            raise KeyboardInterrupt
+        return record
+
+    monkeypatch.setattr(mammo, "extract_to_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mammo.build_cache(small_config(tmp_path))
+    assert room() == sizes[-1]
+    assert images_done(tmp_path) == 3
 
 
 def test_jobs_that_end_while_another_fails_are_not_lost(archive, monkeypatch):
-    monkeypatch.setattr(mammo, "available_cores", lambda: 2)
+    monkeypatch.setattr(mammo.processes, "available_cores", lambda: 2)
     results = []
 
     def note(number):
@@ -241,41 +321,24 @@ def test_jobs_that_end_while_another_fails_are_not_lost(archive, monkeypatch):
 
     jobs = [(number,) for number in range(1, 9)]
     with pytest.raises(KeyboardInterrupt):
-        mammo.run_in_parallel(wait, jobs, 2, mammo.progress(mode="none"), done=note, threads=True)
+        mammo.processes.run_in_parallel(
+            wait, jobs, 2, mammo.tracking.progress(mode="none"), done=note, threads=True
+        )
     assert 2 <= len(results) < 8
 
 
 def test_an_image_without_tiles_takes_no_place_behind_one_that_was_cut_short(tmp_path):
     write_images(tmp_path / "images", 1, bits=12)
     config = small_config(tmp_path, "--min_freq_energy", "1e9")
-    journal = mammo.Journal(tmp_path / "extracted", {})
-    path = journal.folder / "pixels_uint16.npy"
-    write_at_the_end(path, b"cut")
+    path, _ = byol_mammo.extraction.pixel_file(tmp_path, 12)
+    path.write_bytes(b"cut")
     image = str(tmp_path / "images" / "s0_i0.png")
-    journal.add(mammo.extract_to_file(0, image, 0.3, config, str(journal.folder)))
-    journal.close()
-    assert path.stat().st_size == mammo.NPY_HEADER
-    assert mammo.read_records(tmp_path / "extracted")[0]["tiles"]["x"] == []
+    record = mammo.extract_to_file(0, image, 0.3, config, str(tmp_path))
+    assert record["tiles"]["x"] == []
+    assert path.read_bytes() == b"cut"
 
 
-def append_many(path, numbers):
-    return [mammo.append_pixels(path, np.full((50, 40 + n), n, np.uint16)) for n in numbers]
-
-
-def test_processes_append_pixels_in_one_piece_each(tmp_path):
-    path = tmp_path / "pixels.npy"
-    path.write_bytes(bytes(mammo.NPY_HEADER))
-    shares = [range(start, 200, 4) for start in range(4)]
-    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
-        offsets = list(pool.map(append_many, [path] * 4, shares))
-    pixels = np.fromfile(path, np.uint16, offset=mammo.NPY_HEADER)
-    assert len(pixels) == sum(50 * (40 + n) for n in range(200))
-    for share, places in zip(shares, offsets, strict=True):
-        for n, start in zip(share, places, strict=True):
-            assert (pixels[start : start + 50 * (40 + n)] == n).all()
-
-
-def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
+def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path, without_pictures):
     folder = write_images(tmp_path / "images", 2)
     good = (folder / "s0_i0.png").read_bytes()
     (folder / "truncated.png").write_bytes(good[: len(good) // 2])
@@ -292,7 +355,7 @@ def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
     assert "no breast" in funnel["error"]["black.png"]
     assert "lower --tile_size" in funnel["error"]["small.png"]
     assert len(mammo.open_tiles(cache).images) == 2
-    assert "skipped 5" in mammo.describe_funnel(funnel.reset_index())
+    assert "skipped 5" in byol_mammo.report.describe_funnel(funnel.reset_index(), mammo.COLUMNS)
 
 
 def test_no_tile_at_all_is_an_error_with_the_funnel(tmp_path):
@@ -330,7 +393,7 @@ def test_reduced_pixels_are_block_means(tiles):
     assert offset == len(small)
 
 
-def test_manifest_gives_study_and_spacing(tmp_path):
+def test_manifest_gives_study_and_spacing(tmp_path, without_pictures):
     folder = write_images(tmp_path / "images", 2)
     rows = [
         {
@@ -343,7 +406,7 @@ def test_manifest_gives_study_and_spacing(tmp_path):
         {"file": "images/s0_i1.png", "study_id": "007", "laterality": "R", "view": "CC"},
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
-    sources = mammo.list_sources(folder)
+    sources = mammo.images.list_sources(folder)
     assert sources["study_id"].tolist() == ["007", "007"]
     assert sources["laterality"].tolist() == ["L", "R"]
     images = pd.read_csv(
@@ -353,11 +416,18 @@ def test_manifest_gives_study_and_spacing(tmp_path):
     assert images["study_id"].tolist() == ["007", "007"]
 
 
-def test_parallel_extraction_writes_the_same_cache(tmp_path, archive):
-    shutil.copytree(archive / "images", tmp_path / "images")
-    cache = mammo.build_cache(small_config(tmp_path, "--num_workers", "2"))
-    whole = mammo.build_cache(small_config(archive))
-    assert_same_cache(cache, whole)
+def test_parallel_extraction_writes_the_same_cache(tmp_path, monkeypatch, without_pictures):
+    """Four processes append to the same files, images of many sizes and two depths."""
+    stages.serve()
+    monkeypatch.setattr(mammo.processes, "available_cores", lambda: 4)
+    (tmp_path / "images").mkdir()
+    for index in range(16):
+        image, _ = breast_image(300 + 16 * index, 300, (8, 12)[index % 3 == 0], seed=index)
+        cv2.imwrite(str(tmp_path / "images" / f"{index}.png"), image)
+    flags = ("--tile_stride", "128", "--num_workers")
+    cache = mammo.build_cache(small_config(tmp_path, *flags, "4"))
+    elsewhere = ("--cache_dir", str(tmp_path / "alone"))
+    assert_same_cache(cache, mammo.build_cache(small_config(tmp_path, *flags, "1", *elsewhere)))
 
 
 def _build(config, out):
@@ -367,7 +437,7 @@ def _build(config, out):
 def test_two_runs_at_once_build_one_cache(tmp_path):
     write_images(tmp_path / "images", 3)
     config = small_config(tmp_path)
-    context = multiprocessing.get_context("spawn")
+    context = stages.serve()
     out = context.Queue()
     runs = [context.Process(target=_build, args=(config, out)) for _ in range(2)]
     for run in runs:
@@ -384,14 +454,14 @@ def test_images_in_linked_folders_are_found_once(tmp_path):
     write_images(tmp_path / "images" / "a", 1)
     (tmp_path / "images" / "b").symlink_to(tmp_path / "site")
     (tmp_path / "site" / "back").symlink_to(tmp_path / "images")  # a circle
-    found = mammo.list_sources(tmp_path / "images")["image"]
+    found = mammo.images.list_sources(tmp_path / "images")["image"]
     assert [Path(name).parent.as_posix() for name in found] == ["a", "b"]
 
 
 def test_a_link_to_a_folder_of_the_archive_renames_no_image(tmp_path):
     write_images(tmp_path / "split" / "training", 2)
     (tmp_path / "split" / "latest").symlink_to("training")
-    found = mammo.list_sources(tmp_path / "split")["image"]
+    found = mammo.images.list_sources(tmp_path / "split")["image"]
     assert [Path(name).parent.as_posix() for name in found] == ["training"] * 2
 
 
@@ -407,7 +477,7 @@ def test_a_folder_that_fails_to_list_its_images_is_an_error(tmp_path, monkeypatc
 
     monkeypatch.setattr(mammo.os, "scandir", failing)
     with pytest.raises(OSError, match=r"Input/output error.*b"):
-        mammo.find_images(tmp_path)
+        mammo.images.find_images(tmp_path)
 
 
 def test_a_linked_folder_keeps_the_manifest_beside_the_link(tmp_path):
@@ -417,7 +487,7 @@ def test_a_linked_folder_keeps_the_manifest_beside_the_link(tmp_path):
     (tmp_path / "split" / "training").symlink_to(tmp_path / "elsewhere")
     table = f"file,study_id,spacing_mm\ntraining/{name},007,0.05\n"
     (tmp_path / "split" / "manifest.csv").write_text(table)
-    sources = mammo.list_sources(tmp_path / "split" / "training")
+    sources = mammo.images.list_sources(tmp_path / "split" / "training")
     assert sources.loc[0, ["study_id", "spacing_mm"]].tolist() == ["007", 0.05]
 
 
@@ -427,7 +497,7 @@ def test_a_link_to_a_split_finds_the_manifest_beside_the_split(tmp_path):
     table = f"file,study_id,spacing_mm\ntraining/{name},007,0.05\n"
     (tmp_path / "split" / "manifest.csv").write_text(table)
     (tmp_path / "mine").symlink_to(tmp_path / "split" / "training")
-    sources = mammo.list_sources(tmp_path / "mine")
+    sources = mammo.images.list_sources(tmp_path / "mine")
     assert sources.loc[0, ["image", "study_id", "spacing_mm"]].tolist() == [name, "007", 0.05]
 
 
@@ -445,7 +515,7 @@ def test_a_setting_typed_out_is_the_default(tmp_path):
     keys = set()
     for flags in ([], ["--min_tile_intensity", "40", "--max_tiles", "0"]):
         config = mammo.parse_args(["--data_dir", str(tmp_path), *flags])
-        keys.add(mammo.cache_key(mammo.cache_inputs(mammo.list_sources(tmp_path), config)))
+        keys.add(mammo.cache_key(mammo.cache_inputs(mammo.images.list_sources(tmp_path), config)))
     assert len(keys) == 1
 
 
@@ -455,12 +525,12 @@ def test_images_that_go_after_the_extraction_are_left_out_of_its_pictures(tmp_pa
     cache = mammo.build_cache(config)
     sorted((tmp_path / "images").iterdir())[0].unlink()
     mammo.show_extraction(cache, config)
-    assert all((cache / name).is_file() for name in mammo.EXTRACTION_PICTURES)
+    assert all((cache / name).is_file() for name in byol_mammo.pictures.EXTRACTION_PICTURES)
     assert "note" not in capsys.readouterr().err
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(mammo.MammoError, match="no such folder"):
-        mammo.list_sources(tmp_path / "nowhere")
+        mammo.images.list_sources(tmp_path / "nowhere")
     with pytest.raises(mammo.MammoError, match=r"no image with \.png"):
-        mammo.list_sources(tmp_path)
+        mammo.images.list_sources(tmp_path)

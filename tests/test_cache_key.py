@@ -29,7 +29,7 @@ def test_a_finished_extraction_is_used_whatever_happens_to_its_pictures(tmp_path
         assert mammo.main(flags) == 0
         assert "no pictures of" in capsys.readouterr().err
     (cache,) = (tmp_path / "cache").glob("[!.]*")
-    assert mammo.is_finished(cache)
+    assert mammo.caches.is_finished(cache)
 
 
 OPENING = "OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge"
@@ -122,13 +122,13 @@ def test_a_run_goes_on_with_equal_images_wherever_they_lie(tmp_path, capsys):
     write_images(tmp_path / "images", 4, bits=12)
     flags = ("--epochs", "2", "--report_every", "0", "--max_steps")
     folder = mammo.train(small_config(tmp_path, *flags, "2"))
-    state = mammo.load_checkpoint(folder / "last.pth")
+    state = mammo.checkpoints.load_checkpoint(folder / "last.pth")
     os.rename(tmp_path / "images", tmp_path / "elsewhere")
     for path in (tmp_path / "elsewhere").iterdir():
         os.utime(path, (1, 1))
     moved = ("--data_dir", str(tmp_path / "elsewhere"))
     mammo.train(small_config(tmp_path, *flags, "3", *moved))
-    later = mammo.load_checkpoint(folder / "last.pth")
+    later = mammo.checkpoints.load_checkpoint(folder / "last.pth")
     assert (state["step"], later["step"]) == (2, 3)
     assert len(list((tmp_path / "cache").glob("[!.]*"))) == 2
 
@@ -159,4 +159,4 @@ def test_a_state_that_names_its_cache_alone_resumes_while_that_is_there(tmp_path
             mammo.train(small_config(tmp_path, *flags, "3"))
         return
     mammo.train(small_config(tmp_path, *flags, "3"))
-    assert mammo.load_checkpoint(folder / "last.pth")["step"] == 3
+    assert mammo.checkpoints.load_checkpoint(folder / "last.pth")["step"] == 3

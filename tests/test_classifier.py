@@ -1,32 +1,28 @@
 """The classifier: labels to tiles, probe, fine-tuning, comparison, evaluation, prediction, refusals."""
 
-import ast
 import dataclasses
 import hashlib
 import json
 import re
-import subprocess
 import sys
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import small_network
 import torch
 import torchvision
-from conftest import ROOT, run_script
 from hypothesis import given, strategies as st
 from sklearn.metrics import roc_auc_score
 
+import byol_mammo.labels
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
 import train_classifier as classifier
 
-SOURCE = (ROOT / "train_classifier.py").read_text()
-FIELDS = {field.name: field for field in dataclasses.fields(classifier.Settings)}
-TILES = (
-    "--backbone resnet18 --tile_size 96 --tile_stride 64 --view_size 32 --pixel_spacing_mm 0.68".split()
-)
+SIZES = "--tile_size 96 --tile_stride 64 --view_size 32 --pixel_spacing_mm 0.68"
+TILES = f"--backbone {small_network.NAME} {SIZES}".split()
 QUICK = "--device cpu --wandb_mode disabled --num_workers 1 --bootstrap 100 --batch_size 16".split()
 
 
@@ -93,47 +89,6 @@ def trained(labelled):
     return labelled.parent / "tuned"
 
 
-# ---- settings and shape
-
-
-def test_constants_fields_flags_and_help_agree():
-    section = SOURCE.split("# ---- 1 Configuration")[1].split("COMMANDS = ")[0]
-    constants = re.findall(r"^([A-Z_]+) = ", section, flags=re.MULTILINE)
-    assert sorted(name.lower() for name in constants) == sorted(FIELDS)
-    for name, field in FIELDS.items():
-        assert field.default == getattr(classifier, name.upper())
-    shown = run_script(ROOT / "train_classifier.py", "--help").stdout
-    flags = set(re.findall(r"^  --([a-z_]+)", shown, flags=re.MULTILINE))
-    assert set(FIELDS) == {flag for flag in flags if not flag.startswith("no_")}
-
-
-def test_every_setting_is_read():
-    code = SOURCE.split("COMMANDS = ")[1].split("def parse_args")[1]
-    for name in FIELDS:
-        assert re.search(rf"\b{name}\b", code) or name in ("output_dir", "run_name", "findings"), name
-
-
-def test_banners_equal_the_table_of_contents():
-    banners = re.findall(r"^# ---- (\d [A-Z][a-z ]+?) -+$", SOURCE, flags=re.MULTILINE)
-    contents = re.findall(r"^    (\d [A-Z][a-z ]+?)  ", classifier.__doc__, flags=re.MULTILINE)
-    assert banners == contents
-    assert len(banners) == 8
-
-
-def test_import_is_silent_and_the_main_script_imports_no_sibling():
-    code = "import train_classifier, sys; print({'wandb', 'matplotlib', 'sklearn'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "set()", "")
-    main = ast.parse((ROOT / "train_byol_mammo.py").read_text())
-    names = {
-        alias.name for node in ast.walk(main) if isinstance(node, ast.Import) for alias in node.names
-    }
-    names |= {node.module for node in ast.walk(main) if isinstance(node, ast.ImportFrom)}
-    assert not names & {path.stem for path in ROOT.glob("*.py")}
-
-
 # ---- tile labels
 
 
@@ -146,7 +101,7 @@ def test_tile_labels_follow_centre_and_quarter_rule(box, place):
     tiles = pd.DataFrame({"image": [0], "x": [place[0]], "y": [place[1]]})
     edges = {"xmin": x0, "ymin": y0, "xmax": x0 + width, "ymax": y0 + height}
     labels = pd.DataFrame({"mass": [1.0], "boxes": [[{"finding": {"mass"}, **edges}]]})
-    label = mammo.tile_labels(tiles, np.array([0]), labels, 96, ["mass"])[0, 0]
+    label = byol_mammo.labels.tile_labels(tiles, np.array([0]), labels, 96, ["mass"])[0, 0]
     canvas = np.zeros((700, 700), bool)
     canvas[y0 : y0 + height, x0 : x0 + width] = True
     inside = canvas[place[1] : place[1] + 96, place[0] : place[0] + 96].sum() / (width * height)
@@ -159,7 +114,7 @@ def test_tile_labels_follow_centre_and_quarter_rule(box, place):
 def test_unknown_absent_and_boxless_findings():
     tiles = pd.DataFrame({"image": [0, 1, 2, 3], "x": 0, "y": 0})
     labels = pd.DataFrame({"mass": [0.0, np.nan, 1.0], "boxes": [[], [], []]})
-    found = mammo.tile_labels(tiles, np.array([0, 1, 2, -1]), labels, 96, ["mass"])[:, 0]
+    found = byol_mammo.labels.tile_labels(tiles, np.array([0, 1, 2, -1]), labels, 96, ["mass"])[:, 0]
     np.testing.assert_equal(found, np.array([0, np.nan, np.nan, np.nan], np.float32))
 
 
@@ -170,7 +125,7 @@ def test_boxes_use_the_column_names(tmp_path):
     write_labels(
         tmp_path, [{"image": "a.png", "mass": 1, "calcification": "", "boxes": json.dumps(boxes)}]
     )
-    table = mammo.read_labels(tmp_path / "labels.csv")
+    table = byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
     assert table["boxes"][0][0]["finding"] == {"calcification", "mass"}
     assert np.isnan(table["calcification"][0])
     assert table["mass"][0] == 1
@@ -179,9 +134,9 @@ def test_boxes_use_the_column_names(tmp_path):
 def test_labels_match_by_path_then_by_bare_name(tmp_path):
     labels = pd.DataFrame({"image": ["training/a.png", "b.png", "x/c.png", "y/c.png"]})
     images = ["a.png", "sub/b.png", "c.png", "d.png"]
-    found = mammo.match_labels(labels, tmp_path, images, tmp_path / "training")
+    found = byol_mammo.labels.match_labels(labels, tmp_path, images, tmp_path / "training")
     assert found.tolist() == [0, 1, -1, -1]  # two labels are called c.png: neither is taken
-    assert mammo.match_labels(labels, tmp_path, ["y/c.png"], tmp_path).tolist() == [3]
+    assert byol_mammo.labels.match_labels(labels, tmp_path, ["y/c.png"], tmp_path).tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -203,18 +158,18 @@ def test_labels_match_by_path_then_by_bare_name(tmp_path):
 def test_wrong_labels_are_refused_by_row(tmp_path, change, message):
     write_labels(tmp_path, [{"image": "a.png", "mass": 1, "calcification": 0, "boxes": "", **change}])
     with pytest.raises(mammo.MammoError, match=re.escape(message)):
-        mammo.read_labels(tmp_path / "labels.csv")
+        byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
 
 
 def test_missing_columns_files_and_double_rows_are_named(tmp_path):
     with pytest.raises(mammo.MammoError, match="no such file"):
-        mammo.read_labels(tmp_path / "labels.csv")
+        byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
     write_labels(tmp_path, [{"image": "a.png", "mass": 1}])
     with pytest.raises(mammo.MammoError, match="no column calcification"):
-        mammo.read_labels(tmp_path / "labels.csv")
+        byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
     write_labels(tmp_path, [{"image": "a.png", "mass": 1, "calcification": 1}] * 2)
     with pytest.raises(mammo.MammoError, match=r"a\.png has more than one row"):
-        mammo.read_labels(tmp_path / "labels.csv")
+        byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
 
 
 # ---- statistics
@@ -277,11 +232,13 @@ def test_study_folds_keep_studies_whole_and_spread_findings():
 
 
 def test_logistic_head_is_exact_and_reaches_the_snippet(labelled, tmp_path):
-    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 32, 16).eval()
+    model = mammo.MammogramBYOL(
+        mammo.checkpoints.build_backbone(small_network.NAME), small_network.WIDTH, 32, 16
+    ).eval()
     rng = np.random.default_rng(4)
-    weights, biases = rng.normal(size=(2, 512)), rng.normal(size=2)
+    weights, biases = rng.normal(size=(2, small_network.WIDTH)), rng.normal(size=2)
     classifier.set_logistic_head(model, weights, biases)
-    features = torch.randn(6, 512)
+    features = torch.randn(6, small_network.WIDTH)
     expected = features.numpy() @ weights.T + biases
     with torch.no_grad():
         np.testing.assert_allclose(
@@ -295,7 +252,12 @@ def test_logistic_head_is_exact_and_reaches_the_snippet(labelled, tmp_path):
 def test_checkpoint_loads_as_the_contract_says_and_its_logits_mean_something(trained, labelled):
     state = torch.load(trained / "classifier_best.pth", weights_only=True)
     assert {"model_state_dict", "config", "classes", "step", "epoch", "monitor"} <= set(state)
-    model = mammo.MammogramBYOL(torchvision.models.resnet18(), 512, mammo.HIDDEN_DIM, mammo.PROJ_DIM)
+    model = mammo.MammogramBYOL(
+        torchvision.models.get_model(small_network.NAME),
+        small_network.WIDTH,
+        mammo.HIDDEN_DIM,
+        mammo.PROJ_DIM,
+    )
     model.load_state_dict(state["model_state_dict"])
     assert model.eval().classify(torch.zeros(2, 1, 32, 32)).shape == (2, 2)
     rows = pd.read_csv(trained / "metrics.csv")
@@ -472,7 +434,7 @@ def test_a_patient_named_like_the_study_of_another_split_is_a_leak(tmp_path):
         {"study_id": ["P1", "P1_2"], "patient_id": ["", "P1"], "split": ["training", "test"]}
     )
     with pytest.raises(mammo.MammoError, match="patient P1 is in the splits test and training"):
-        classifier.check_leak(labels.assign(patient=mammo.patients(labels)), "labels.csv")
+        classifier.check_leak(labels.assign(patient=byol_mammo.labels.group_keys(labels)), "labels.csv")
 
 
 def test_labels_without_study_and_side_take_the_manifest_s():
@@ -486,7 +448,7 @@ def test_labels_without_study_and_side_take_the_manifest_s():
             "laterality": ["R", "R", "L", ""], "view": "CC",
         }
     )  # fmt: skip
-    table = mammo.with_manifest(labels, np.array([1, 3, 0]), sources)
+    table = byol_mammo.labels.with_manifest(labels, np.array([1, 3, 0]), sources)
     assert table["study_id"].tolist() == ["own", "s", "x", "s"]
     assert table["patient"].tolist() == ["own", "s", "x", "s"]
     assert table["laterality"].tolist() == ["R", "L", "L", "R"]
@@ -521,7 +483,7 @@ def test_embed_writes_one_row_of_features_for_each_tile(trained, labelled, tmp_p
     assert run_main("embed", labelled, "--weights", trained / "classifier_best.pth", out=tmp_path) == 0
     features = np.load(tmp_path / "embed" / "embeddings.npy")
     table = pd.read_csv(tmp_path / "embed" / "embeddings.csv")
-    assert features.shape == (len(table), 512)
+    assert features.shape == (len(table), small_network.WIDTH)
     assert features.std(0).max() > 0
     assert set(table["split"]) == {"test"}
     assert min(cv2.imread(str(tmp_path / "embed" / "embeddings.png")).shape[:2]) > 300
@@ -554,7 +516,7 @@ def test_compare_gives_random_weights_the_checkpoints_backbone(trained, labelled
     weights = str(trained / "classifier_best.pth")
     with pytest.raises(SystemExit):
         run_main("compare", labelled, "none", weights, "--folds", 2)
-    assert opened == {weights: "resnet18", "none": "resnet18"}
+    assert opened == {weights: small_network.NAME, "none": small_network.NAME}
 
 
 def test_shuffled_labels_stay_together_by_patient():
@@ -585,7 +547,7 @@ def test_compare_says_which_images_a_checkpoint_has_seen(labelled, tmp_path, cap
     data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
     path = tmp_path / "run.pth"
     config = {"data_dir": str(labelled / "training"), "labels": "labels.csv"}
-    mammo.write_checkpoint(path, {"config": config})
+    mammo.checkpoints.write_checkpoint(path, {"config": config})
     classifier.note_seen([str(path)], data, data.in_split("test"), settings)
     assert capsys.readouterr().err == ""
     classifier.note_seen([str(path)], data, data.in_split("all"), settings)
@@ -605,7 +567,7 @@ def test_shuffled_labels_give_chance(labelled, tmp_path):
 def test_heat_map_is_highest_where_the_highest_tiles_are():
     image = {"offset": 0, "height": 120, "width": 220, "y0": 0, "x0": 0, "low": 0, "high": 1}
     table = pd.DataFrame({"image": 0, "x": [0, 50, 100], "y": [0, 0, 0]})
-    tiles = mammo.MammogramTiles(np.zeros(120 * 220, np.uint8), pd.DataFrame([image]), table, 100)
+    tiles = mammo.open_tiles(np.zeros(120 * 220, np.uint8), pd.DataFrame([image]), table, 100)
     scores = np.array([[0.1], [0.9], [0.1]], np.float32)
     heat = classifier.heat_map(tiles, scores, (120, 220), 2)[0]
     assert heat.shape == (60, 110)
@@ -690,7 +652,7 @@ def test_wrong_settings_are_refused_with_the_remedy(words, message, capsys):
 def test_wrong_checkpoints_are_refused(trained, labelled, tmp_path, capsys):
     weights = trained / "classifier_best.pth"
     assert run_main("predict", labelled, "--weights", weights, "--backbone", "resnet50", labelled) == 2
-    assert "holds a resnet18" in capsys.readouterr().err
+    assert "holds a slim" in capsys.readouterr().err
     state = torch.load(weights)
     state["config"]["backbone"] = "resnet34"
     torch.save(state, tmp_path / "other.pth")

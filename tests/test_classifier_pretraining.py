@@ -13,6 +13,7 @@ import torchvision
 from conftest import small_config, write_images
 from test_training import open_run, weights_hash
 
+import byol_mammo.labels
 import train_byol_mammo as mammo
 import train_classifier as classifier
 
@@ -53,7 +54,7 @@ def tissue_views(count=4, size=128, seed=0):
 
 
 def speck_targets(sharp):
-    return mammo.speck_targets(sharp, torch.tensor(mammo.SPECK_TAPS))
+    return mammo.targets.speck_targets(sharp, torch.tensor(mammo.targets.SPECK_TAPS))
 
 
 def test_specks_stand_out_in_their_own_cell_and_lines_do_not():
@@ -62,7 +63,7 @@ def test_specks_stand_out_in_their_own_cell_and_lines_do_not():
     speckled[:, :, 42:45, 80:83] += 0.3
     lined[:, :, 42:45, :] += 0.3
     quiet, found, line = (speck_targets(view) for view in (plain, speckled, lined))
-    assert found.shape == (4, mammo.SPECK_QUANTITIES, 4, 4)
+    assert found.shape == (4, mammo.targets.SPECK_QUANTITIES, 4, 4)
     excess = found[:, 1]
     assert (excess[:, 1, 2] > 2).all()
     assert quiet[:, 1].max() < 1
@@ -136,13 +137,13 @@ def test_with_the_target_stopped_and_resumed_equals_uninterrupted(archive, tmp_p
 def test_the_probe_reports_chooses_the_best_and_changes_no_weight(six, monkeypatch, capfd):
     aurocs = iter([0.9, 0.6])
 
-    def probe(run, tiles):
-        real = plain(run, tiles)
+    def probe(*words):
+        real = plain(*words)
         assert all(0 <= value <= 1 for value in real.values())
         return {**real, "auroc": next(aurocs)}
 
-    plain = mammo.run_probe
-    monkeypatch.setattr(mammo, "run_probe", probe)
+    plain = byol_mammo.labels.run_probe
+    monkeypatch.setattr(byol_mammo.labels, "run_probe", probe)
     labels = ["--labels", str(six / "labels.csv")]
     probed = mammo.train(small_config(six, "--epochs", "2", "--run_name", "probed", *labels))
     assert torch.load(probed / "mammogram_byol_best.pth")["epoch"] == 1
@@ -158,7 +159,7 @@ def test_the_probe_reports_chooses_the_best_and_changes_no_weight(six, monkeypat
 def test_the_probe_finds_what_is_there_and_nothing_in_noise(six):
     config = small_config(six, "--labels", str(six / "labels.csv"), "--run_name", "found")
     run = open_run(six, "--labels", str(six / "labels.csv"), "--run_name", "found")
-    probe = mammo.prepare_probe(run.tiles, config)
+    probe = mammo.prepare_run_probe(run.tiles, config)
     rng = np.random.default_rng(5)
     features = rng.normal(size=(len(probe.ids), 6)).astype(np.float32)
     features[:, 0] += 6 * np.nan_to_num(probe.targets[:, 0])
@@ -166,13 +167,13 @@ def test_the_probe_finds_what_is_there_and_nothing_in_noise(six):
     assert abs(weights[0]) > 3 * np.abs(weights[1:]).max()
     scores = features @ weights + bias
     assert scores[probe.targets[:, 0] == 1].min() > scores[probe.targets[:, 0] == 0].mean()
-    assert set(np.unique(probe.studies)) == {"s0", "s1", "s2"}
+    assert set(np.unique(probe.groups)) == {"s0", "s1", "s2"}
     assert (probe.targets == 1).any() and (probe.targets == 0).any()  # noqa: PT018
     table = pd.read_csv(six / "labels.csv")
     table["patient_id"] = [f"p{number // 2}" for number in range(6)]
     table.to_csv(six / "labels_with_patients.csv", index=False)
     config = dataclasses.replace(config, labels=str(six / "labels_with_patients.csv"))
-    assert set(mammo.prepare_probe(run.tiles, config).studies) == {"p0", "p1", "p2"}
+    assert set(mammo.prepare_run_probe(run.tiles, config).groups) == {"p0", "p1", "p2"}
 
 
 def test_probe_labels_are_checked_before_the_extraction(six, tmp_path):

@@ -4,26 +4,24 @@ import copy
 import hashlib
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import stages
 import torch
-from conftest import ROOT, SMALL, small_config
+from conftest import SMALL, small_config
 from lightly.utils.lars import LARS as LightlyLARS  # noqa: N811
 
+import byol_mammo.lars
 import train_byol_mammo as mammo
 
-# A process of a run that writes down the tiles of every step and the hash of its weights.
-WORKER = """
-    import hashlib, json, os, sys
-    import train_byol_mammo as mammo
-    out, *flags = sys.argv[1:]
+
+def worker(words):
+    """A process of a run that writes down the tiles of every step and the hash of its weights."""
+    out, *flags = words
     seen, runs, step, prepare = [], [], mammo.train_step, mammo.prepare_run
     mammo.train_step = lambda run, ids, tiles=None: seen.append(ids.tolist()) or step(run, ids, tiles)
     mammo.prepare_run = lambda *words: runs.append(prepare(*words)) or runs[-1]
@@ -31,41 +29,34 @@ WORKER = """
     digest = hashlib.sha256()
     for name, value in runs[0].model.named_parameters():
         digest.update(name.encode() + value.detach().numpy().tobytes())
-    with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
-        json.dump({"seen": seen, "hash": digest.hexdigest(), "step": runs[0].step}, file)
-    sys.exit(code)
-"""
+    found = {"seen": seen, "hash": digest.hexdigest(), "step": runs[0].step}
+    Path(out, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    return code
 
 
 def start_processes(folder, archive, *flags, size=2):
-    """Start `size` processes of one run on an archive's images and cache."""
+    """Start `size` processes of one run on an archive's images and cache; they print to 0.log, 1.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = ["--data_dir", archive / "images", "--output_dir", folder / "runs"]
     places += ["--cache_dir", archive / "cache"]
-    words = [sys.executable, "-c", textwrap.dedent(WORKER), folder, *places, *SMALL, *flags]
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [str(word) for word in words],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+        stages.start(
+            worker, [folder, *places, *SMALL, *flags], folder / f"{rank}.log",
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(size)
-    ]
+    ]  # fmt: skip
 
 
 def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_path):
     flags = ("--epochs", "10", "--tiles_per_epoch", "64", "--max_steps", "20")
     processes = start_processes(tmp_path, archive, *flags)
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()
+    for rank, process in enumerate(processes):
+        log = tmp_path / f"{rank}.log"
+        assert stages.end(process, log) == 0, log.read_text()
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["step"] == second["step"] == 20
     assert first["hash"] == second["hash"]
@@ -74,8 +65,7 @@ def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_pa
         assert len(epoch) == len(set(epoch)) == 64
     # One process goes on from there: at the same place of the schedule, with half the global batch.
     alone = start_processes(tmp_path, archive, *flags[:-1], "42", size=1)[0]
-    _, errors = alone.communicate(timeout=300)
-    assert alone.returncode == 0, errors.decode()
+    assert stages.end(alone, tmp_path / "0.log") == 0, (tmp_path / "0.log").read_text()
     assert json.loads((tmp_path / "0.json").read_text())["step"] == 42
 
 
@@ -83,26 +73,24 @@ def test_a_dead_process_ends_the_others_with_a_message(archive, tmp_path):
     flags = ("--epochs", "1000", "--tiles_per_epoch", "64", "--save_every", "0")
     processes = start_processes(tmp_path, archive, *flags)
     until = time.monotonic() + 120
-    while not (tmp_path / "runs" / "byol_resnet18" / "last.pth").exists():
-        assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+    while not (tmp_path / "runs" / "byol_slim" / "last.pth").exists():
+        assert all(process.is_alive() for process in processes), (tmp_path / "0.log").read_text()
         assert time.monotonic() < until
         time.sleep(0.1)
-    processes[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    _, errors = processes[0].communicate(timeout=60)
-    processes[1].communicate()
-    assert time.monotonic() - killed < 60
-    assert processes[0].returncode == 2
-    assert b"lost each other" in errors
-    assert b"Traceback" not in errors
-    torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")
+    processes[1].kill()
+    assert stages.end(processes[0], tmp_path / "0.log", 60) == 2
+    processes[1].join()
+    printed = (tmp_path / "0.log").read_text()
+    assert "lost each other" in printed
+    assert "Traceback" not in printed
+    torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")
 
 
 def test_processes_without_an_address_are_told_how_to_start(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(mammo.MammoError, match="start by torchrun"):
-        mammo.join_world(mammo.World(0, 2, 0), torch.device("cpu"))
+        mammo.processes.join_ranks(mammo.processes.Ranks(0, 2, 0), "gloo")
 
 
 def slurm(rank, tasks, local, **step):
@@ -112,12 +100,15 @@ def slurm(rank, tasks, local, **step):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, mammo.World(0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, mammo.World(3, 4, 1)),
+        ({}, mammo.processes.Ranks(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, mammo.processes.Ranks(3, 4, 1)),
         # A plain `python` in an allocation of 8 tasks, and in the shell that salloc opens as a step.
-        (slurm(0, 8, 0), mammo.World(0, 1, 0)),
-        (slurm(0, 8, 0, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1"), mammo.World(0, 1, 0)),
-        (slurm(5, 8, 1, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="8"), mammo.World(5, 8, 1)),
+        (slurm(0, 8, 0), mammo.processes.Ranks(0, 1, 0)),
+        (
+            slurm(0, 8, 0, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1"),
+            mammo.processes.Ranks(0, 1, 0),
+        ),
+        (slurm(5, 8, 1, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="8"), mammo.processes.Ranks(5, 8, 1)),
     ],
 )
 def test_the_place_among_processes_comes_from_the_launcher(monkeypatch, environment, expected):
@@ -126,7 +117,7 @@ def test_the_place_among_processes_comes_from_the_launcher(monkeypatch, environm
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert mammo.find_world() == expected
+    assert mammo.processes.find_ranks() == expected
 
 
 @pytest.mark.parametrize("reduce", [1, 2])
@@ -170,9 +161,9 @@ class _Elsewhere:
 def open_run(archive, folder, name, *flags):
     config = small_config(archive, "--run_name", name, "--output_dir", str(folder / "runs"), *flags)
     torch.manual_seed(config.seed)
-    backbone = mammo.build_backbone(config.backbone)
+    backbone = mammo.checkpoints.build_backbone(config.backbone)
     config = mammo.match_input_dim(config, backbone)
-    return mammo.prepare_run(config, backbone, mammo.build_cache(config))
+    return mammo.prepare_run(config, backbone, mammo.build_cache(config), mammo.processes.find_ranks())
 
 
 def test_lars_equals_lightlys():
@@ -180,7 +171,7 @@ def test_lars_equals_lightlys():
     ours = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 4))
     theirs = copy.deepcopy(ours)
     pairs = []
-    for model, kind in ((ours, mammo.LARS), (theirs, LightlyLARS)):
+    for model, kind in ((ours, byol_mammo.lars.LARS), (theirs, LightlyLARS)):
         wide = [p for p in model.parameters() if p.ndim > 1]
         thin = [p for p in model.parameters() if p.ndim == 1]
         groups = [{"params": wide, "weight_decay": 1e-3}, {"params": thin, "weight_decay": 0.0}]

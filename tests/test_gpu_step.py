@@ -9,23 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import small_network
 import torch
 from conftest import SMALL, small_config
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch import config as lowering
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._subclasses.fake_tensor import (
+from private_torch import (
+    COMPILERS,
+    COMPILES_BACKWARD_AT_ONCE,
     DataDependentOutputException,
     FakeTensorMode,
+    TorchDispatchMode,
+    backend_without,
+    bf16_and_scaler_without_a_driver,
+    tree_leaves,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_byol_mammo as mammo
 
 GPU = torch.device("cuda:0")
-COMPILERS = ("fw_compiler", "bw_compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 
 
@@ -59,23 +60,24 @@ def no_gpu_is_asked(monkeypatch):
             _ = torch.empty(4, device=GPU)[1:]
     except RuntimeError:
         pytest.skip(f"PyTorch {torch.__version__} needs the driver for tensors without data too")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    bf16_and_scaler_without_a_driver(monkeypatch)
 
     def pinned_copy(array, device):
         return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
 
-    monkeypatch.setattr(mammo, "to_device", pinned_copy)
+    monkeypatch.setattr(mammo.devices, "to_device", pinned_copy)
 
 
 def gpu_run(folder, monkeypatch, *flags):
     """A Run whose tensors are on a GPU; call it inside FakeTensorMode."""
     flags = ("--device", "cuda", "--batch_size", "4", "--output_dir", str(folder), *flags)
     config = mammo.parse_args([*SMALL, *flags])
-    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 64, 32)
+    model = mammo.MammogramBYOL(
+        mammo.checkpoints.build_backbone(small_network.NAME), small_network.WIDTH, 64, 32
+    )
     objective: mammo.Objective = mammo.BYOL(model)
     if config.freq_loss_weight:
-        objective = mammo.SpeckBYOL(model, torch.rand(4, 1, 32, 32), 512, 1.0, 0.996)
+        objective = mammo.SpeckBYOL(model, torch.rand(4, 1, 32, 32), small_network.WIDTH, 1.0, 0.996)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         without_data(objective).train()
@@ -91,7 +93,7 @@ def gpu_run(folder, monkeypatch, *flags):
             probe=None, objective=objective, compute_loss=objective, optimizer=optimizer,
             scaler=torch.amp.GradScaler("cuda", enabled=False), device=GPU,
             autocast=lambda: torch.autocast("cuda", torch.bfloat16), steps_per_epoch=2, wandb_id="",
-            world=mammo.World(), code={},
+            ranks=mammo.processes.Ranks(), code={},
         )  # fmt: skip
 
     def backward(loss):
@@ -162,7 +164,7 @@ def test_bf16_is_what_the_gpu_multiplies_in(tmp_path, monkeypatch, no_gpu_is_ask
         ("cpu", 4, 3, "cpu"),
         ("auto", 0, 3, "cpu"),
         ("cuda", 0, None, "no CUDA GPU here"),
-        ("cuda", 7, None, "no code for this GPU"),
+        ("cuda", 7, None, r"does not run on this GPU \(sm_70\): .*no kernel image.*CUDA 12\.6"),
         ("cuda:4", 4, None, "cuda:0 to cuda:3"),
         ("mps", 4, None, "not supported"),
         ("gpu", 4, None, "not a device"),
@@ -173,16 +175,21 @@ def test_each_process_takes_a_gpu_that_it_can_see(monkeypatch, flag, gpus, local
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     # Seven GPUs stand for V100s here.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0) if gpus == 7 else (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_90"])
+
+    def run_a_kernel(device):
+        if gpus == 7:
+            raise RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+
+    monkeypatch.setattr(mammo.devices, "run_a_kernel", run_a_kernel)
     if local_rank is not None:
         for name, value in (("RANK", 5), ("WORLD_SIZE", 8), ("LOCAL_RANK", local_rank)):
             monkeypatch.setenv(name, str(value))
-    config = mammo.parse_args(["--device", flag])
+    ranks = mammo.processes.find_ranks()
     if " " in expected:
         with pytest.raises(mammo.MammoError, match=expected):
-            mammo.choose_device(config)
+            mammo.devices.choose_device(flag, ranks.local_rank)
     else:
-        assert mammo.choose_device(config) == torch.device(expected)
+        assert mammo.devices.choose_device(flag, ranks.local_rank) == torch.device(expected)
 
 
 def waits_for_a_number(features):
@@ -212,36 +219,19 @@ def test_these_tensors_would_show_a_fault(tmp_path, monkeypatch, no_gpu_is_asked
         mammo.train_step(run, np.arange(4))
 
 
-@pytest.mark.parametrize(
-    ("gpu", "kinds", "expected"),
-    [
-        ((7, 0), ["sm_75", "sm_90", "compute_90"], False),
-        ((8, 6), ["sm_80", "sm_90"], True),
-        ((8, 0), ["sm_86"], False),
-        ((9, 0), ["sm_80", "sm_90a"], True),
-        ((12, 0), ["sm_80", "sm_90"], False),
-        ((12, 0), ["sm_90", "compute_90"], True),
-        ((12, 0), ["sm_100", "sm_120"], True),
-        ((9, 0), [], True),
-    ],
-)
-def test_a_gpu_needs_code_for_its_kind(gpu, kinds, expected):
-    assert mammo.has_code_for(*gpu, kinds) == expected
-
-
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(mammo.MammoError, match="nproc_per_node 2"):
-        mammo.choose_device(mammo.Config(device="cuda"))
+        mammo.devices.choose_device("cuda")
 
 
 def test_checkpoints_name_no_device(tmp_path):
     content = {"model_state_dict": {"a": torch.ones(2)}, "optimizer": {"state": [torch.zeros(1)]}}
-    moved = mammo.on_cpu({"a": FakeGPUTensor(), "b": [FakeGPUTensor()], "c": (1, None, "x")})
+    moved = mammo.checkpoints.on_cpu({"a": FakeGPUTensor(), "b": [FakeGPUTensor()], "c": (1, None, "x")})
     assert moved == {"a": "on the CPU", "b": ["on the CPU"], "c": [1, None, "x"]}
-    mammo.write_checkpoint(tmp_path / "a.pth", content)
+    mammo.checkpoints.write_checkpoint(tmp_path / "a.pth", content)
     assert torch.equal(torch.load(tmp_path / "a.pth")["model_state_dict"]["a"], torch.ones(2))
 
 
@@ -255,7 +245,7 @@ def test_where_torch_compile_is_not_supported_the_step_runs_without(monkeypatch,
         raise RuntimeError("torch.compile is not supported on Python 3.15+")
 
     monkeypatch.setattr(torch, "compile", unsupported)
-    step = mammo.compiled(len, mammo.Config(), torch.device("cuda"))
+    step = mammo.devices.compiled(len)
     assert step([1, 2]) == 2
     assert "going on without" in capsys.readouterr().err
 
@@ -280,10 +270,12 @@ def test_pixels_stay_on_the_gpu_where_a_step_has_room_beside_them(monkeypatch, g
 
 
 def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
-    model = mammo.MammogramBYOL(mammo.build_backbone("resnet18"), 512, 64, 32)
+    model = mammo.MammogramBYOL(
+        mammo.checkpoints.build_backbone(small_network.NAME), small_network.WIDTH, 64, 32
+    )
     images = torch.randn(2, 4, 1, 64, 64)
     views = [mammo.View(spec.kind, x, x.sigmoid()) for spec, x in zip(mammo.VIEWS, images, strict=True)]
-    specks = mammo.SpeckBYOL(model, torch.rand(4, 1, 64, 64), 512, 1.0, 0.996)
+    specks = mammo.SpeckBYOL(model, torch.rand(4, 1, 64, 64), small_network.WIDTH, 1.0, 0.996)
     for objective in (mammo.BYOL(model), specks):
         compiled = torch.compile(objective, backend="eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
@@ -299,15 +291,14 @@ def test_where_compiling_fails_the_plain_function_goes_on(monkeypatch, capsys, b
     def fail(*_):
         raise RuntimeError("out of shared memory")
 
-    if broken == "bw_compiler" and not hasattr(lowering, "force_non_lazy_backward_lowering"):
+    if broken == "bw_compiler" and not COMPILES_BACKWARD_AT_ONCE:
         pytest.skip(f"PyTorch {torch.__version__} compiles the backward pass at its first call")
-    compilers = {name: lambda graph, _: make_boxed_func(graph.forward) for name in COMPILERS}
-    backend = aot_autograd(**{**compilers, broken: fail})
+    backend = backend_without(broken, fail)
     plain_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: plain_compile(function, backend=backend))
     torch.compiler.reset()
     layer = torch.nn.Linear(4, 4)
-    compiled = mammo.compiled(layer, mammo.Config(), GPU)
+    compiled = mammo.devices.compiled(layer)
     for _ in range(2):
         compiled(torch.ones(3, 4)).sum().backward()
     assert layer.bias.grad.tolist() == [6.0] * 4
@@ -321,11 +312,11 @@ def real_run(archive, folder, *flags):
     """A Run of the small archive on the GPU."""
     flags = ("--device", "cuda", "--output_dir", str(folder), *flags)
     config = small_config(archive, *flags)
-    mammo.set_determinism(config, mammo.choose_device(config))
+    mammo.devices.set_determinism(config.deterministic, mammo.devices.choose_device(config.device))
     torch.manual_seed(config.seed)
-    backbone = mammo.build_backbone(config.backbone)
+    backbone = mammo.checkpoints.build_backbone(config.backbone)
     config = mammo.match_input_dim(config, backbone)
-    return mammo.prepare_run(config, backbone, mammo.build_cache(config))
+    return mammo.prepare_run(config, backbone, mammo.build_cache(config), mammo.processes.find_ranks())
 
 
 def state_after(run, steps):

@@ -173,7 +173,7 @@ def test_reading_keeps_every_grey_level(tmp_path):
     for bits in (8, 12, 16):
         image, _ = breast_image(bits=bits)
         assert np.array_equal(read_back(image, tmp_path), image)
-        assert mammo.bit_depth(image) == bits
+        assert mammo.images.bit_depth(image) == bits
     inverted = (4095 - breast_image(bits=12)[0]).astype(np.uint16)
     assert np.array_equal(read_back(inverted, tmp_path), breast_image(bits=12)[0])
 
@@ -182,18 +182,20 @@ def test_reading_keeps_every_grey_level(tmp_path):
 def test_the_fast_png_decoder_reads_what_opencv_reads_and_nothing_else(bits):
     image, _ = breast_image(bits=bits)
     content = cv2.imencode(".png", image)[1].tobytes()
-    fast = mammo.decode_grey_png(content)
+    fast = mammo.images.decode_grey_png(content)
     assert fast.dtype == image.dtype
     assert np.array_equal(fast, image)
-    assert mammo.decode_grey_png(cv2.imencode(".png", np.dstack([image] * 3))[1].tobytes()) is None
-    assert mammo.decode_grey_png(cv2.imencode(".tif", image)[1].tobytes()) is None
+    assert (
+        mammo.images.decode_grey_png(cv2.imencode(".png", np.dstack([image] * 3))[1].tobytes()) is None
+    )
+    assert mammo.images.decode_grey_png(cv2.imencode(".tif", image)[1].tobytes()) is None
     for damaged in (
         content[:-20],
         content[:-1],
         content[:200] + content[220:],
         content[:100] + content[-12:],
     ):
-        assert mammo.decode_grey_png(damaged) is None
+        assert mammo.images.decode_grey_png(damaged) is None
 
 
 def test_copies_of_grey_and_alpha_are_dropped(tmp_path):
@@ -279,5 +281,5 @@ def test_real_images_meet_the_baselines(real):
         image = mammo.read_mammogram(path)
         mask = mammo.segment_breast_tissue(image)
         assert not mammo.segment_pectoral_muscle(image, mask).any()
-        assert iou(mask, mammo.largest_component(image > 0)) > 0.75
+        assert iou(mask, mammo.images.largest_component(image > 0)) > 0.75
         assert ROOT not in path.parents

@@ -10,11 +10,23 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import stages
 import torch
 import torchvision
-from conftest import ROOT, breast_image, run_script, train_script, write_images
+from conftest import (
+    REPORTS,
+    RESNET18,
+    ROOT,
+    SMALL,
+    breast_image,
+    places_in,
+    run_script,
+    train_script,
+    write_images,
+)
 from safetensors.torch import load_file
 
+import byol_mammo.pictures
 import train_byol_mammo as mammo
 
 RUN_FILES = {
@@ -30,7 +42,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     write_images(folder / "images", bits=16)
     (folder / "images" / "broken.png").write_bytes(b"\x89PNG broken")
-    done = train_script(folder, "--epochs", "2", "--checkpoint_every", "1")
+    flags = (*SMALL, *RESNET18, *REPORTS, "--epochs", "2", "--checkpoint_every", "1")
+    done = run_script(ROOT / "train_byol_mammo.py", *places_in(folder), *flags)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -93,7 +106,7 @@ def test_a_run_starts_from_another_runs_weights(finished):
     folder = finished[0]
     weights = folder / "runs" / "byol_resnet18" / "backbone.safetensors"
     done = train_script(
-        folder, "--weights", weights, "--run_name", "second", "--max_steps", "1", "--qc_pages"
+        folder, *RESNET18, "--weights", weights, "--run_name", "second", "--max_steps", "1", "--qc_pages"
     )
     assert done.returncode == 0, done.stderr
     assert len(list((folder / "runs" / "second" / "qc").glob("*/*.png"))) == 5  # the broken one is named
@@ -122,23 +135,34 @@ BAD = [
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_input_ends_in_one_clear_message(tmp_path, flags, message):
+def test_bad_input_ends_in_one_clear_message(tmp_path, flags, message, capsys):
     if "GPU" in message and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     write_images(tmp_path / "images", 1)
     (tmp_path / "empty").mkdir()
-    done = train_script(tmp_path, *(flag.format(tmp=tmp_path) for flag in flags))
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    assert mammo.main([*places_in(tmp_path), *SMALL, *flags]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^error: ", error, flags=re.MULTILINE)
+    assert message in error
     assert not list(tmp_path.rglob("*.pth"))
     assert not list((tmp_path / "cache").glob("[!.]*"))
+
+
+def test_the_program_itself_ends_with_the_code_and_the_message(tmp_path):
+    """One refusal as a user sees it."""
+    done = run_script(
+        ROOT / "train_byol_mammo.py", "--data_dir", tmp_path / "nowhere", "--weights", "none"
+    )
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_internet_and_weights_the_remedy_is_named(tmp_path):
     write_images(tmp_path / "images", 1)
     offline = {"TORCH_HOME": str(tmp_path / "hub"), "https_proxy": "http://127.0.0.1:9"}
-    done = train_script(tmp_path, "--weights", "imagenet", env=offline)
+    done = train_script(tmp_path, *RESNET18, "--weights", "imagenet", env=offline)
     assert done.returncode == 2
     assert "https://download.pytorch.org/models/resnet18" in done.stderr
     assert str(tmp_path / "hub" / "hub" / "checkpoints" / "resnet18") in done.stderr
@@ -167,15 +191,19 @@ def test_the_demo_recipe_runs_in_small(tmp_path):
     ]  # fmt: skip
     quick = "--wandb_mode disabled --tile_size 96 --tile_stride 48 --pixel_spacing_mm 0.567"
     small = {
-        "synthetic_mammograms.py": "--height 528 --width 420",
+        "synthetic_mammograms.py": "--studies 5 --height 528 --width 420",
         "prepare_dataset.py": "",
         "train_byol_mammo.py": f"{quick} --view_size 32 --min_freq_energy 0 --hidden_dim 64 --epochs 1 "
         "--max_steps 2",
-        "train_classifier.py": f"{quick} --view_size 32",
+        "train_classifier.py": f"{quick} --view_size 32 --bootstrap 100",
     }
     for command in commands:
         words = [re.sub(r"^demo/", f"{tmp_path}/", word) for word in command[1:]]
-        done = run_script(ROOT / words[0], *words[1:], *small[words[0]].split())
+        flags = [*words[1:], *small[words[0]].split()]
+        if words[0] == "synthetic_mammograms.py":
+            done = run_script(ROOT / words[0], *flags)
+        else:  # as `python SCRIPT` would, but imported already
+            done = stages.complete(words[0].removesuffix(".py"), flags, tmp_path)
         assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "byol_resnet18"
     assert (run / "backbone.safetensors").is_file()
@@ -202,8 +230,8 @@ def test_extraction_alone_leaves_a_cache_that_training_finds(tmp_path):
     assert re.search(r"positions [\d,]+, kept [1-9]", done.stdout)
     cache = next((tmp_path / "cache").glob("[!.]*"))
     assert str(cache) in done.stdout
-    assert all((cache / name).is_file() for name in mammo.EXTRACTION_PICTURES)
-    run = tmp_path / "runs" / "byol_resnet18"
+    assert all((cache / name).is_file() for name in byol_mammo.pictures.EXTRACTION_PICTURES)
+    run = tmp_path / "runs" / "byol_slim"
     assert [path.name for path in run.iterdir()] == ["qc"]
     assert len(list((run / "qc" / cache.name).iterdir())) == 2
     done = train_script(tmp_path, "--extract_only", "--qc_pages", "--min_breast_ratio", "0.5")
@@ -214,7 +242,7 @@ def test_extraction_alone_leaves_a_cache_that_training_finds(tmp_path):
     assert done.returncode == 2
     assert "no tile was kept" in done.stderr
     assert len(list((run / "qc").glob("*/*.png"))) == 6  # they show why
-    done = train_script(tmp_path, "--max_steps", "1", "--report_every", "0", "--progress", "lines")
+    done = train_script(tmp_path, "--max_steps", "1", "--progress", "lines")
     assert done.returncode == 0, done.stderr
     assert "tiles:" not in done.stdout + done.stderr  # the progress of an extraction
     assert (run / "backbone.safetensors").is_file()

@@ -913,10 +913,3 @@ def test_missing_csv_is_refused(archive: Archive) -> None:
     assert "there is no file nowhere.csv" in done.stderr
     assert done.stdout == ""
     assert not archive.out.exists()
-
-
-def test_contents_match_the_sections() -> None:
-    text = (ROOT / "prepare_dataset.py").read_text()
-    banners = [line[2:].rstrip("- ") for line in text.splitlines() if line.endswith("-----")]
-    listed = text.split("Contents\n")[1].split("\n\n")[0].splitlines()
-    assert [" ".join(line.split("   ")[0].split()) for line in (x.strip() for x in listed)] == [*banners]

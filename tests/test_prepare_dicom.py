@@ -599,10 +599,3 @@ def test_no_identifier_leaves_the_header(tmp_path: Path) -> None:
     assert set(skipped.index) == {"p1/ultrasound.dcm", "p2/cut.dcm"}
     manifest = pd.read_csv(tmp_path / "out/manifest.csv", keep_default_na=False).set_index("source")
     assert manifest.loc["p2/odd.dcm", "spacing_mm"] == ""  # malformed is unknown, not unusable
-
-
-def test_contents_match_the_sections() -> None:
-    text = (ROOT / "mammogram_dicom.py").read_text()
-    banners = [line[2:].rstrip("- ") for line in text.splitlines() if line.endswith("-----")]
-    listed = text.split("Contents\n")[1].split('"""')[0].strip().splitlines()
-    assert [" ".join(line.split()[:2]) for line in listed] == banners

@@ -246,12 +246,6 @@ def test_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
     assert not worker.exists() or " Z " in worker.read_text()
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
-    code = "import sys, prepare_dataset; print({'torch', 'pydicom', 'gdcm'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("set()\n", "")
-
-
 def lossless_jpegs(folder: Path, count: int) -> list[Path]:
     """MONOCHROME1 mammograms of 2560 x 2048 pixels in JPEG Lossless below folder/in; three repeat."""
     paths = []

@@ -277,10 +277,10 @@ def test_the_edits_apply_and_run(tmp_path):
     flags += ["--backbone", "regnet_y_400mf", "--weights", "none"]
     done = run_script(script, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    state = mammo.load_checkpoint(tmp_path / "runs/edited/mammogram_byol_best.pth")
+    state = mammo.checkpoints.load_checkpoint(tmp_path / "runs/edited/mammogram_byol_best.pth")
     assert state["config"]["backbone"] == "regnet_y_400mf"
     (cache,) = (tmp_path / "cache").glob("[!.]*")
-    unedited = mammo.cache_key(mammo.cache_inputs(mammo.list_sources(config.data_dir), config))
+    unedited = mammo.cache_key(mammo.cache_inputs(mammo.images.list_sources(config.data_dir), config))
     assert cache.name != unedited
 
 

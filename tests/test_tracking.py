@@ -8,7 +8,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_script, train_script, write_images
+from conftest import RESNET18, ROOT, SMALL, run_script, train_script, write_images
 from test_training import open_run
 
 import train_byol_mammo as mammo
@@ -73,7 +73,7 @@ def tracked(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         assert "note:" not in done.stderr
         outputs.append(done.stdout)
-    return folder / "runs" / "byol_resnet18", outputs
+    return folder / "runs" / "byol_slim", outputs
 
 
 def test_an_offline_run_holds_every_promised_metric(tracked):
@@ -81,7 +81,7 @@ def test_an_offline_run_holds_every_promised_metric(tracked):
     first, second = sorted((run / "wandb").glob("offline-run-*"))
     (_, config, rows, _), (_, _, more, summary) = read_back(first), read_back(second)
     assert config["batch_size"] == "8"
-    assert config["backbone"] == '"resnet18"'
+    assert config["backbone"] == '"slim"'
     steps = [row for row in rows + more if "loss" in row]
     promised = {
         "loss", "lr", "momentum", "breast_ratio", "batches_per_s", "tiles_per_s", "seconds_left",
@@ -124,7 +124,7 @@ def test_the_upload_command_names_all_parts_of_the_run(tracked):
 
 def test_disabled_tracking_never_imports_wandb(archive, tmp_path):
     places = ["--data_dir", str(archive / "images"), "--cache_dir", str(archive / "cache")]
-    flags = [*places, *SMALL, "--output_dir", str(tmp_path), "--max_steps", "2"]
+    flags = [*places, *SMALL, *RESNET18, "--output_dir", str(tmp_path), "--max_steps", "2"]
     code = (
         f"import sys; import train_byol_mammo as mammo; mammo.main({flags!r}); "
         "sys.exit('wandb' in sys.modules)"
@@ -157,7 +157,7 @@ def test_a_row_tells_speed_time_left_and_what_the_gpu_does(archive, monkeypatch)
 
 
 def test_pictures_and_summaries_of_a_disabled_tracker_go_nowhere(tmp_path):
-    tracker = mammo.Tracker("id", mammo.Config(output_dir=str(tmp_path), wandb_mode="disabled"))
+    tracker = mammo.start_tracker("id", mammo.Config(output_dir=str(tmp_path), wandb_mode="disabled"))
     tracker.log({"views": tmp_path / "absent.png"})
     tracker.log({"best_epoch": 1}, summary=True)
     tracker.finish()

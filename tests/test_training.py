@@ -1,14 +1,10 @@
 """Training: the step, overfitting, collapse, restart to the bit, refusals."""
 
-import contextlib
 import copy
 import hashlib
 import math
-import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -16,22 +12,28 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import stages
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, small_config, train_script
+from conftest import SMALL, places_in, small_config
 from safetensors.torch import load_file
 from torch import nn
 
 import train_byol_mammo as mammo
 
 
+def epoch_order(run, epoch):
+    config, image = run.config, run.tiles.table["image"].to_numpy()
+    return mammo.sampling.epoch_order(image, run.train_ids, config.tiles_per_epoch, config.seed, epoch)
+
+
 def open_run(archive, *flags):
     """A Run on the archive's cache, its folder made."""
     config = small_config(archive, *flags)
     torch.manual_seed(config.seed)
-    backbone = mammo.build_backbone(config.backbone)
+    backbone = mammo.checkpoints.build_backbone(config.backbone)
     config = mammo.match_input_dim(config, backbone)
-    run = mammo.prepare_run(config, backbone, mammo.build_cache(config))
+    run = mammo.prepare_run(config, backbone, mammo.build_cache(config), mammo.processes.find_ranks())
     run.folder.mkdir(parents=True, exist_ok=True)
     return run
 
@@ -62,10 +64,10 @@ def test_five_steps_equal_a_plain_reference_loop(archive, tmp_path):
     )
     total = run.total_steps
     warmup = min(10 * run.steps_per_epoch, total // 2)
-    order = mammo.epoch_order(run, 0)
+    order = epoch_order(run, 0)
     for step in range(5):
         if step == run.steps_per_epoch:
-            order = mammo.epoch_order(run, 1)
+            order = epoch_order(run, 1)
         at = step % run.steps_per_epoch
         ids = order[8 * at : 8 * at + 8]
         views = mammo.make_views(run, run.tiles, ids, (run.config.seed, step, 0))
@@ -125,8 +127,8 @@ def test_one_fixed_batch_is_overfitted_without_collapse(archive):
 def test_without_the_predictor_the_collapse_warning_fires(archive, capfd):
     """Views that share nothing can only be agreed on by collapse; the predictor holds it off."""
     run = open_run(archive, "--run_name", "collapse", "--report_every", "0")
-    metrics = mammo.MetricsFile(run.folder / "metrics.csv", run.columns, 0, run.steps_per_epoch)
-    tracker = mammo.Tracker("id", run.config)
+    metrics = mammo.tracking.MetricsFile(run.folder / "metrics.csv", run.columns, 0, run.steps_per_epoch)
+    tracker = mammo.start_tracker("id", run.config)
 
     def noise():
         generator.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
@@ -152,13 +154,13 @@ def test_without_the_predictor_the_collapse_warning_fires(archive, capfd):
 
 def test_an_epoch_shows_every_tile_once_spread_over_images(archive):
     run = open_run(archive, "--tiles_per_epoch", "0", "--run_name", "order")
-    order = mammo.epoch_order(run, 0)
+    order = epoch_order(run, 0)
     assert sorted(order) == sorted(run.train_ids)
     assert not set(order) & set(run.monitor_ids) or len(run.train_ids) == len(run.tiles)
-    assert (mammo.epoch_order(run, 0) == order).all()
-    assert (mammo.epoch_order(run, 1) != order).any()
+    assert (epoch_order(run, 0) == order).all()
+    assert (epoch_order(run, 1) != order).any()
     few = open_run(archive, "--tiles_per_epoch", "20", "--run_name", "order")
-    drawn = mammo.epoch_order(few, 3)
+    drawn = epoch_order(few, 3)
     counts = np.bincount(few.tiles.table["image"].to_numpy()[drawn])
     assert len(drawn) == 20
     assert counts.max() - counts.min() <= 1
@@ -183,64 +185,26 @@ def test_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
 
 
 def start(folder, *flags):
-    places = [
-        "--data_dir",
-        folder / "images",
-        "--output_dir",
-        folder / "runs",
-        "--cache_dir",
-        folder / "cache",
-    ]
-    command = [sys.executable, ROOT / "train_byol_mammo.py", *places, *SMALL, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.Popen(
-        [str(word) for word in command],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    """A training in a process, its places below `folder`; what it prints is in folder/log."""
+    return stages.start("train_byol_mammo", [*places_in(folder), *SMALL, *flags], folder / "log")
 
 
 def wait_for(path, process, seconds=120):
     until = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.is_alive(), f"ended with {process.exitcode}"
         assert time.monotonic() < until, f"{path} did not come"
         time.sleep(0.02)
-
-
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(archive, tmp_path):
-    """SIGKILL at three random moments, with a checkpoint written after every step."""
-    shutil.copytree(archive / "images", tmp_path / "images")
-    shutil.copytree(archive / "cache", tmp_path / "cache")
-    flags = ("--epochs", "6", "--save_every", "0", "--seed", "5")
-    done = train_script(tmp_path, *flags, "--run_name", "whole")
-    assert done.returncode == 0, done.stderr
-    rng = random.Random(0)
-    for _ in range(int(os.environ.get("BYOL_MAMMO_KILLS", 3))):
-        process = start(tmp_path, *flags, "--run_name", "killed")
-        wait_for(tmp_path / "runs" / "killed" / "last.pth", process)
-        time.sleep(rng.uniform(0.0, 3.0))
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
-        for checkpoint in (tmp_path / "runs" / "killed").glob("[!.]*.pth"):
-            torch.load(checkpoint)  # whole or absent, never torn
-    assert train_script(tmp_path, *flags, "--run_name", "killed").returncode == 0
-    names = [tmp_path / "runs" / run / "mammogram_byol_final.pth" for run in ("whole", "killed")]
-    assert weights_hash(names[0]) == weights_hash(names[1])
 
 
 def test_sigterm_saves_and_says_how_to_go_on(archive, tmp_path):
     shutil.copytree(archive / "images", tmp_path / "images")
     process = start(tmp_path, "--epochs", "1000")
-    wait_for(tmp_path / "runs" / "byol_resnet18" / "metrics.csv", process)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert b"the same command goes on" in errors
-    assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] > 0
+    wait_for(tmp_path / "runs" / "byol_slim" / "metrics.csv", process)
+    process.terminate()
+    assert stages.end(process, tmp_path / "log", 60) == 128 + signal.SIGTERM
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    assert torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")["step"] > 0
 
 
 def test_a_signal_that_comes_while_the_report_is_drawn_costs_no_step(archive, tmp_path, monkeypatch):
@@ -258,13 +222,13 @@ def test_a_signal_that_comes_while_the_report_is_drawn_costs_no_step(archive, tm
 
 
 def test_processes_obey_the_signal_that_all_of_them_know_of(monkeypatch):
-    stop = mammo.StopSignal()
+    stop = mammo.processes.StopSignal()
 
     def all_reduce(*_):  # the signal comes while this process waits for the others
         stop.requested = signal.SIGTERM
 
     monkeypatch.setattr(mammo.distributed, "all_reduce", all_reduce)
-    run = SimpleNamespace(world=mammo.World(0, 2, 0), device=torch.device("cpu"))
+    run = SimpleNamespace(ranks=mammo.processes.Ranks(0, 2, 0), device=torch.device("cpu"))
     mammo.read_metrics(run, [{"loss": torch.zeros(())}], stop)
     assert (stop.requested, stop.agreed) == (signal.SIGTERM, 0)
     mammo.read_metrics(run, [{"loss": torch.zeros(())}], stop)
@@ -292,14 +256,14 @@ def test_a_requeued_job_goes_on_whatever_its_flags_say(archive, tmp_path, monkey
     folder = mammo.train(small_config(tmp_path / "a", *flags, "1"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     mammo.train(small_config(tmp_path / "a", *flags, "2"))
-    assert mammo.load_checkpoint(folder / "last.pth")["step"] == 2
+    assert mammo.checkpoints.load_checkpoint(folder / "last.pth")["step"] == 2
     assert [path.name for path in folder.parent.glob(f"{folder.name}*")] == [folder.name]
     # Another job whose first start never came that far.
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     mammo.train(small_config(tmp_path / "a", *flags, "1"))
-    assert mammo.load_checkpoint(folder / "last.pth")["step"] == 1
+    assert mammo.checkpoints.load_checkpoint(folder / "last.pth")["step"] == 1
     aside = folder.with_name(f"{folder.name}_1")
-    assert mammo.load_checkpoint(aside / "last.pth")["step"] == 2
+    assert mammo.checkpoints.load_checkpoint(aside / "last.pth")["step"] == 2
 
 
 def test_a_warm_start_that_fails_moves_nothing_aside(archive, tmp_path):
@@ -328,30 +292,33 @@ def test_what_a_killed_run_left_without_a_state_is_moved_aside(archive, tmp_path
 def test_a_second_run_in_one_folder_is_refused(archive, tmp_path):
     shutil.copytree(archive, tmp_path / "a")
     config = small_config(tmp_path / "a", "--epochs", "2", "--max_steps", "1")
-    with mammo.claimed(config), pytest.raises(mammo.MammoError, match="another run is writing to"):
+    with (
+        mammo.processes.exclusive_run_folder(config.run_dir, True),
+        pytest.raises(mammo.MammoError, match="another run is writing to"),
+    ):
         mammo.train(config)
     mammo.train(config)
 
 
 def test_metrics_of_another_number_of_processes_stay_in_place(tmp_path):
     path = tmp_path / "metrics.csv"
-    metrics = mammo.MetricsFile(path, mammo.METRICS, 0, 10)
+    metrics = mammo.tracking.MetricsFile(path, mammo.METRICS, 0, 10)
     for step in (10, 20, 30):
         metrics.write({"step": step, "epoch": step / 10})
     for _ in range(2):  # killed at once and started again
-        mammo.MetricsFile(path, mammo.METRICS, 12, 5)  # from step 25, on twice as many
+        mammo.tracking.MetricsFile(path, mammo.METRICS, 12, 5)  # from step 25, on twice as many
         kept = pd.read_csv(path)
         assert kept["step"].tolist() == [5, 10]
         assert kept["epoch"].tolist() == [1, 2]
     path.write_text("")
-    mammo.MetricsFile(path, mammo.METRICS, 12, 5)
+    mammo.tracking.MetricsFile(path, mammo.METRICS, 12, 5)
     assert pd.read_csv(path).empty
 
 
 def test_metrics_of_long_runs_keep_their_steps(tmp_path):
-    metrics = mammo.MetricsFile(tmp_path / "metrics.csv", mammo.METRICS, 0, 31_003)
+    metrics = mammo.tracking.MetricsFile(tmp_path / "metrics.csv", mammo.METRICS, 0, 31_003)
     metrics.write({"step": 3_100_299, "epoch": 3_100_299 / 31_003})
-    mammo.MetricsFile(tmp_path / "metrics.csv", mammo.METRICS, 3_100_299, 31_003)
+    mammo.tracking.MetricsFile(tmp_path / "metrics.csv", mammo.METRICS, 3_100_299, 31_003)
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [3_100_299]
 
 
@@ -385,22 +352,22 @@ def test_bf16_trains_on_the_cpu(archive):
     assert math.isfinite(loss)
     assert std > 0
     with pytest.raises(mammo.MammoError, match="fp16 needs a GPU"):
-        mammo.choose_precision(small_config(archive, "--precision", "fp16"), torch.device("cpu"))
+        mammo.devices.choose_precision("fp16", torch.device("cpu"))
 
 
 def test_auto_is_bf16_where_the_cpu_has_it_and_another_cpu_is_noted(archive, monkeypatch, capsys):
-    monkeypatch.setattr(mammo, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(mammo.devices, "cpu_has_bf16", lambda: False)
     run = open_run(archive, "--run_name", "moved")
-    assert mammo.precision_name(run.config, run.device) == "float32"
+    assert mammo.devices.precision_name(run.config.precision, run.device) == "float32"
     mammo.save_state(run)
     open_run(archive, "--run_name", "moved")
     assert "note:" not in capsys.readouterr().err
-    monkeypatch.setattr(mammo, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(mammo.devices, "cpu_has_bf16", lambda: True)
     run = open_run(archive, "--run_name", "moved")
-    assert mammo.precision_name(run.config, run.device) == "bfloat16"
+    assert mammo.devices.precision_name(run.config.precision, run.device) == "bfloat16"
     assert "saved in float32, resumed in bfloat16" in capsys.readouterr().err
     run.scaler = torch.amp.GradScaler("cpu", enabled=True)  # as on a GPU that has fp16 alone
-    mammo.resume_run(run, mammo.load_checkpoint(run.folder / "last.pth"))
+    mammo.resume_run(run, mammo.checkpoints.load_checkpoint(run.folder / "last.pth"))
 
 
 @pytest.mark.parametrize(
@@ -413,16 +380,16 @@ def test_wandb_is_online_only_when_logged_in(archive, tmp_path, monkeypatch, env
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert mammo.wandb_mode(mammo.Config()) == expected
+    assert mammo.tracking.wandb_mode("auto") == expected
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     if not environment:
-        assert mammo.wandb_mode(mammo.Config()) == "online"
+        assert mammo.tracking.wandb_mode("auto") == "online"
 
 
 def test_wandb_failures_never_reach_the_run(tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
     config = mammo.Config(output_dir=str(tmp_path), wandb_mode="offline")
-    tracker = mammo.Tracker("abc", config)
+    tracker = mammo.start_tracker("abc", config)
     tracker.log({"step": 1, "loss": -0.5})
     tracker.finish()
     assert "wandb stopped" in capfd.readouterr().err

@@ -28,7 +28,7 @@ TABLE = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", flags=r
 
 def settings_table() -> str:
     """Markdown table of the main script's settings: flag, default and the constant's comment."""
-    meanings = mammo.setting_help()
+    meanings = mammo.settings.setting_help(mammo.__file__)
     rows = ["| flag | default | meaning |", "| --- | --- | --- |"]
     for field in fields(mammo.Config):
         default = f"`{field.default}`" if field.default != "" else "empty"
@@ -62,13 +62,13 @@ def pictures(notebook: nbformat.NotebookNode) -> list[bytes]:
 
 def main() -> None:
     """Rewrite the files in place."""
-    mammo.write_atomic(SETTINGS, TABLE.sub(lambda _: settings_table(), SETTINGS.read_text()))
+    mammo.files.write_atomic(SETTINGS, TABLE.sub(lambda _: settings_table(), SETTINGS.read_text()))
     if "--table" in sys.argv[1:]:
         return
     notebook = execute(nbformat.read(NOTEBOOK, as_version=4))
-    mammo.write_atomic(NOTEBOOK, nbformat.writes(notebook) + "\n")
+    mammo.files.write_atomic(NOTEBOOK, nbformat.writes(notebook) + "\n")
     PICTURE.parent.mkdir(exist_ok=True)
-    with mammo.replacing(PICTURE) as temporary:
+    with mammo.files.atomic_path(PICTURE) as temporary:
         temporary.write_bytes(pictures(notebook)[-1])
 
 

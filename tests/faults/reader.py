@@ -28,7 +28,7 @@ CONFIG = mammo.Config(tile_size=64, tile_stride=32, min_freq_energy=0)
 
 def read_as_main(path: Path) -> str:
     """'kept', or 'skipped: reason'; 'not listed' for what the script doesn't take for an image."""
-    if path.suffix.lower() not in mammo.IMAGE_SUFFIXES:
+    if path.suffix.lower() not in mammo.images.IMAGE_SUFFIXES:
         return "not listed"
     try:
         record, pixels = mammo.extract_image(str(path), 0.3, CONFIG)

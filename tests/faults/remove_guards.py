@@ -5,16 +5,22 @@
     python tests/faults/remove_guards.py                 # all, one after the other
     python tests/faults/remove_guards.py frame weights   # those whose name holds one of these words
 
-A guard is a piece of code and what stands there without it. Prints a line for each, exit code 1 where a
-test passes without its guard, or where the code has changed so that the guard is not found.
+A guard is a piece of code in a function, and what stands there without it. Both are compared as syntax, and
+the function is looked for in all files: comments, layout and moves to another module change nothing. Prints
+a line for each guard, exit code 1 where a test passes without its guard or where a guard is not found;
+tests/test_shape.py looks whether all are found.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,157 +29,258 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Guard:
-    """A guard, its file, its code, the code without it, and the test that must fail then."""
+    """A guard, its function, its code, the code without it, and the test that must fail then.
+
+    `function` is qualified: `Journal.close`, `start_worker.watch`. `code` is an expression, or statements
+    that follow each other, or `if CONDITION:` or `except TYPE:`, of which the condition or the type is
+    replaced. `file` is needed where functions of that name in several files hold such code.
+    """
 
     name: str
-    file: str
+    function: str
     code: str
     without: str
     test: str
+    file: str = ""
 
 
-MAIN, PREPARE, DICOM, CLASSIFIER = (
-    "train_byol_mammo.py", "prepare_dataset.py", "mammogram_dicom.py", "train_classifier.py",
-)  # fmt: skip
+@dataclass(frozen=True)
+class Place:
+    """Where a guard stands: a file and the text that is replaced there, by bytes of its lines."""
+
+    file: Path
+    start: tuple[int, int]
+    end: tuple[int, int]
+    text: str
+
+
 IMAGES, TABLES, DISK = "test_broken_images.py", "test_broken_tables.py", "test_full_disk.py"
 PROCESSES, NUMBERS, SECURITY = "test_killed_processes.py", "test_wrong_numbers.py", "test_security.py"
 
 GUARDS = [
-    Guard("size of an image before it is decoded", MAIN, "> MAX_SAMPLES:", "> 10**18:", f"{IMAGES} RGBA bombs"),
-    Guard("names that are not UTF-8", MAIN, "cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)",
+    Guard("size of an image before it is decoded", "decode", "(samples := declared_samples(path)) > MAX_SAMPLES",
+          "False and (samples := declared_samples(path))", f"{IMAGES} RGBA bombs"),
+    Guard("names that are not UTF-8", "decode", "cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)",
           "cv2.imread(str(path), cv2.IMREAD_UNCHANGED)", f"{IMAGES} main_script"),
-    Guard("links that lead nowhere are named", MAIN, "if path.suffix.lower() in IMAGE_SUFFIXES)", "if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)",
-          f"{IMAGES} main_script"),
-    Guard("EXIF is left alone", MAIN, "np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED",
-          "np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH", f"{IMAGES} exif"),
-    Guard("float images are refused", MAIN, "if image.dtype not in (np.uint8, np.uint16):", "if False:",
-          f"{IMAGES} good_files"),
-    Guard("channels count in the size", PREPARE,
-          'image.width, 3 if image.mode == "P" else len(image.getbands()))', "image.width)",
-          f"{IMAGES} RGBA bombs"),
-    Guard("names without a safe letter stay apart", PREPARE, '.lower()] > 1:', '.lower()] > 10**9:',
-          f"{IMAGES} in_prepare"),
-    Guard("deflated DICOM", DICOM, "    check_inflation(path)\n", "", f"{IMAGES} deflated"),
-    Guard("frame of another size", DICOM, "            check_frame(dataset)\n", "            pass\n",
-          f"{IMAGES} JPEG and 2000"),
-    Guard("whatever pydicom raises", DICOM, "except Exception as error:  # pydicom parses each value when it is asked for",
-          "except ZeroDivisionError as error:", f"{IMAGES} damaged and dicom"),
-    Guard("whatever Pillow raises", MAIN, "except Exception as error:  # Pillow raises almost anything on damaged headers",
-          "except ZeroDivisionError as error:", f"{IMAGES} thousands and png"),
-    Guard("decoders that end their process", PREPARE, 'return item.kind == ".dcm" and', "return False and",
-          "../test_prepare_runs.py ends_the_decoders"),
-    Guard("rows longer than the header", MAIN, 'simplefilter("error", pd.errors.ParserWarning)',
-          'simplefilter("ignore")', f"{TABLES} spoilt_labels"),
-    Guard("other encodings", MAIN, "except (ValueError, pd.errors.ParserWarning) as error:",
-          "except ZeroDivisionError as error:", f"{TABLES} manifest"),
-    Guard("columns there twice", MAIN, "    if twice:\n        raise MammoError(f\"{path}: the column",
-          "    if False:\n        raise MammoError(f\"{path}: the column", f"{TABLES} spoilt_labels"),
-    Guard("endless and huge boxes", MAIN, ", OverflowError, RecursionError)", ")", f"{TABLES} spoilt_labels"),
-    Guard("ids that leave the folder", PREPARE, "    check_ids(table)\n", "", f"{TABLES} spoilt_tables"),
-    Guard("studies in two splits", PREPARE, "        if leaking.empty:", "        if True:",
-          f"{TABLES} spoilt_tables"),
-    Guard("other separators", PREPARE, 'if delimiter in header and "," not in header:', "if False:",
-          f"{TABLES} spoilt_tables"),
-    Guard("rows that disagree", PREPARE, "    if twice.any():", "    if False:", f"{TABLES} spoilt_tables"),
-    Guard("full disk names the file", MAIN, "raise OSError(error.errno, reason, str(path)) from error",
+    Guard("links that lead nowhere are named", "find_images", "path.suffix.lower() in IMAGE_SUFFIXES",
+          "path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES", f"{IMAGES} main_script"),
+    Guard("EXIF is left alone", "decode", "cv2.IMREAD_UNCHANGED",
+          "cv2.IMREAD_ANYDEPTH", f"{IMAGES} exif"),
+    Guard("float images are refused", "decode", "if image.dtype not in (np.uint8, np.uint16):",
+          "False", f"{IMAGES} good_files"),
+    Guard("channels count in the size", "decode_raster", "3 if image.mode == 'P' else len(image.getbands())",
+          "1", f"{IMAGES} RGBA bombs"),
+    Guard("names without a safe letter stay apart", "adapt_folder", "names[f\"{row['study_id']}_{row['image_id']}\".lower()] > 1",
+          "False", f"{IMAGES} in_prepare"),
+    Guard("deflated DICOM", "open_dicom", "check_inflation(path)",
+          "", f"{IMAGES} deflated"),
+    Guard("frame of another size", "grey_values", "check_frame(dataset)",
+          "", f"{IMAGES} JPEG and 2000"),
+    Guard("whatever pydicom raises", "read_dicom", "except Exception:",
+          "ZeroDivisionError", f"{IMAGES} damaged and dicom"),
+    Guard("whatever Pillow raises", "declared_samples", "except Exception:",
+          "ZeroDivisionError", f"{IMAGES} thousands and png"),
+    Guard("decoders that end their process", "may_crash", "item.kind == '.dcm'",
+          "False", "../test_prepare_runs.py ends_the_decoders"),
+    Guard("rows longer than the header", "read_table", "warnings.simplefilter('error', pd.errors.ParserWarning)",
+          "warnings.simplefilter('ignore')", f"{TABLES} spoilt_labels"),
+    Guard("other encodings", "read_table", "except (ValueError, pd.errors.ParserWarning):",
+          "ZeroDivisionError", f"{TABLES} manifest"),
+    Guard("columns there twice", "read_table", "if twice:",
+          "False", f"{TABLES} spoilt_labels"),
+    Guard("endless and huge boxes", "_read_boxes", "except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):",
+          "(ValueError, TypeError, KeyError, AttributeError)", f"{TABLES} spoilt_labels"),
+    Guard("ids that leave the folder", "make_plan", "check_ids(table)",
+          "", f"{TABLES} spoilt_tables"),
+    Guard("studies in two splits", "check_splits", "if leaking.empty:",
+          "True", f"{TABLES} spoilt_tables"),
+    Guard("other separators", "delimiter_of", 'if delimiter in header and "," not in header:',
+          "False", f"{TABLES} spoilt_tables"),
+    Guard("rows that disagree", "drop_duplicates", "if twice.any():",
+          "False", f"{TABLES} spoilt_tables"),
+    Guard("full disk names the file", "name_file_in_errors", "raise OSError(error.errno, reason, str(path)) from error",
           "raise", f"{DISK} reduced_pixels_on"),
-    Guard("reduced pixels are written, not mapped", MAIN,
-          "out.write(np.round(small * grey_scale).astype(np.uint16).data)",
-          "out.truncate(out.seek(0, 2) + 2 * small.size); np.memmap(temporary, '<u2', 'r+', "
-          "out.seek(0, 2) - 2 * small.size, (small.size,))[:] = np.round(small * grey_scale).ravel()",
-          f"{DISK} reduced_pixels_on"),
-    Guard("checkpoints on a full disk", MAIN, "temporary.write_bytes(buffer.getbuffer())",
-          "torch.save(content, temporary)", f"{DISK} training_on_a_full and 6"),
-    Guard("a row of metrics cut short", MAIN, '.rpartition("\\n")[0]', "", f"{DISK} row_of_metrics"),
-    Guard("read-only output is told early", MAIN, "    folder.mkdir(parents=True, exist_ok=True)\n"
-          "    tempfile.TemporaryFile(dir=folder).close()", "    pass", f"{DISK} told_before"),
-    Guard("a read-only cache is enough", MAIN, "        if is_whole():  # also", "        if False:  # also",
-          f"{DISK} may_lie"),
-    Guard("files of a cache have their size", MAIN,
-          "return all((cache / name).stat().st_size == size for name, size in sizes.items())",
-          "return bool(sizes)", f"{DISK} damaged_cache"),
-    Guard("a damaged cache is moved aside", MAIN, "                move_aside(final)\n", "",
-          f"{DISK} damaged_cache and gone"),
-    Guard("reduced pixels have their size", MAIN,
-          "return path.is_file() and path.stat().st_size == NPY_HEADER + 2 * total", "return path.is_file()",
-          f"{DISK} damaged_cache and reduced"),
-    Guard("lock of the cache", MAIN, 'held = lock.acquire(timeout=0)', "held = nullcontext()",
-          f"{DISK} two_builders and False"),
-    Guard("damaged lines of a journal", MAIN, "with suppress(ValueError):  # half a line, where a process was killed",
-          "with nullcontext():", "../test_cache.py interrupted_extraction and line"),
-    Guard("pixels that are gone", MAIN, "if end > sizes.get(path, 0):", "if False:",
-          "../test_cache.py interrupted_extraction and pixels"),
-    Guard("images without tiles on a full disk", MAIN, " if pixels.size else 0", "",
-          "../test_cache.py takes_no_place"),
-    Guard("room of images that did not end", MAIN, "            os.truncate(path, end)\n", "            pass\n",
-          "../test_cache.py gives_its_room_back"),
-    Guard("images that end while others fail", MAIN, "                            done(future.result())\n",
-          "                            pass\n", "../test_cache.py not_lost"),
-    Guard("folders that a killed extraction left", MAIN,
-          "whole = all(path.stat().st_size == end for path, end in ends.items())", "whole = True",
-          "../test_cache.py interrupted_extraction and pixels"),
-    Guard("half-written checkpoints are swept", MAIN, "    sweep(run.folder)\n", "",
-          f"{PROCESSES} checkpoint and many"),
-    Guard("the exported backbone comes last", MAIN, '    show_run(run, tracker, "finished")\n',
-          '    export_backbone(run.model, folder / "backbone.safetensors", run.config)\n    show_run(run, tracker, "finished")\n',
-          f"{PROCESSES} last_pictures"),
-    Guard("files get their name when complete", MAIN, "    path = Path(path)\n    temporary = path.with_name",
-          "    path = Path(path)\n    yield path\n    return\n    temporary = path.with_name",
-          f"{PROCESSES} training and many"),
-    Guard("prepare's files get their name when complete", PREPARE,
-          "    temporary = temporary_name(path)\n    temporary.write_bytes(content)",
-          "    temporary = path\n    temporary.write_bytes(content)", f"{DISK} prepare_on_a_full"),
-    Guard("extraction processes end with their parent", MAIN, "            os._exit(1)", "            return",
-          f"{PROCESSES} killed_workers"),
-    Guard("a killed worker is told", MAIN, "except BrokenProcessPool as error:",
-          "except ZeroDivisionError as error:", f"{PROCESSES} killed_workers"),
-    Guard("Ctrl-C waits for the step", MAIN, '("SIGTERM", "SIGUSR1", "SIGINT")', '("SIGTERM", "SIGUSR1")',
-          f"{PROCESSES} ctrl_c_in_training"),
-    Guard("loss that is no number", MAIN, "if not all(map(math.isfinite, means)):", "if False:",
-          f"{NUMBERS} in_a_batch"),
-    Guard("the first bad step is named", MAIN, "index = sound.index(False) if False in sound else index",
+    Guard("reduced pixels are written, not mapped", "open_reduced", "out.write(np.round(small * grey_scale).astype(np.uint16).data)",
+          "out.truncate(out.seek(0, 2) + 2 * small.size); np.memmap(temporary, '<u2', 'r+', out.seek(0, 2) - 2 * small.size, (small.size,))[:] = np.round(small * grey_scale).ravel()", f"{DISK} reduced_pixels_on"),
+    Guard("checkpoints on a full disk", "write_checkpoint", "temporary.write_bytes(buffer.getbuffer())",
+          "torch.save(content, temporary)", f"{DISK} training_on_a_full and few"),
+    Guard("a row of metrics cut short", "MetricsFile.__init__", "path.read_text(encoding='utf-8').rpartition('\\n')[0]",
+          "path.read_text(encoding='utf-8')", f"{DISK} row_of_metrics"),
+    Guard("read-only output is told early", "exclusive_run_folder", "folder.mkdir(parents=True, exist_ok=True)\ntempfile.TemporaryFile(dir=folder).close()",
+          "pass", f"{DISK} told_before"),
+    Guard("a read-only cache is enough", "open_reduced", "if is_whole():",
+          "False", f"{DISK} may_lie"),
+    Guard("files of a cache have their size", "is_finished", "all((cache / name).stat().st_size == size for name, size in sizes.items())",
+          "bool(sizes)", f"{DISK} damaged_cache"),
+    Guard("a damaged cache is moved aside", "build_cache", "files.move_aside(final)",
+          "", f"{DISK} damaged_cache and gone"),
+    Guard("reduced pixels have their size", "open_reduced.is_whole", "path.is_file() and path.stat().st_size == files.NPY_HEADER + 2 * total",
+          "path.is_file()", f"{DISK} damaged_cache and reduced"),
+    Guard("lock of the cache", "build_cache", "lock.acquire(timeout=0)",
+          "nullcontext()", f"{DISK} two_builders and False"),
+    Guard("damaged lines of a journal", "read_records", "suppress(ValueError)",
+          "nullcontext()", "../test_cache.py interrupted_extraction and line"),
+    Guard("pixels that are gone", "read_records", "if end > sizes.get(path, 0):",
+          "False", "../test_cache.py interrupted_extraction and pixels"),
+    Guard("images without tiles on a full disk", "extract_to_file", "extraction.append_pixels(file, np.ascontiguousarray(pixels, dtype)) if pixels.size else 0",
+          "extraction.append_pixels(file, np.ascontiguousarray(pixels, dtype))", "../test_cache.py takes_no_place"),
+    Guard("room of images that did not end", "Journal._cut", "file.truncate(end)",
+          "", "../test_cache.py gives_its_room_back"),
+    Guard("images that end while others fail", "run_in_parallel", "with suppress(OSError):\n    done(future.result())",
+          "pass", "../test_cache.py not_lost"),
+    Guard("lines whose pixels are gone go for good", "Journal.__init__", "files.write_atomic(self.folder / RECORDS, lines)",
+          "", "../test_cache.py never_comes_back"),
+    Guard("half a value is cut off", "Journal.__init__", "self._cut()",
+          "", "../test_cache.py interrupted_extraction and pixels"),
+    Guard("half-written checkpoints are swept", "start_folder", "files.remove_unfinished(run.folder)",
+          "", f"{PROCESSES} checkpoint and many"),
+    Guard("the exported backbone comes last", "finish_run", "show_run(run, tracker, 'finished')",
+          "checkpoints.export_backbone(run.model.backbone, folder / 'backbone.safetensors', run.config.backbone, (0, 1))\nshow_run(run, tracker, 'finished')", f"{PROCESSES} last_pictures"),
+    Guard("files get their name when complete", "atomic_path", "path = Path(path)",
+          "path = Path(path)\nyield path\nreturn", f"{PROCESSES} training and many"),
+    Guard("prepare's files get their name when complete", "write_file", "temporary = temporary_name(path)",
+          "temporary = path", f"{DISK} prepare_on_a_full"),
+    Guard("extraction processes end with their parent", "start_worker.watch", "os._exit(1)",
+          "return", f"{PROCESSES} killed_workers", "byol_mammo/processes.py"),
+    Guard("a killed worker is told", "extract_missing", "except BrokenProcessPool:",
+          "ZeroDivisionError", f"{PROCESSES} killed_workers"),
+    Guard("Ctrl-C waits for the step", "StopSignal.__enter__", "STOP_SIGNALS",
+          "[name for name in STOP_SIGNALS if name != 'SIGINT']", f"{PROCESSES} ctrl_c_in_training"),
+    Guard("loss that is no number", "check_finite", "if not all(map(math.isfinite, means.values())):",
+          "False", f"{NUMBERS} in_a_batch"),
+    Guard("the first bad step is named", "check_finite", "index = sound.index(False) if False in sound else index",
           "pass", f"{NUMBERS} in_a_batch"),
-    Guard("state before it is saved", MAIN, "elif saving and not all_finite(", "elif False and not all_finite(",
-          f"{NUMBERS} behind_a_sound"),
-    Guard("checkpoints of numbers alone", MAIN, "    if not all_finite(content):", "    if False:",
-          f"{NUMBERS} no_checkpoint"),
-    Guard("steps that overflow are skipped", MAIN,
-          "    run.scaler.step(run.optimizer)\n    run.scaler.update()", "    run.optimizer.step()",
-          f"{NUMBERS} gradient_that"),
-    Guard("loss of the classifier", CLASSIFIER, "    if not means.isfinite().all():", "    if False:",
-          f"{NUMBERS} classifier"),
-    Guard("weights_only of checkpoints", MAIN,
-          'content = torch.load(path, map_location="cpu", weights_only=True)\n    except FileNotFound',
-          'content = torch.load(path, map_location="cpu", weights_only=False)\n    except FileNotFound',
-          f"{SECURITY} malicious"),
-    Guard("weights_only of weights", MAIN,
-          'content = torch.load(path, map_location="cpu", weights_only=True)\n            name',
-          'content = torch.load(path, map_location="cpu", weights_only=False)\n            name',
-          f"{SECURITY} malicious"),
-    Guard("settings of a stranger's checkpoint", CLASSIFIER, "except (RuntimeError, KeyError, TypeError) as",
-          "except (RuntimeError, KeyError) as", f"{SECURITY} something_else"),
-    Guard("state of something else", MAIN,
-          "except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:",
-          "except ZeroDivisionError as error:", f"{SECURITY} something_else"),
-    Guard("text of pages is escaped", PREPARE, "{html.escape(str(v))}", "{str(v)}", f"{SECURITY} names_and_cells"),
-    Guard("wandb stays here without a login", MAIN, 'or login else "offline"', 'or login else "online"',
-          f"{SECURITY} without_network"),
-    Guard("wandb's telemetry", MAIN, 'os.environ.setdefault("WANDB_ERROR_REPORTING", "false")', "pass",
-          f"{SECURITY} without_network"),
-    Guard("spacing that cannot be", MAIN, 'spacing.where(spacing.between(*RANGES["pixel_spacing_mm"]))',
+    Guard("state before it is saved", "check_finite", "if not state_is_finite:",
+          "False", f"{NUMBERS} behind_a_sound"),
+    Guard("checkpoints of numbers alone", "write_checkpoint", "if not all_finite(content):",
+          "False", f"{NUMBERS} no_checkpoint"),
+    Guard("steps that overflow are skipped", "train_step", "run.scaler.step(run.optimizer)\nrun.scaler.update()",
+          "run.optimizer.step()", f"{NUMBERS} gradient_that"),
+    Guard("loss of the classifier", "finetune_epoch", "if not means.isfinite().all():",
+          "False", f"{NUMBERS} classifier"),
+    Guard("weights_only of checkpoints", "load_checkpoint", "torch.load(path, map_location='cpu', weights_only=True)",
+          "torch.load(path, map_location='cpu', weights_only=False)", f"{SECURITY} malicious"),
+    Guard("weights_only of weights", "read_backbone_state", "torch.load(path, map_location='cpu', weights_only=True)",
+          "torch.load(path, map_location='cpu', weights_only=False)", f"{SECURITY} malicious"),
+    Guard("settings of a stranger's checkpoint", "start_model", "except (RuntimeError, KeyError, TypeError):",
+          "(RuntimeError, KeyError)", f"{SECURITY} something_else"),
+    Guard("state of something else", "prepare_run", "except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):",
+          "ZeroDivisionError", f"{SECURITY} something_else"),
+    Guard("text of pages is escaped", "html_table", "html.escape(str(v))",
+          "str(v)", f"{SECURITY} names_and_cells", "prepare_dataset.py"),
+    Guard("wandb stays here without a login", "wandb_mode", "'online' if os.environ.get('WANDB_API_KEY') or login else 'offline'",
+          "'online'", f"{SECURITY} without_network"),
+    Guard("wandb's telemetry", "Tracker._work", "os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')",
+          "", f"{SECURITY} without_network"),
+    Guard("spacing that cannot be", "read_manifest", "spacing.where(spacing.between(*SPACING_RANGE))",
           "spacing", f"{TABLES} points_elsewhere"),
-    Guard("header values stay in the header (one is let out)", DICOM, '"view": view,',
-          '"view": str(dataset.get("PatientName")),', f"{SECURITY} no_identifier"),
+    Guard("header values stay in the header (one is let out)", "read_header", "view",
+          "str(dataset.get('PatientName'))", f"{SECURITY} no_identifier"),
 ]  # fmt: skip
+
+
+def functions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Qualified name and node of every function below a node."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.expr):
+            continue  # no function stands in an expression
+        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        name = f"{outer}{node.name}" if named else outer
+        if named and not isinstance(node, ast.ClassDef):
+            yield name, node
+        yield from functions(node, f"{name}." if named else outer)
+
+
+@functools.cache
+def project() -> dict[str, list[tuple[Path, ast.AST]]]:
+    """The functions of the project by qualified name, each with its file."""
+    found: dict[str, list[tuple[Path, ast.AST]]] = {}
+    for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("byol_mammo/**/*.py")]):
+        for name, node in functions(ast.parse(file.read_text(encoding="utf-8"))):
+            found.setdefault(name, []).append((file, node))
+    return found
+
+
+def shown(nodes: list[ast.AST]) -> str:
+    """Code without its layout."""
+    return "\n".join(map(ast.unparse, nodes))
+
+
+def matches(function: ast.AST, code: str) -> list[list[ast.AST]]:
+    """The nodes of a function that a guard's code names: one expression, or statements in a row."""
+    nodes = list(ast.walk(function))
+    if code.startswith("if ") and code.endswith(":") and "\n" not in code:
+        wanted = ast.unparse(ast.parse(code + " pass").body[0].test)
+        heads = [node.test for node in nodes if isinstance(node, ast.If)]
+        return [[head] for head in heads if ast.unparse(head) == wanted]
+    if code.startswith("except ") and code.endswith(":"):
+        wanted = ast.unparse(ast.parse(f"try: pass\n{code} pass").body[0].handlers[0].type)
+        heads = [node.type for node in nodes if isinstance(node, ast.ExceptHandler) and node.type]
+        return [[head] for head in heads if ast.unparse(head) == wanted]
+    wanted = ast.parse(code).body
+    if len(wanted) == 1 and isinstance(wanted[0], ast.Expr):
+        value = wanted[0].value
+        alike = [node for node in nodes if type(node) is type(value)]
+        return [[node] for node in alike if ast.dump(node) == ast.dump(value)]
+    found = []
+    for node in nodes:
+        for field in ("body", "orelse", "finalbody"):
+            body = getattr(node, field, [])
+            rows = range(len(body) - len(wanted) + 1) if isinstance(body, list) else ()
+            parts = [body[row : row + len(wanted)] for row in rows]
+            found += [part for part in parts if shown(part) == shown(wanted)]
+    return found
+
+
+class Replacing(ast.NodeTransformer):
+    """Puts one expression in the place of another."""
+
+    def __init__(self, old: ast.AST, new: str) -> None:
+        self.old, self.new = old, ast.parse(new, mode="eval").body
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else super().visit(node)
+
+
+def find(guard: Guard) -> Place:
+    """The one place of a guard. Raises LookupError."""
+    found = [
+        (file, function, nodes)
+        for file, function in project().get(guard.function, [])
+        if guard.file in ("", str(file.relative_to(ROOT)))
+        for nodes in matches(function, guard.code)
+    ]
+    if len(found) != 1:
+        raise LookupError(f"{guard.name}: {guard.function} holds its code {len(found)} times")
+    (file, function, nodes) = found[0]
+    first, last, text = nodes[0], nodes[-1], guard.without or "None"
+    strings = [node for node in ast.walk(function) if isinstance(node, ast.JoinedStr)]
+    around = [node for node in strings if node is not first and first in ast.walk(node)]
+    if around:  # Python 3.11 doesn't know where in an f-string its parts lie
+        first = last = max(around, key=lambda node: sum(1 for _ in ast.walk(node)))
+        start, end = (first.lineno, first.col_offset), (last.end_lineno, last.end_col_offset)
+        return Place(file, start, end, ast.unparse(Replacing(nodes[0], text).visit(first)))
+    text = textwrap.indent(text, " " * first.col_offset).lstrip()
+    start, end = (first.lineno, first.col_offset), (last.end_lineno, last.end_col_offset)
+    return Place(file, start, end, text)
+
+
+def without(place: Place) -> str:
+    """The text of a guard's file without the guard."""
+    lines = place.file.read_bytes().splitlines(keepends=True)
+    (row, column), (end_row, end_column) = place.start, place.end
+    before = b"".join(lines[: row - 1]) + lines[row - 1][:column]
+    after = lines[end_row - 1][end_column:] + b"".join(lines[end_row:])
+    return (before + place.text.encode() + after).decode()
 
 
 def fails(guard: Guard, place: Path) -> bool:
     """Whether the guard's test fails in a copy of the project without it."""
-    file, (test, _, words) = place / guard.file, guard.test.partition(" ")
-    text = (ROOT / guard.file).read_text()
-    if text.count(guard.code) != 1:
-        raise LookupError(f"{guard.name}: its code is there {text.count(guard.code)} times")
-    file.write_text(text.replace(guard.code, guard.without))
+    found, (test, _, words) = find(guard), guard.test.partition(" ")
+    file = place / found.file.relative_to(ROOT)
+    text = without(found)
+    ast.parse(text)  # the guard is gone, not the syntax
+    file.write_text(text)
     command = [
         sys.executable,
         "-m",
@@ -191,7 +298,7 @@ def fails(guard: Guard, place: Path) -> bool:
     expression = " and ".join(word for word in words.split() if word != "and")
     command += [f"tests/faults/{test}", "-m", slow, "-k", expression.replace(",", " and ")]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-    shutil.copyfile(ROOT / guard.file, file)
+    shutil.copyfile(found.file, file)
     if done.returncode in (2, 3, 4, 5):  # pytest's codes for a run that was none
         raise LookupError(f"{guard.name}: {' '.join(command)}: {done.stdout[-800:]}")
     return done.returncode != 0
@@ -214,7 +321,7 @@ def main(words: list[str]) -> int:
             except LookupError as error:
                 verdict = f"NOT TRIED: {error}"
             bad += verdict != "the test fails"
-            print(f"{guard.name:<48} {guard.file:<22} {verdict}", flush=True)
+            print(f"{guard.name:<50} {guard.function:<32} {verdict}", flush=True)
     return 1 if bad else 0
 
 

@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import ROOT, SMALL, write_images
+from conftest import REPORTS, RESNET18, ROOT, SMALL, write_images
 
 TOLERANCE = {"memory_mb": 0.02, "open_files": 0.0, "threads": 0.0, "tiles_per_cpu_s": 0.05}
 WARM_UP = 0.15  # share of the samples left out at the start, until caches and allocators are filled
@@ -113,6 +113,7 @@ def main() -> int:
         write_images(folder / "images", 8, bits=12)
         command = [sys.executable, ROOT / "train_byol_mammo.py", "--data_dir", folder / "images"]
         command += ["--output_dir", folder / "runs", "--cache_dir", folder / "cache", *SMALL]
+        command += [*RESNET18, *REPORTS]
         command += [
             "--epochs",
             "1000000",

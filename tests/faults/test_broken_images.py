@@ -23,6 +23,7 @@ import pytest
 from conftest import breast_image, small_config
 from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
+import byol_mammo.report
 import prepare_dataset as prep
 import train_byol_mammo as mammo
 
@@ -284,7 +285,7 @@ def test_odd_names_links_pipes_and_folders_in_the_main_script(tmp_path, capsys):
     assert len(funnel) == 16 + 4
     assert {"new\nline.png", "\\xff\\xfe.png", "folder.png/inside.png"} <= set(skipped)
     assert len(mammo.open_tiles(cache).images) == 16
-    print(mammo.describe_funnel(funnel))
+    print(byol_mammo.report.describe_funnel(funnel, mammo.COLUMNS))
     assert "loop.png: no such file" in capsys.readouterr().out
 
 

@@ -14,6 +14,7 @@ from conftest import breast_image, small_config
 from hypothesis import HealthCheck, given, seed, settings, strategies as st
 from test_prepare_dicom import breast
 
+import byol_mammo.labels
 import prepare_dataset as prep
 import train_byol_mammo as mammo
 import train_classifier as classifier
@@ -180,13 +181,13 @@ def fuzz_labels(folder: Path, examples: int) -> int:
         seen.add(content)
         path.write_bytes(content)
         try:
-            labels = mammo.read_labels(path)
+            labels = byol_mammo.labels.read_labels(path, mammo.CLASSES)
         except mammo.MammoError as error:
             if str(path) not in str(error):
                 raise
             return
-        rows = mammo.match_labels(labels, folder, images, folder)
-        targets = mammo.tile_labels(tiles, rows, labels, 64, mammo.CLASSES)
+        rows = byol_mammo.labels.match_labels(labels, folder, images, folder)
+        targets = byol_mammo.labels.tile_labels(tiles, rows, labels, 64, mammo.CLASSES)
         assert np.isin(targets[np.isfinite(targets)], [0, 1]).all()
 
     read()
@@ -226,12 +227,12 @@ def test_spoilt_labels_are_refused_by_name(tmp_path, name):
     header, rows, message = LABELS_SPOILT[name]
     (tmp_path / "labels.csv").write_bytes(table(*rows, header=header) if header else b"")
     with pytest.raises(mammo.MammoError, match=message) as caught:
-        mammo.read_labels(tmp_path / "labels.csv")
+        byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
     assert str(tmp_path / "labels.csv") in str(caught.value)
     for encoding in ("utf-16", "cp037"):
         (tmp_path / "labels.csv").write_text(LABELS, encoding=encoding)
         with pytest.raises(mammo.MammoError, match=r"not a comma-separated|no column"):
-            mammo.read_labels(tmp_path / "labels.csv")
+            byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_a_spoilt_manifest_is_refused_by_name(tmp_path, content):
     cv2.imwrite(str(tmp_path / "images" / "a.png"), breast_image()[0])
     (tmp_path / "manifest.csv").write_bytes(content)
     with pytest.raises(mammo.MammoError, match=r"manifest\.csv"):
-        mammo.list_sources(tmp_path / "images")
+        mammo.images.list_sources(tmp_path / "images")
 
 
 def test_a_manifest_that_points_elsewhere_reads_nothing_there(tmp_path):
@@ -254,7 +255,7 @@ def test_a_manifest_that_points_elsewhere_reads_nothing_there(tmp_path):
         {"file": names, "study_id": ["", "x", "x", "x", "x", "x"], "spacing_mm": "1e999"}
     )
     rows.to_csv(tmp_path / "manifest.csv", index=False)
-    sources = mammo.list_sources(tmp_path / "images")
+    sources = mammo.images.list_sources(tmp_path / "images")
     assert sources["path"].tolist() == [str(tmp_path / "images" / "a.png")]
     assert sources["study_id"].tolist() == ["a"]
     assert mammo.build_cache(small_config(tmp_path)).is_dir()
@@ -286,10 +287,10 @@ def test_a_million_rows_are_checked_within_a_minute(archive, tmp_path, capsys):
         )
     )
     begin = time.process_time()
-    labels = mammo.read_labels(path)
-    rows = mammo.match_labels(labels, tmp_path, ["training/t9_i36.png"], tmp_path)
+    labels = byol_mammo.labels.read_labels(path, mammo.CLASSES)
+    rows = byol_mammo.labels.match_labels(labels, tmp_path, ["training/t9_i36.png"], tmp_path)
     sources = pd.DataFrame({"study_id": ["t9"], "laterality": "L", "view": "CC"})
-    classifier.check_leak(mammo.with_manifest(labels, rows, sources), str(path))
+    classifier.check_leak(byol_mammo.labels.with_manifest(labels, rows, sources), str(path))
     seconds["labels.csv"] = time.process_time() - begin
     assert rows.tolist() == [36]
     print(f"a million rows, s of CPU: {seconds}")

@@ -35,7 +35,7 @@ def all_finite(folder) -> int:
     """Assert that all checkpoints below are finite; how many there are."""
     paths = list(folder.rglob("*.pth"))
     for path in paths:
-        assert mammo.all_finite(torch.load(path)), path
+        assert mammo.checkpoints.all_finite(torch.load(path)), path
     return len(paths)
 
 
@@ -81,7 +81,7 @@ def test_a_number_that_is_none_in_a_batch_stops_the_run_and_names_its_tiles(
         train_with(archive, tmp_path, "--log_every", "4")
     assert named_tiles(str(caught.value)) == batches.ids[step]
     assert all_finite(tmp_path / "runs") >= 2  # of the first epoch
-    assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] == 4
+    assert torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")["step"] == 4
 
 
 @pytest.mark.parametrize("what", ["weight", "statistic", "moment"])
@@ -109,7 +109,7 @@ def test_a_state_spoilt_behind_a_sound_loss_is_never_saved(
         train_with(archive, tmp_path, "--log_every", "1000")
     assert named_tiles(str(caught.value)) == batches.ids[STEPS]
     all_finite(tmp_path / "runs")
-    assert torch.load(tmp_path / "runs" / "byol_resnet18" / "last.pth")["step"] == 4
+    assert torch.load(tmp_path / "runs" / "byol_slim" / "last.pth")["step"] == 4
 
 
 def test_no_checkpoint_of_numbers_that_are_none_is_written(archive, tmp_path):
@@ -178,7 +178,7 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_lowers_the_scale(archive, 
         moved.append(not torch.equal(run.model.backbone.conv1.weight, before))
     assert moved == [False, True]
     assert run.scaler.get_scale() == 2.0**10
-    assert mammo.all_finite(run.model.state_dict())
+    assert mammo.checkpoints.all_finite(run.model.state_dict())
 
 
 def test_a_classifier_whose_loss_is_no_number_stops_and_names_its_tiles(
