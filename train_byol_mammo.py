@@ -929,7 +929,7 @@ def tile_sums(
     rows = np.unique(np.concatenate([ys, np.minimum(ys + size, mask.shape[0])]))
     cols = np.unique(np.concatenate([xs, np.minimum(xs + size, mask.shape[1])]))
     left, top, width, height = images.bounding_box(mask)
-    sums = np.zeros((len(layers(np.s_[:0, :0])), len(rows), len(cols)))  # above and left of a border
+    sums = np.zeros((len(layers(np.s_[:1, :1])), len(rows), len(cols)))  # above and left of a border
     for i in np.flatnonzero((rows[1:] > top) & (rows[:-1] < top + height)):
         band = layers(np.s_[rows[i] : rows[i + 1], left : left + width])
         for j in np.flatnonzero((cols[1:] > left) & (cols[:-1] < left + width)):

@@ -10,11 +10,12 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, run_script, write_images
+from conftest import ROOT, SOURCES, run_script, write_images
 from test_prepare_dicom import breast, make_dicom, save
 from update_docs import PICTURE, SETTINGS, TABLE, settings_table
 
@@ -247,41 +248,95 @@ def test_make_targets_that_are_named_exist():
 
 def test_code_named_where_to_change_things_exists():
     """README's table of places and docs/changing.md."""
-    code = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    code = "\n".join(path.read_text() for path in SOURCES)
     places = dict(sections(README))["Change"] + PAGES[CHANGING]
     names = set(re.findall(r"`(\w+)`", places))
-    assert {"Objective", "VIEW_1", "score_tiles", "ADAPTERS"} <= names
+    assert {"Objective", "VIEW_1", "CRITERIA", "ADAPTERS"} <= names
     for name in names:
         assert re.search(rf"\b{name}\b", code), name
 
 
-def edited(source):
-    """The main script with all edits of docs/changing.md."""
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory):
+    """A copy of the scripts with all edits of docs/changing.md, each in one file at one place."""
+    folder = tmp_path_factory.mktemp("edited")
+    for path in SOURCES:
+        copied = folder / path.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copied)
     edits = blocks("diff")
-    assert [page for page, _ in edits] == [CHANGING] * 3
+    assert {page for page, _ in edits} == {CHANGING}
     for _, edit in edits:
         lines = [(line[:1], line[1:]) for line in edit.splitlines()]
-        before = "\n".join(text for sign, text in lines if sign in "- ")
-        after = "\n".join(text for sign, text in lines if sign in "+ ")
+        before, after = (
+            "".join(f"{text}\n" for sign, text in lines if sign in signs) for signs in ("- ", "+ ")
+        )
+        places = [path for path in folder.glob("*.py") if before in path.read_text()]
+        assert len(places) == 1, before
+        source = places[0].read_text()
         assert source.count(before) == 1, before
-        source = source.replace(before, after)
-    return source
+        places[0].write_text(source.replace(before, after))
+    return folder
 
 
-def test_the_edits_apply_and_run(tmp_path):
-    script = tmp_path / "train_byol_mammo.py"
-    script.write_text(edited((ROOT / "train_byol_mammo.py").read_text()))
-    write_images(tmp_path / "images")
-    flags = [*small("train_byol_mammo.py", [], "edited"), "--data_dir", str(tmp_path / "images")]
-    config = mammo.parse_args(flags)
-    flags += ["--backbone", "regnet_y_400mf", "--weights", "none"]
-    done = run_script(script, *flags, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def edited_run(edited):
+    """A run of the edited main script on images of which one is partly saturated."""
+    write_images(edited / "images")
+    path = sorted((edited / "images").iterdir())[0]
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    image[100:300, :200] = 255
+    cv2.imwrite(str(path), image)
+    flags = [*small("train_byol_mammo.py", [], "edited"), "--data_dir", "images", "--report_every", "5"]
+    flags += ["--backbone", "regnet_y_400mf", "--weights", "none", "--hidden_dim", "64"]
+    done = run_script(edited / "train_byol_mammo.py", *flags, cwd=edited)
     assert done.returncode == 0, done.stderr
-    state = mammo.checkpoints.load_checkpoint(tmp_path / "runs/edited/mammogram_byol_best.pth")
+    assert "note: no" not in done.stderr, done.stderr
+    return edited / "runs" / "edited"
+
+
+def test_another_backbone_is_one_word(edited_run):
+    state = mammo.checkpoints.load_checkpoint(edited_run / "mammogram_byol_best.pth")
     assert state["config"]["backbone"] == "regnet_y_400mf"
-    (cache,) = (tmp_path / "cache").glob("[!.]*")
-    unedited = mammo.cache_key(mammo.cache_inputs(mammo.images.list_sources(config.data_dir), config))
-    assert cache.name != unedited
+
+
+def test_another_objective_is_one_class(edited_run):
+    """Its loss is what was minimised, its curve has its title, its state resumes."""
+    table = pd.read_csv(edited_run / "metrics.csv")
+    assert table["loss"].dropna().gt(0).all()  # BYOL's is negative
+    assert table["momentum"].isna().all()
+    record = json.loads((edited_run / "config.json").read_text())
+    assert record["curves"] == {"loss": "Barlow Twins loss (0 = identity)"}
+    assert (edited_run / "curves.png").is_file()
+    state = torch.load(edited_run / "last.pth", weights_only=True)
+    assert state["objective"] == {}
+    assert {name for group in state["optimizer"]["param_groups"] for name in group} >= {"lr_factor"}
+
+
+def test_another_criterion_is_five_places(edited, edited_run):
+    """It rejects, is counted and shown, and its threshold is part of the cache's key."""
+    (cache,) = (edited / "cache").glob("[!.]*")
+    funnel = pd.read_csv(cache / "rejections.csv")
+    assert funnel["saturated"].gt(0).tolist() == [True, False, False, False]
+    assert pd.read_csv(cache / "tiles.csv")["saturated"].max() <= 0.1
+    assert "too much saturated (saturated above 0.1)" in (edited_run / "report.html").read_text()
+    settings = json.loads((cache / "cache.json").read_text())["inputs"]["settings"]
+    assert settings["max_saturated"] == 0.1
+    assert all((cache / name).is_file() for name in ("segmentation.png", "grid.png", "tiles.png"))
+
+
+def test_another_archive_is_a_function_and_a_row(edited):
+    write_images(edited / "clinic", 3)
+    rows = ["image,woman,breast", "s0_i0,w1,LCC", "s0_i1,w1,RMLO", "s1_i2,w2,LMLO"]
+    (edited / "clinic.csv").write_text("\n".join(rows) + "\n")
+    flags = ["--csv_path", "clinic.csv", "--images_root", "clinic", "--output_dir", "clinic_split"]
+    done = run_script(edited / "prepare_dataset.py", *flags, cwd=edited)
+    assert done.returncode == 0, done.stderr
+    assert "read as our clinic" in done.stdout
+    manifest = pd.read_csv(edited / "clinic_split" / "manifest.csv").sort_values("image_id")
+    assert manifest["laterality"].tolist() == ["L", "R", "L"]
+    assert manifest["view"].tolist() == ["CC", "MLO", "MLO"]
+    assert manifest["patient_id"].tolist() == ["w1", "w1", "w2"]
 
 
 def test_the_settings_table_is_the_constants():
