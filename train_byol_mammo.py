@@ -12,17 +12,17 @@ BYOL then learns from two medically safe views of every tile: full bit depth, on
     python train_byol_mammo.py --help                                    # every setting, one line each
 
 Contents
-    1 Configuration    constants, Config, flags
-    2 Image            files, bit depth, polarity
-    3 Breast mask      padding, labels, skin line, pectoral muscle
-    4 Tiles            grid, frequency energy, acceptance
-    5 Pixel cache      parallel extraction, one memory-mapped array, tiles as an index into it
+    1 Configuration    constants, Config                           (flags: byol_mammo/settings.py)
+    2 Image            full bit depth, polarity                    (files, decoding: images.py)
+    3 Breast mask      frames, labels, skin line, pectoral muscle
+    4 Tiles            grid, speck energy, criteria, one image -> record and pixels
+    5 Pixel cache      key, parallel extraction, MammogramTiles    (journal: extraction.py, cache.py)
     6 Views            random homographies and photometry, one bilinear gather
-    7 Model            backbone, BYOL heads, classification head
-    8 Objective        BYOL's loss, frequency target, optimisers, learning rate
-    9 Checkpoint       atomic writes, resume, backbone export
-    10 Monitoring      collapse, progress, metrics.csv, wandb, pictures, report.html
-    11 Training        processes, the step, the epoch, the run
+    7 Model            BYOL's networks, classification head        (backbones: checkpoints.py)
+    8 Objective        BYOL's loss, frequency target, optimiser    (objectives.py, targets.py, lars.py)
+    9 Checkpoint       what a run saves, how it resumes            (writing, reading: checkpoints.py)
+    10 Monitoring      feature std, RankMe, pictures, report       (labels.py, pictures.py, report.py)
+    11 Training        the step, the epoch, the run                (processes.py, device.py, tracking.py)
     12 Entry           main
 
 Method: Grill et al. 2020, "Bootstrap your own latent" (arXiv:2006.07733), with lightly's heads and loss.
@@ -885,11 +885,12 @@ def score_tiles(
     spacing_mm = spacing_mm or config.pixel_spacing_mm
     peaks = speck_peaks(image, mask, spacing_mm)
 
-    def layers(band: tuple[slice, slice]) -> tuple[Layer, ...]:
+    def layers(band: tuple[slice, slice]) -> list[tuple[np.ndarray, Callable[[np.ndarray], float]]]:
         inside = mask[band].view(np.uint8)
         grey = cv2.copyTo(image[band], inside)
         counted = grey, inside, muscle[band].view(np.uint8)
-        return (grey, sum_of_greys), *((part, cv2.countNonZero) for part in counted)
+        # cv2.sumElems is several times as fast as np.sum on 16 bits.
+        return [(grey, lambda g: cv2.sumElems(g)[0]), *((part, cv2.countNonZero) for part in counted)]
 
     grey, filled, breast, covered = tile_sums(layers, mask, ys, xs, size)
     breast_or_1 = np.maximum(breast, 1)
@@ -906,25 +907,18 @@ def score_tiles(
     return table.assign(rejected_by=_first_failure(table, config))
 
 
-Layer = tuple[np.ndarray, Callable[[np.ndarray], float]]  # (H, W), and what adds up a part of it
-
-
-def sum_of_greys(grey: np.ndarray) -> float:
-    """Sum of (H, W) grey levels; several times as fast as np.sum on 16 bits."""
-    return cv2.sumElems(grey)[0]
-
-
 def tile_sums(
-    layers: Callable[[tuple[slice, slice]], Sequence[Layer]],
+    layers: Callable[[tuple[slice, slice]], Sequence[tuple[np.ndarray, Callable[[np.ndarray], float]]]],
     mask: np.ndarray,
     ys: np.ndarray,
     xs: np.ndarray,
     size: int,
 ) -> np.ndarray:
-    """(layers, tiles) float64: sums of what `layers` makes of each band of an image, over each tile.
+    """(layers, tiles) float64: sums over each tile of what `layers` makes of a band of rows.
 
-    Nothing is added up outside the box of the mask (H, W). Tiles overlap: sums are taken once for each
-    cell between the tiles' borders; a summed-area table (Crow 1984) of the cells then gives the tiles'.
+    Each layer is an array and what adds up a part of it. Nothing counts outside the mask's box (H, W).
+    Tiles overlap: sums are taken once for each cell between the tiles' borders; a summed-area table
+    (Crow 1984) of the cells then gives the tiles'.
     """
     rows = np.unique(np.concatenate([ys, np.minimum(ys + size, mask.shape[0])]))
     cols = np.unique(np.concatenate([xs, np.minimum(xs + size, mask.shape[1])]))
@@ -1190,8 +1184,7 @@ def finish_cache(
         criteria = ", --".join(criterion.setting for criterion in CRITERIA)
         raise MammoError(
             f"no tile was kept.\n{report.describe_funnel(rejections, COLUMNS)}\n"
-            f"loosen the criterion that rejects most (--{criteria}), or look at --extract_only "
-            "--qc_pages"
+            f"loosen the criterion that rejects most (--{criteria}), or see --extract_only --qc_pages"
         )
     images, parts = _index_images(records, tiles, sources, config)
     tiles = tiles.assign(image=tiles.groupby("image").ngroup())
@@ -1726,10 +1719,10 @@ def learning_rate(
 # ---- 9 Checkpoint ----------------------------------------------------------------------------------
 
 # A resumed run says so where this code is not what the run began with.
-TRAINING_LEAVES = ("device", "lars", "objectives", "sampling", "targets")
+LEAVES = ("device.py", "lars.py", "objectives.py", "sampling.py", "targets.py")
 TRAINING_CODE = (
     (__file__, "# ---- 6 Views", "# ---- 12 Entry"),
-    *((str(Path(files.__file__).with_name(f"{name}.py")), "", "") for name in TRAINING_LEAVES),
+    *((Path(files.__file__).with_name(leaf), "", "") for leaf in LEAVES),
 )
 
 
@@ -1785,8 +1778,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
         run.step = round(state["step"] * run.steps_per_epoch / state["steps_per_epoch"])
     run.best, run.healthy, run.wandb_id = state["best"], state["healthy"], state["wandb_id"]
     # Until version 0.1.0 a state held the frequency target's head by itself.
-    own = {f"speck_head.{name}": value for name, value in state.get("speck_head", {}).items()}
-    own = state.get("objective", own)
+    former = {f"speck_head.{name}": value for name, value in state.get("speck_head", {}).items()}
+    own = state.get("objective", former)
     missing, unexpected = run.objective.load_state_dict(own, strict=False)
     if unexpected or any(not name.startswith("model.") for name in missing):
         raise KeyError("objective")
@@ -2308,9 +2301,8 @@ def train(config: Config) -> Path:
     root = Path(config.data_dir)
     if ranks.is_main and (root / "manifest.csv").is_file() and (root / "test").is_dir():
         print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
-    with (
-        processes.exclusive_run_folder(config.run_dir, config.resume) if ranks.is_main else nullcontext()
-    ):
+    lock = processes.exclusive_run_folder(config.run_dir, config.resume)
+    with lock if ranks.is_main else nullcontext():
         cache = build_cache(config)  # one process builds, the others wait at its lock
         if ranks.is_main and config.report_every:
             show_extraction(cache, config)
@@ -2345,9 +2337,8 @@ def train_in_folder(run: Run) -> Path:
                     end_epoch(run, metrics, tracker)
             if run.step < limit:
                 save_state(run)
-                raise StoppedError(
-                    stop.agreed, f"the same command goes on from {run.folder / 'last.pth'}"
-                )
+                rest = f"the same command goes on from {run.folder / 'last.pth'}"
+                raise StoppedError(stop.agreed, rest)
         except Exception as error:
             if ranks.is_main:
                 show_run(run, tracker, "stopped", str(error))
@@ -2377,11 +2368,9 @@ def extract_only(config: Config) -> Path:
         print(f"qc pages  {pages}", flush=True)
     cache = build_cache(config)
     show_extraction(cache, config)
-    rejections = pd.read_csv(cache / "rejections.csv", keep_default_na=False)
-    print(report.describe_funnel(rejections, COLUMNS))
-    print(
-        f"cache     {cache}: {', '.join(pictures.EXTRACTION_PICTURES)} show it; training finds it there"
-    )
+    print(report.describe_funnel(report.read_rejections(cache), COLUMNS))
+    shown = ", ".join(pictures.EXTRACTION_PICTURES)
+    print(f"cache     {cache}: {shown} show it; training finds it there")
     return cache
 
 
@@ -2405,8 +2394,7 @@ def start_folder(run: Run) -> None:
     for name in pictures.EXTRACTION_PICTURES:
         if (run.tiles.cache / name).is_file():
             shutil.copyfile(run.tiles.cache / name, run.folder / name)
-    rejections = pd.read_csv(run.tiles.cache / "rejections.csv", keep_default_na=False)
-    print(report.describe_funnel(rejections, COLUMNS))
+    print(report.describe_funnel(report.read_rejections(run.tiles.cache), COLUMNS))
     where = "in GPU memory" if run.tiles.pixels.is_cuda else "memory-mapped"
     print(f"cache     {run.tiles.cache}: {run.tiles.pixels.nbytes / 2**30:.2f} GiB of pixels, {where}")
     print(f"device    {run.ranks.world_size} x {devices.describe_device(run.device, config.precision)}")

@@ -43,6 +43,11 @@ def tile_funnel(
     return pd.DataFrame(rows)
 
 
+def read_rejections(cache: Path) -> pd.DataFrame:
+    """rejections.csv of a finished cache, see tile_funnel."""
+    return pd.read_csv(cache / "rejections.csv", keep_default_na=False)
+
+
 def describe_funnel(rejections: pd.DataFrame, columns: list[str]) -> str:
     """The funnel in a few lines of text: images, positions, rejections by criterion, skips by name."""
     total = rejections.sum(numeric_only=True)
@@ -122,7 +127,7 @@ class Terms:
 
 def write_summary(folder: Path, cache: Path, facts: dict[str, Any]) -> None:
     """summary.json: `facts` about the run, the time, and the funnel of tiles from its cache."""
-    rejections = pd.read_csv(cache / "rejections.csv", keep_default_na=False)
+    rejections = read_rejections(cache)
     errors = rejections["error"][rejections["error"] != ""]
     content = {
         **facts,

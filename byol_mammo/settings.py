@@ -138,7 +138,7 @@ def exit_code(job: Callable[[], None], memory_advice: str) -> int:
     return code
 
 
-def code_version(parts: Iterable[tuple[str | Path, str, str]]) -> str:
+def code_version(parts: Iterable[tuple[Any, str, str]]) -> str:
     """SHA-256 of pieces of source code, the same on every Python and for edited comments and docstrings.
 
     Each part is a file and what the first line of the piece and the first line after it begin with
