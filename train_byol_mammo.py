@@ -1777,7 +1777,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     if state["processes"] != run.ranks.world_size:  # the same place in the schedule, with other batches
         run.step = round(state["step"] * run.steps_per_epoch / state["steps_per_epoch"])
     run.best, run.healthy, run.wandb_id = state["best"], state["healthy"], state["wandb_id"]
-    # Until version 0.1.0 a state held the frequency target's head by itself.
+    # Until 2026-11-26 a state held the frequency target's head by itself.
     former = {f"speck_head.{name}": value for name, value in state.get("speck_head", {}).items()}
     own = state.get("objective", former)
     missing, unexpected = run.objective.load_state_dict(own, strict=False)

@@ -75,7 +75,7 @@ def changed_tiles(state: dict[str, Any], cache: Path) -> list[str]:
     """What to say where a saved state saw other tiles than those of `cache`; empty where it saw them."""
     former = cache.with_name(state["cache_key"])
     seen = state.get("cached")
-    if seen is None and is_finished(former):  # until version 0.1.0 a state named its cache alone
+    if seen is None and is_finished(former):  # until 2026-11-26 a state named its cache alone
         seen = cache_digest(former)
     if seen is None:
         return [f"perhaps the tiles, since its cache {former} is gone"]

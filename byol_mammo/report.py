@@ -148,7 +148,7 @@ def read_run(folder: Path, terms: Terms) -> tuple[dict[str, Any], dict[str, Any]
         summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         path = folder / "metrics.csv"
         metrics = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=terms.columns)
-        # Until version 0.1.0 the titles of an objective's curves were not on record.
+        # Until 2026-11-26 the titles of an objective's curves were not on record.
         curves = record.setdefault("curves", {"loss": "loss", "freq_loss": "frequency loss"})
         columns = list(dict.fromkeys([*terms.columns, *curves]))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -28,8 +28,6 @@ import train_byol_mammo as mammo  # noqa: E402
 
 settings.register_profile("shared", deadline=None)  # machines are busy
 settings.load_profile("shared")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    stages.serve()
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
 REAL = Path(os.environ.get("MAMMO_REAL_DATA", ROOT.parent / "shared" / "real"))
@@ -45,6 +43,21 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 PLANTED = ("<script>alert(1)</script>", HOSTILE, '"><svg onload=alert(1)>')
 REPORTS = ("--report_every", "5")
 RESNET18 = ("--backbone", "resnet18")
+
+
+# Files that take longest go first, so that both processes end together; the order changes no result.
+LONGEST = (
+    "test_readme test_full_disk test_pipeline test_killed_processes test_broken_images test_notebook "
+    "test_image_mask test_tracking test_report test_classifier test_security test_training"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    """Sort by LONGEST, within a file the order stays; start the server of stages.py beside the tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # among many files some need it
+        stages.serve()
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def breast_image(height=384, width=320, bits=8, seed=0):

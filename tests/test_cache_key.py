@@ -144,11 +144,11 @@ def test_a_run_does_not_go_on_with_other_tiles(tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_state_that_names_its_cache_alone_resumes_while_that_is_there(tmp_path, monkeypatch, kept):
-    """As version 0.1.0 wrote it."""
+    """As those of until 2026-11-26 do."""
     write_images(tmp_path / "images", 4)
     flags = ("--epochs", "2", "--report_every", "0", "--max_steps")
     with monkeypatch.context() as patch:
-        patch.setattr(settings, "code_version", lambda parts: "of version 0.1.0")
+        patch.setattr(settings, "code_version", lambda parts: "of before")
         folder = mammo.train(small_config(tmp_path, *flags, "2"))
     state = torch.load(folder / "last.pth", weights_only=True)
     del state["cached"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import small_config
+from conftest import RESNET18, small_config
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import update_momentum
@@ -206,7 +206,7 @@ def test_missing_imagenet_weights_name_file_and_way_out(tmp_path, monkeypatch):
 
 
 def test_input_dim_follows_the_backbone(tmp_path):
-    config, backbone = small_config(tmp_path), mammo.checkpoints.build_backbone("resnet18")
+    config, backbone = small_config(tmp_path, *RESNET18), mammo.checkpoints.build_backbone("resnet18")
     assert mammo.match_input_dim(config, backbone).input_dim == 512
     wrong = mammo.dataclasses.replace(config, input_dim=100)
     with pytest.raises(mammo.MammoError, match="resnet18 has 512"):
