@@ -60,7 +60,7 @@ def run(
         with open(name, "a") as file:
             os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    module = importlib.import_module("train_byol_mammo")
+    module = importlib.import_module("byol_mammo.extraction")
     assert hasattr(module, "SYNC_EVERY")
     module.SYNC_EVERY = 0.0  # a kill finds images on record
     main = importlib.import_module(script).main if isinstance(script, str) else script

@@ -567,7 +567,7 @@ def test_shuffled_labels_give_chance(labelled, tmp_path):
 def test_heat_map_is_highest_where_the_highest_tiles_are():
     image = {"offset": 0, "height": 120, "width": 220, "y0": 0, "x0": 0, "low": 0, "high": 1}
     table = pd.DataFrame({"image": 0, "x": [0, 50, 100], "y": [0, 0, 0]})
-    tiles = mammo.open_tiles(np.zeros(120 * 220, np.uint8), pd.DataFrame([image]), table, 100)
+    tiles = mammo.MammogramTiles(np.zeros(120 * 220, np.uint8), pd.DataFrame([image]), table, 100)
     scores = np.array([[0.1], [0.9], [0.1]], np.float32)
     heat = classifier.heat_map(tiles, scores, (120, 220), 2)[0]
     assert heat.shape == (60, 110)

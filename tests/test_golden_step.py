@@ -39,7 +39,7 @@ def take_steps(archive, folder, name, *more):
     for step in range(STEPS):
         if step and step % run.steps_per_epoch == 0:
             batches = mammo.batches(run)
-        losses.append(float(mammo.train_step(run, *next(batches))[0]))
+        losses.append(float(mammo.train_step(run, *next(batches))["loss"]))
     after = run.model.state_dict()
     return losses, {k: v - before[k] for k, v in after.items() if v.is_floating_point()}
 

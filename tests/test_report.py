@@ -145,7 +145,7 @@ def test_the_report_is_there_while_the_run_goes_on_and_when_it_is_stopped(archiv
 
 def test_an_error_is_told_by_the_report(archive, tmp_path, monkeypatch):
     shutil.copytree(archive, tmp_path / "a")
-    monkeypatch.setattr(mammo, "read_metrics", lambda *_: [float("nan")] * 3)
+    monkeypatch.setattr(mammo, "read_metrics", lambda *_: {"loss": float("nan")})
     config = small_config(tmp_path / "a", "--epochs", "1", *REPORTS)
     with pytest.raises(mammo.MammoError, match="the loss is not a number"):
         mammo.train(config)

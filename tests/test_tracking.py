@@ -138,14 +138,14 @@ def test_disabled_tracking_never_imports_wandb(archive, tmp_path):
 
 def test_a_row_tells_speed_time_left_and_what_the_gpu_does(archive, monkeypatch):
     run = open_run(archive, "--run_name", "row", "--max_steps", "100")
-    run.step = 20
-    row = mammo.describe_step(run, [-0.5, 0.9, 0.0], 4.0, run.train_ids[:8])
+    run.step, means = 20, {"loss": -0.5, "feature_std": 0.9}
+    row = mammo.describe_step(run, means, 4.0, run.train_ids[:8])
     assert (row["batches_per_s"], row["tiles_per_s"], row["seconds_left"]) == (4.0, 32.0, 20.0)
     assert "gpu_memory_gb" not in row
     run.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 37)
-    row = mammo.describe_step(run, [-0.5, 0.9, 0.0], 4.0, run.train_ids[:8])
+    row = mammo.describe_step(run, means, 4.0, run.train_ids[:8])
     assert (row["gpu_memory_gb"], row["gpu_utilisation"]) == (3.0, 37)
     assert set(row) <= set(mammo.METRICS)
 
@@ -153,7 +153,7 @@ def test_a_row_tells_speed_time_left_and_what_the_gpu_does(archive, monkeypatch)
         raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
 
     monkeypatch.setattr(torch.cuda, "utilization", missing)
-    assert "gpu_utilisation" not in mammo.describe_step(run, [-0.5, 0.9, 0.0], 4.0, run.train_ids[:8])
+    assert "gpu_utilisation" not in mammo.describe_step(run, means, 4.0, run.train_ids[:8])
 
 
 def test_pictures_and_summaries_of_a_disabled_tracker_go_nowhere(tmp_path):

@@ -18,7 +18,7 @@ def one_tile(image, tile_size):
     row = {"offset": 0, "height": height, "width": width, "y0": 0, "x0": 0, "low": 0, "high": 65535}
     tile = {"image": 0, "x": (width - tile_size) / 2, "y": (height - tile_size) / 2}
     pixels = np.ascontiguousarray(image).astype(np.uint16).ravel()
-    return mammo.open_tiles(pixels, pd.DataFrame([row]), pd.DataFrame([tile]), tile_size)
+    return mammo.MammogramTiles(pixels, pd.DataFrame([row]), pd.DataFrame([tile]), tile_size)
 
 
 def test_views_follow_from_the_key_alone(tiles):
