@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 import small_network  # noqa: E402
 import stages  # noqa: E402
 
-import byol_mammo.pictures  # noqa: E402
 import train_byol_mammo as mammo  # noqa: E402
 
 settings.register_profile("shared", deadline=None)  # machines are busy
@@ -132,12 +131,6 @@ def archive(tmp_path_factory):
     write_images(folder / "images", bits=12)
     mammo.build_cache(small_config(folder))
     return folder
-
-
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """Build caches without their pictures, which cost more than the rest of a small one."""
-    monkeypatch.setattr(byol_mammo.pictures, "draw_extraction", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

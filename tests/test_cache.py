@@ -44,7 +44,7 @@ def assert_masked_originals(folder, tiles):
 
 
 @pytest.mark.parametrize("flags", [(), ("--max_tiles", "9")])
-def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flags, without_pictures):
+def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flags):
     write_images(tmp_path / "images", 2, bits=12)
     cv2.imwrite(str(tmp_path / "images" / "shallow.png"), breast_image(seed=7)[0])
     tiles = mammo.open_tiles(mammo.build_cache(small_config(tmp_path, *flags)))
@@ -74,7 +74,7 @@ def test_second_build_finds_the_cache(archive):
     assert (mammo.build_cache(config) / "pixels.npy").stat().st_mtime_ns == before
 
 
-def test_labels_outside_the_breast_never_reach_the_cache(tmp_path, without_pictures):
+def test_labels_outside_the_breast_never_reach_the_cache(tmp_path):
     image, mask = breast_image()
     image[10:40, 270:310] = 255
     (tmp_path / "images").mkdir()
@@ -118,7 +118,7 @@ def test_key_follows_the_files_but_not_their_folder(column):
     assert key() != key(**{column: "c.png" if column == "image" else 99})
 
 
-def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypatch, without_pictures):
+def test_interrupted_build_goes_on_and_ends_the_same(tmp_path, archive, monkeypatch):
     shutil.copytree(archive / "images", tmp_path / "images")  # copytree keeps mtimes
     config = small_config(tmp_path)
     calls = []
@@ -190,7 +190,7 @@ DAMAGE = {  # what happens to the two files, and how many of the 3 images that c
 
 @pytest.mark.parametrize("name", sorted(DAMAGE))
 def test_what_an_interrupted_extraction_leaves_is_used_or_made_again(
-    archive, tmp_path, name, monkeypatch, without_pictures
+    archive, tmp_path, name, monkeypatch
 ):
     config = left_by_a_first_start(tmp_path, archive, monkeypatch)
     damage, cost = DAMAGE[name]
@@ -203,9 +203,7 @@ def test_what_an_interrupted_extraction_leaves_is_used_or_made_again(
     assert not (cache / "extracted").exists()
 
 
-def test_what_another_node_extracted_is_used_and_left_alone(
-    archive, tmp_path, monkeypatch, without_pictures
-):
+def test_what_another_node_extracted_is_used_and_left_alone(archive, tmp_path, monkeypatch):
     """It may be writing there still: whatever is in its folder stays as it is."""
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "another")
@@ -238,9 +236,7 @@ class NoLock:
         return contextlib.nullcontext()
 
 
-def test_two_builders_whose_lock_fails_them_extract_side_by_side(
-    archive, tmp_path, monkeypatch, without_pictures
-):
+def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_path, monkeypatch):
     """On file systems whose locks don't reach other nodes: a second one extracts in between."""
     config = left_by_a_first_start(tmp_path, archive, monkeypatch)
     extract, calls = mammo.extract_image, []
@@ -338,7 +334,7 @@ def test_an_image_without_tiles_takes_no_place_behind_one_that_was_cut_short(tmp
     assert path.read_bytes() == b"cut"
 
 
-def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path, without_pictures):
+def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
     folder = write_images(tmp_path / "images", 2)
     good = (folder / "s0_i0.png").read_bytes()
     (folder / "truncated.png").write_bytes(good[: len(good) // 2])
@@ -393,7 +389,7 @@ def test_reduced_pixels_are_block_means(tiles):
     assert offset == len(small)
 
 
-def test_manifest_gives_study_and_spacing(tmp_path, without_pictures):
+def test_manifest_gives_study_and_spacing(tmp_path):
     folder = write_images(tmp_path / "images", 2)
     rows = [
         {
@@ -416,7 +412,7 @@ def test_manifest_gives_study_and_spacing(tmp_path, without_pictures):
     assert images["study_id"].tolist() == ["007", "007"]
 
 
-def test_parallel_extraction_writes_the_same_cache(tmp_path, monkeypatch, without_pictures):
+def test_parallel_extraction_writes_the_same_cache(tmp_path, monkeypatch):
     """Four processes append to the same files, images of many sizes and two depths."""
     stages.serve()
     monkeypatch.setattr(mammo.processes, "available_cores", lambda: 4)

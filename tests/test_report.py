@@ -172,7 +172,7 @@ def test_report_every_zero_draws_nothing(archive, tmp_path, monkeypatch, capsys)
     out, err = capsys.readouterr()
     assert "report.html" not in out + err
     assert json.loads((folder / "summary.json").read_text())["state"] == "finished"
-    assert {path.name for path in folder.glob("*.png")} == set(byol_mammo.pictures.EXTRACTION_PICTURES)
+    assert not list(folder.glob("*.png"))
 
 
 def test_reports_keep_their_distance(archive):

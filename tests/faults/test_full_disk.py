@@ -275,7 +275,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGE))
-def test_a_damaged_cache_is_built_anew(archive, tmp_path, name, capfd, without_pictures):
+def test_a_damaged_cache_is_built_anew(archive, tmp_path, name, capfd):
     shutil.copytree(archive, tmp_path / "a")
     config = small_config(tmp_path / "a")
     before = mammo.open_tiles(mammo.build_cache(config), 4)
