@@ -225,8 +225,8 @@ def gather_pixels(
 ) -> None:
     """Copy the images' pixels to one .npy file, to the offsets in `images`, several images at a time.
 
-    A second copy: for extractions that were killed, for MAX_TILES, and for archives of 8-bit and
-    deeper images, which share uint16.
+    A second copy: for extractions that went on on another machine, for MAX_TILES, and for archives of
+    8-bit and deeper images, which share uint16.
     """
     dtype = max(part[1] for part in parts)
     length = int((images["height"] * images["width"]).sum())

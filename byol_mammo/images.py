@@ -104,6 +104,7 @@ def note_unknown_spacing(sources: pd.DataFrame, taken: float) -> None:
 
 
 def read_manifest(root: Path) -> pd.DataFrame:
+    """What manifest.csv knows of images, by path; empty where there is none. Raises MammoError."""
     columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
     real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
     for folder in (root, root.parent, real.parent):
