@@ -1067,7 +1067,6 @@ def tile_box(tiles: pd.DataFrame, config: Config, shape: tuple[int, ...]) -> tup
 IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies between images is no one's
     "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm".split()
 )
-
 # The code that makes masks, tiles and pixels: file, beginning, end. An edited filter makes a new cache.
 PIXEL_CODE = (
     (__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),
@@ -1236,6 +1235,7 @@ class MammogramTiles:
         cache: Path = Path(),
     ) -> None:
         self.images, self.table, self.cache = images, table, cache
+        self.digest = caches.cache_digest(cache) if cache != Path() else ""  # the cache may go later
         self.tile_size, self.reduce = tile_size, reduce
         # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
         self.pixels = torch.from_numpy(pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels)
@@ -1743,7 +1743,7 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
         content["optimizer"] = run.optimizer.state_dict()
         content["scaler"] = run.scaler.state_dict()
         content["cache_key"] = run.tiles.cache.name
-        content["cached"] = caches.cache_digest(run.tiles.cache)
+        content["cached"] = run.tiles.digest
         content["processes"] = run.ranks.world_size
         content["precision"] = devices.precision_name(run.config.precision, run.device)
         content["steps_per_epoch"] = run.steps_per_epoch
@@ -1760,7 +1760,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     now, then = dataclasses.asdict(run.config), state["config"]
     names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
     changed = [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
-    changed += caches.changed_tiles(state, run.tiles.cache)
+    changed += caches.changed_tiles(state, run.tiles.cache, run.tiles.digest)
     if changed:
         raise MammoError(
             f"{run.folder} holds a run with other settings: {'; '.join(changed)}.\n"

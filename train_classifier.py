@@ -653,7 +653,10 @@ def holds_another_result(folder: Path, settings: Settings, data: LabelledTiles) 
         return resumable != (settings.mode == "finetune")
     try:
         then = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        other_data = caches.changed_tiles(then, data.tiles.cache) or then["labels"] != data.fingerprint
+        other_data = (
+            caches.changed_tiles(then, data.tiles.cache, data.tiles.digest)
+            or then["labels"] != data.fingerprint
+        )
         return bool(other_data or changed_settings(then["settings"], settings))
     except (OSError, ValueError, KeyError):
         return True
@@ -795,7 +798,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
         content |= {"best_epoch": job.best_epoch, "best_auroc": job.best_auroc, "rows": job.rows}
         content["cache_key"] = job.data.tiles.cache.name
-        content["cached"] = caches.cache_digest(job.data.tiles.cache)
+        content["cached"] = job.data.tiles.digest
         content["labels"] = job.data.fingerprint
         content["precision"] = devices.precision_name(job.settings.precision, job.engine.device)
     checkpoints.write_checkpoint(job.folder / name, content)
@@ -805,7 +808,7 @@ def resume_job(job: Job) -> None:
     """Put last.pth's state into the job. Raises MammoError where settings that shape it differ."""
     state = checkpoints.load_checkpoint(job.folder / "last.pth")
     changed = changed_settings(state["classifier"], job.settings)
-    changed += caches.changed_tiles(state, job.data.tiles.cache)
+    changed += caches.changed_tiles(state, job.data.tiles.cache, job.data.tiles.digest)
     if state.get("labels") != job.data.fingerprint:
         changed.append("the labels, splits or patients")
     if changed:
@@ -1192,7 +1195,7 @@ def train(settings: Settings) -> Path:
     record = {
         "settings": dataclasses.asdict(settings),
         "cache_key": job.data.tiles.cache.name,
-        "cached": caches.cache_digest(job.data.tiles.cache),
+        "cached": job.data.tiles.digest,
         "labels": job.data.fingerprint,
         "environment": devices.environment(precision),
     }

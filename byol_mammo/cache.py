@@ -71,15 +71,15 @@ def cache_digest(cache: Path) -> str:
     return hashlib.sha256(tables).hexdigest()
 
 
-def changed_tiles(state: dict[str, Any], cache: Path) -> list[str]:
-    """What to say where a saved state saw other tiles than those of `cache`; empty where it saw them."""
+def changed_tiles(state: dict[str, Any], cache: Path, digest: str) -> list[str]:
+    """What to say where a saved state saw other tiles than a cache's; empty where it saw them."""
     former = cache.with_name(state["cache_key"])
     seen = state.get("cached")
     if seen is None and is_finished(former):  # until 2026-11-26 a state named its cache alone
         seen = cache_digest(former)
     if seen is None:
         return [f"perhaps the tiles, since its cache {former} is gone"]
-    return [] if seen == cache_digest(cache) else ["the images, their tile settings or the tile code"]
+    return [] if seen == digest else ["the images, their tile settings or the tile code"]
 
 
 # ---- Averaged copy: part of a cache's key ------------------------------------------------------------

@@ -279,11 +279,11 @@ def test_a_damaged_cache_is_built_anew(archive, tmp_path, name, capfd):
     shutil.copytree(archive, tmp_path / "a")
     config = small_config(tmp_path / "a")
     before = mammo.open_tiles(mammo.build_cache(config), 4)
-    truth = before.pixels.clone(), before.tiles.copy()
+    truth = before.pixels.clone(), before.table.copy()
     DAMAGE[name](before.cache)
     after = mammo.open_tiles(mammo.build_cache(config), 4)
     assert torch.equal(after.pixels, truth[0])
-    pd.testing.assert_frame_equal(after.tiles, truth[1])
+    pd.testing.assert_frame_equal(after.table, truth[1])
     if "reduced" not in name:
         assert "is damaged: moved aside and built anew" in capfd.readouterr().err
         assert list((tmp_path / "a" / "cache").glob("*_1"))  # nothing is thrown away
