@@ -229,9 +229,9 @@ def test_a_run_killed_while_it_draws_its_last_pictures_is_finished_by_the_same_c
     class KilledError(BaseException):
         """Nothing catches it, like SIGKILL."""
 
-    def killed(run, features, path):
-        if json.loads((run.folder / "summary.json").read_text())["state"] == "finished":
-            (run.folder / f"{mammo.files.UNFINISHED}{path.name}").touch()
+    def killed(features, tiles, views, path):
+        if json.loads(path.with_name("summary.json").read_text())["state"] == "finished":
+            path.with_name(f"{mammo.files.UNFINISHED}{path.name}").touch()
             raise KilledError
 
     config = small_config(archive, "--output_dir", str(tmp_path), "--epochs", "1", *REPORTS)
@@ -367,7 +367,7 @@ def test_signals_of_a_time_limit_end_an_extraction_in_order(tmp_path, number):
     os.kill(process.pid, number)
     os.kill(process.pid, number)  # the job's shell hands on what SLURM sends as well
     process.join(60)
-    assert process.exitcode == 130, (tmp_path / "log").read_text()
+    assert process.exitcode == 128 + number, (tmp_path / "log").read_text()
     assert "the same command goes on where it stopped" in (tmp_path / "log").read_text()
     assert images_done(tmp_path / "run")
 
@@ -379,5 +379,5 @@ def test_ctrl_c_reaches_extraction_processes_and_all_end(tmp_path):
     flags = lambda folder: arguments(data, folder, "--max_steps", "1", "--num_workers", "2")  # noqa: E731
     stage = Stage("train_byol_mammo", flags, lambda *_: None, tmp_path / "none")
     printed = interrupt(stage, tmp_path / "run", lambda: images_done(tmp_path))
-    assert "interrupted; the same command goes on where it stopped" in printed
+    assert "stopped by SIGINT; the same command goes on where it stopped" in printed
     stage.finish(tmp_path / "run")
