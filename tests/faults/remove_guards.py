@@ -142,6 +142,8 @@ GUARDS = [
           "temporary = path", f"{DISK} prepare_on_a_full"),
     Guard("extraction processes end with their parent", "start_worker.watch", "os._exit(1)",
           "return", f"{PROCESSES} killed_workers", "byol_mammo/processes.py"),
+    Guard("workers that wait for a killed one end", "process_pool", "process.kill()",
+          "", f"{PROCESSES} while_it_waits"),
     Guard("a killed worker is told", "extract_missing", "except BrokenProcessPool:",
           "ZeroDivisionError", f"{PROCESSES} killed_workers"),
     Guard("Ctrl-C waits for the step", "StopSignal.__enter__", "STOP_SIGNALS",
