@@ -37,7 +37,8 @@ from pydicom.uid import (
     JPEGExtended12Bit,
 )
 
-MAX_PIXELS = 150_000_000  # larger images are refused before they are decoded
+from byol_mammo.images import MAX_SAMPLES
+
 MODALITIES = {"", "MG", "CR", "DX", "RG", "OT"}  # digitised film and old archives are not all MG
 OTHERS = {"US", "CT", "MR", "PT", "NM", "SR", "PR", "KO", "SEG", "DOC", "XA"}  # named in messages
 TOMOSYNTHESIS = "1.2.840.10008.5.1.4.1.1.13.1.3"  # Breast Tomosynthesis Image Storage
@@ -98,9 +99,9 @@ def check_inflation(path: str | Path) -> None:
             raise DicomError("deflated, but without the preamble of a DICOM file")
         meta = read_file_meta_info(path)
         file.seek(144 + int(meta.FileMetaInformationGroupLength))  # behind preamble and meta group
-        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), 2 * MAX_PIXELS + 1)
-    if len(inflated) > 2 * MAX_PIXELS:
-        raise DicomError(f"inflates to more than {2 * MAX_PIXELS} bytes")
+        inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), 2 * MAX_SAMPLES + 1)
+    if len(inflated) > 2 * MAX_SAMPLES:
+        raise DicomError(f"inflates to more than {2 * MAX_SAMPLES} bytes")
 
 
 def check_is_mammogram(dataset: Dataset) -> None:
@@ -121,7 +122,7 @@ def check_is_mammogram(dataset: Dataset) -> None:
         raise DicomError("photometric interpretation is neither MONOCHROME1 nor MONOCHROME2")
     if dataset.get("BitsAllocated") not in (8, 16):
         raise DicomError("pixels are not stored in 8 or 16 bits")
-    if not 0 < dataset.Rows * dataset.Columns <= MAX_PIXELS:
+    if not 0 < dataset.Rows * dataset.Columns <= MAX_SAMPLES:
         raise DicomError(f"declares {dataset.Rows} x {dataset.Columns} pixels")
 
 

@@ -57,33 +57,34 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import hashlib
 import html
 import json
-import multiprocessing
 import os
 import re
-import signal
 import stat
 import struct
 import sys
-import threading
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
+
+from byol_mammo import files, settings
+from byol_mammo.images import MAX_SAMPLES, PNG_END
+from byol_mammo.labels import finding_column
+from byol_mammo.processes import available_cores, process_pool
+from byol_mammo.settings import MammoError
 
 # 1 Configuration ----------------------------------------------------------------------------------
 
@@ -96,7 +97,6 @@ SPLIT = "csv"  # csv (refused where a patient is in two), test_wins (such a pati
 TEST_SHARE = 0.2  # of patients, where the table has no split or --split patient
 NUM_WORKERS = 16  # processes that decode; never more than the cores there are
 
-MAX_PIXELS = 150_000_000  # times channels; larger images are skipped: a mammogram has 10-30 million
 MAX_ID_LENGTH = 100  # characters; keeps <study_id>_<image_id>.png inside every file system's 255
 SHOWN = 10  # names shown per warning; the full lists are in the CSV files
 REPORTED = 200  # problems shown per check in the HTML report
@@ -147,14 +147,10 @@ SPLIT_NAMES = {  # what others call ours, in any case of letters
     **dict.fromkeys(("test", "testing"), "test"),
 }
 OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
-TEMPORARY = ".prepare_dataset.tmp"  # ending of files not yet complete
+TEMPORARY = ".prepare_dataset.tmp"  # ending of files not yet complete, in older versions
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 OUTPUT_NAME = re.compile(rf"{SAFE_NAME.pattern}/{SAFE_NAME.pattern}\.png")
 SAFE_NAME_RULE = "letters, digits, '_', '-' and '.', not beginning with '.' or '-'"
-
-
-class RefusedError(Exception):
-    """The run cannot start; the message says why and what to do."""
 
 
 class SkipImageError(Exception):
@@ -179,18 +175,10 @@ class Options:
     verify: bool = False
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser that answers with one line, as the other refusals do."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"prepare_dataset: error: {message} (--help lists the flags)\n")
-
-
-def make_parser() -> Parser:
+def make_parser() -> argparse.ArgumentParser:
     """The flags; each one's help ends with its default."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = settings.make_parser(__doc__, "--help lists the flags")
+    parser.description = __doc__  # with the exit codes
     add = parser.add_argument
     text = "one or several tables, told apart by their header; none: every image in the folder"
     add("--csv_path", type=Path, nargs="+", metavar="CSV", default=[Path(CSV_PATH)], help=text)
@@ -220,18 +208,15 @@ def make_parser() -> Parser:
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
-    """Read the flags; an unknown one ends the program (exit code 2) and names the nearest flag."""
+    """Read the flags. Raises MammoError, which names the nearest flag where one is unknown."""
     parser = make_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings if flag != "-h"]
-    arguments = []
-    for argument in sys.argv[1:] if argv is None else argv:
-        if argument.startswith("--") and argument != "--":
-            name, equals, value = argument.partition("=")
-            name = "--" + name[2:].replace("-", "_")
-            if name not in flags:
-                parser.error(f"unknown flag {argument}; nearest: {nearest(name, flags)}")
-            argument = name + equals + value
-        arguments.append(argument)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = settings.with_underscores(words)
+    for word, argument in zip(words, arguments, strict=True):
+        name = argument.partition("=")[0]
+        if name.startswith("--") and argument != "--" and name not in flags:
+            parser.error(f"unknown flag {word}; nearest: {nearest(name, flags)}")
     options = Options(**vars(parser.parse_args(arguments)))
     if not 0 <= options.test_share <= 1:
         parser.error(f"--test_share {options.test_share} is not between 0 and 1")
@@ -242,9 +227,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
 
 def nearest(name: str, candidates: Sequence[str]) -> str:
     """The candidate most like `name`, or all of them where none is like it."""
-    lowered = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
-    return lowered[close[0]] if close else "none, there are " + ", ".join(candidates)
+    return settings.nearest(name, candidates) or "none, there are " + ", ".join(candidates)
 
 
 # 2 Table ------------------------------------------------------------------------------------------
@@ -271,20 +254,16 @@ Labels = dict[tuple[str, str], ImageLabels]
 def read_csv(csv_path: Path) -> pd.DataFrame:
     """One CSV as strings (leading zeros kept), indexed by line number.
 
-    Raises RefusedError where the file is missing, empty or not a table.
+    Raises MammoError where the file is missing, empty or not a table.
     """
     if not csv_path.is_file():
-        raise RefusedError(f"there is no file {csv_path}; give the annotation CSV with --csv_path")
-    options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
-    options["sep"] = delimiter_of(csv_path)
+        raise MammoError(f"there is no file {csv_path}; give the annotation CSV with --csv_path")
+    delimiter = delimiter_of(csv_path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            # Blank lines are kept for now, so that the index gives the line in the file.
-            table = pd.read_csv(csv_path, skip_blank_lines=False, **options)
-    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' and Unicode errors are these
-        reason = " ".join(str(error).split())
-        raise RefusedError(f"{csv_path} is not a comma-separated UTF-8 table: {reason}") from None
+        # Blank lines are kept for now, so that the index gives the line in the file.
+        table = files.parse_table(csv_path, sep=delimiter, skip_blank_lines=False)
+    except ValueError as error:
+        raise MammoError(f"{csv_path} is not a comma-separated UTF-8 table: {error}") from None
     table.columns = table.columns.str.strip()
     table = table.fillna("").apply(lambda column: column.str.strip(" \t\r\n"))
     table.index = pd.RangeIndex(2, len(table) + 2)  # the header is line 1
@@ -292,7 +271,7 @@ def read_csv(csv_path: Path) -> pd.DataFrame:
 
 
 def delimiter_of(csv_path: Path) -> str:
-    """',', or ';' for the archives published so. Raises RefusedError for other separators."""
+    """',', or ';' for the archives published so. Raises MammoError for other separators."""
     with open(csv_path, encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
     columns = {name.strip(' "\n') for name in header.split(";")}
@@ -300,7 +279,7 @@ def delimiter_of(csv_path: Path) -> str:
         return ";"
     for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "'|'")):
         if delimiter in header and "," not in header:
-            raise RefusedError(f"{csv_path} is separated by {name}; save it separated by commas")
+            raise MammoError(f"{csv_path} is separated by {name}; save it separated by commas")
     return ","
 
 
@@ -310,7 +289,7 @@ def read_table(
     """The archive's table in our columns (those of REQUIRED, OPTIONAL, patient_id, implant, spacing_mm
     that it has, and `places`: where to look for the file), its labels, its adapter, notes on absences.
 
-    Raises RefusedError where a column is missing.
+    Raises MammoError where a column is missing.
     """
     name = ", ".join(map(str, options.csv_path))
     if not tables:
@@ -322,7 +301,7 @@ def read_table(
         raw = raw.fillna("")
         raw = raw[(raw != "").any(axis=1)]
         if raw.empty:
-            raise RefusedError(f"{name} has a header but no rows; is the download complete?")
+            raise MammoError(f"{name} has a header but no rows; is the download complete?")
     labels: Labels = {}
     table = adapter.adapt(raw, index, labels)
     absent = [column for column in OPTIONAL if column not in table]
@@ -348,12 +327,12 @@ def check_columns(raw: pd.DataFrame, adapter: Adapter, csv_path: str) -> None:
     wanted = [*adapter.header, *(REQUIRED + OPTIONAL if adapter is VINDR else [])]
     twice = [name for name in wanted if f"{name}.1" in found]  # as pandas renames it
     if twice:
-        raise RefusedError(f"{csv_path} has the column {twice[0]} twice; keep one of them")
+        raise MammoError(f"{csv_path} has the column {twice[0]} twice; keep one of them")
     missing = [name for name in adapter.header if name not in found]
     if not missing:
         return
     hints = "; ".join(f"{name} (nearest: {nearest(name, found)})" for name in missing)
-    raise RefusedError(
+    raise MammoError(
         f"{csv_path} lacks the column {hints}; found: {', '.join(found)}. Rename the column, map it "
         "with --columns image=...,study=... or give another file with --csv_path"
     )
@@ -396,7 +375,7 @@ def safe_name(name: str) -> str:
 def check_ids(table: pd.DataFrame) -> None:
     """Refuse ids and splits that are absent or would leave the output folder.
 
-    Raises RefusedError naming the line, the column and the value.
+    Raises MammoError naming the line, the column and the value.
     """
     reserved = {"nan", "none", "null", *REPORTS, *OTHER_KNOWN}  # absent values, and report names
     for column in REQUIRED:
@@ -404,7 +383,7 @@ def check_ids(table: pd.DataFrame) -> None:
         if any(wrong):
             line, value = table.index[wrong][0], table.loc[wrong, column].iloc[0]
             problem = f"is {value[:MAX_ID_LENGTH]!r}" if value else "is empty"
-            raise RefusedError(
+            raise MammoError(
                 f"line {line} of the CSV: {column} {problem}, {sum(wrong)} such rows; it becomes "
                 f"part of a file name: {SAFE_NAME_RULE}, at most {MAX_ID_LENGTH} characters"
             )
@@ -413,7 +392,7 @@ def check_ids(table: pd.DataFrame) -> None:
 def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, set[str]]:
     """The table, and who is in test now because the table has them in two splits.
 
-    Raises RefusedError for a patient or study in two splits, unless `rule` moves them.
+    Raises MammoError for a patient or study in two splits, unless `rule` moves them.
     """
     moved: set[str] = set()
     for kind, keys in (("patients", patients(table)), ("studies", table["study_id"])):
@@ -423,7 +402,7 @@ def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, 
             continue
         if rule == "csv":
             names = [f"{name} ({both})" for name, both in leaking.items()]
-            raise RefusedError(
+            raise MammoError(
                 f"{len(leaking)} {kind} stand in more than one split: {some(names)}. Training would "
                 "see test images; give each one split, or use --split test_wins or --split patient"
             )
@@ -435,14 +414,14 @@ def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, 
 def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """One row per image and the number of identical rows dropped; adds the column `file`.
 
-    Raises RefusedError where rows of one image disagree or two images would share a file name.
+    Raises MammoError where rows of one image disagree or two images would share a file name.
     """
     unique = table.drop_duplicates()
     twice = unique.duplicated(["study_id", "image_id"], keep=False)
     if twice.any():
         (study, image), rows = next(iter(unique[twice].groupby(["study_id", "image_id"])))
         columns = [name for name in rows if rows[name].nunique() > 1]
-        raise RefusedError(
+        raise MammoError(
             f"image {study}/{image} has rows that disagree in "
             f"{', '.join(columns)} (lines {some(rows.index)} of the CSV); keep the right one"
         )
@@ -451,7 +430,7 @@ def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     # Compared without case, because macOS and Windows would write both into one file.
     clash = unique["file"].str.lower().duplicated(keep=False)
     if clash.any():
-        raise RefusedError(
+        raise MammoError(
             f"different images would share one file name: {some(unique['file'][clash])} "
             f"(lines {some(unique.index[clash])} of the CSV); rename one of them"
         )
@@ -549,8 +528,8 @@ def adapt_inbreast(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFr
     """
     person = []
     for name in raw["File Name"]:
-        files = index.get(f"first {name}", [])  # the annotations' names (.xml, .roi) have no pseudonym
-        parts = max((Path(file).stem.split("_") for file in files), key=len, default=[name])
+        found = index.get(f"first {name}", [])  # the annotations' names (.xml, .roi) have no pseudonym
+        parts = max((Path(file).stem.split("_") for file in found), key=len, default=[name])
         person.append(parts[min(1, len(parts) - 1)])
     return pd.DataFrame(
         {
@@ -581,9 +560,9 @@ def adapt_cmmd(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
         labels.setdefault((row["ID1"], f"side {side(row['LeftRight'])}"), ImageLabels()).add(values)
     rows, lines = [], []
     for line, patient in raw["ID1"].drop_duplicates().items():
-        files = index.get(f"folder {patient}", [])
-        stems = Counter(Path(name).stem for name in files)
-        for name in files or [f"{patient}/no_file"]:
+        found = index.get(f"folder {patient}", [])
+        stems = Counter(Path(name).stem for name in found)
+        for name in found or [f"{patient}/no_file"]:
             place = without_suffix(name)
             below = place.partition(f"{patient}/")[2]
             image = Path(name).stem if stems[Path(name).stem] < 2 else below
@@ -628,7 +607,7 @@ def adapt_folder(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFram
             digest = hashlib.sha256(os.fsencode(row["places"])).hexdigest()[:8]
             row["image_id"] = f"{row['image_id'][:80]}_{digest}"
     if not rows:
-        raise RefusedError("there is no image below --images_root")
+        raise MammoError("there is no image below --images_root")
     return pd.DataFrame(rows)
 
 
@@ -661,14 +640,14 @@ UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something
 def generic_adapter(columns: str) -> Adapter:
     """The adapter for --columns image=...,study=...; `image` is a path below images_root, or a name.
 
-    Raises RefusedError where the map cannot be read.
+    Raises MammoError where the map cannot be read.
     """
     names = dict(part.partition("=")[::2] for part in columns.split(","))
     names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
     wrong = [name for name in names if name not in GENERIC or not names[name]]
     if wrong or not {"image", "study"} <= set(names):
         problem = f"{wrong[0]!r} is not known" if wrong else "image and study are needed"
-        raise RefusedError(f"--columns {columns}: {problem}; names are {', '.join(GENERIC)}")
+        raise MammoError(f"--columns {columns}: {problem}; names are {', '.join(GENERIC)}")
 
     def adapt(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
         stems = raw[names["image"]].map(lambda name: without_suffix(name.replace("\\", "/").lstrip("/")))
@@ -678,7 +657,7 @@ def generic_adapter(columns: str) -> Adapter:
             values = raw[theirs].map(reader)
             said = raw[theirs][raw[theirs] != ""]
             if len(said) and (values == "").all():
-                raise RefusedError(
+                raise MammoError(
                     f"--columns {ours}={theirs}: no value of {theirs} is understood, such as "
                     f"{said.iloc[0][:MAX_ID_LENGTH]!r}; {UNDERSTOOD[reader]}"
                 )
@@ -728,7 +707,7 @@ def index_files(images_root: Path) -> Index:
     """
     index: Index = {}
     if not images_root.is_dir():
-        raise RefusedError(f"there is no folder {images_root}; give the images with --images_root")
+        raise MammoError(f"there is no folder {images_root}; give the images with --images_root")
     seen = set()
     for where, folders, names in os.walk(images_root, followlinks=True):
         found = os.stat(where)
@@ -756,7 +735,7 @@ def match_files(
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str], list[str]]:
     """Rows with a file (column `source`), rows without, extra files, images with several files.
 
-    Raises RefusedError where no row has a file.
+    Raises MammoError where no row has a file.
     """
     sources, ambiguous, wanted = [], [], set()
     rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
@@ -775,7 +754,7 @@ def match_files(
         top = expected.split("/")[0]
         deeper = [p for p in sorted(images_root.iterdir()) if (p / top).is_dir()]
         hint = f"; try --images_root {deeper[0]}" if deeper else "; check --images_root"
-        raise RefusedError(
+        raise MammoError(
             f"0 of the {len(table)} images in the CSV are under {images_root}, where "
             f"{expected}.png was expected{hint}"
         )
@@ -796,7 +775,6 @@ def without_suffix(name: str) -> str:
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {2: 3, 3: 3, 4: 2, 6: 4}  # by colour type, as decoded; a palette becomes RGB
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 RASTER = (".tif", ".tiff", ".jpg", ".jpeg")
 DICOM = (".dcm", ".dicom", ".dic")
 SUFFIXES = [".png", *RASTER, *DICOM]  # in order of preference where an image has several
@@ -824,8 +802,8 @@ def read_png_header(path: Path) -> tuple[int, int, int]:
 
 def check_size(height: int, width: int, channels: int = 1) -> None:
     """Refuse an image that is empty or would fill the memory when decoded."""
-    if not 0 < height * width * channels <= MAX_PIXELS:
-        raise SkipImageError(f"declares {height} x {width} pixels, more than {MAX_PIXELS} or none")
+    if not 0 < height * width * channels <= MAX_SAMPLES:
+        raise SkipImageError(f"declares {height} x {width} pixels, more than {MAX_SAMPLES} or none")
 
 
 def is_dicom(path: Path) -> bool:
@@ -1006,7 +984,7 @@ class Plan:
 
 
 def make_plan(options: Options) -> Plan:
-    """Read and check everything; writes nothing. Raises RefusedError or OSError."""
+    """Read and check everything; writes nothing. Raises MammoError or OSError."""
     paths = [] if options.csv_path == [Path("none")] else options.csv_path
     tables = [read_csv(path) for path in paths]
     index = index_files(options.images_root)
@@ -1039,16 +1017,16 @@ def check_folders(options: Options) -> None:
     """Refuse folders inside each other: the output would be read as input or the other way."""
     root, output = options.images_root.resolve(), options.output_dir.resolve()
     if root.is_relative_to(output) or output.is_relative_to(root):
-        raise RefusedError(
+        raise MammoError(
             f"--output_dir {options.output_dir} and --images_root {options.images_root} must not "
             "lie inside each other; give another --output_dir"
         )
     if options.output_dir.exists() and not options.output_dir.is_dir():
-        raise RefusedError(f"--output_dir {options.output_dir} is a file; give a folder")
+        raise MammoError(f"--output_dir {options.output_dir} is a file; give a folder")
 
 
 def read_reports(plan: Plan) -> None:
-    """Fill the plan with what earlier runs left. Raises RefusedError where a file is not ours."""
+    """Fill the plan with what earlier runs left. Raises MammoError where a file is not ours."""
     folder = plan.options.output_dir
     reports = {name: read_report(folder / name, name) for name in REPORTS}
     plan.previous, plan.claimed = reports["manifest.csv"], reports[CLAIMS]
@@ -1060,7 +1038,7 @@ def read_reports(plan: Plan) -> None:
 def read_report(path: Path, name: str) -> dict[str, dict[str, str]]:
     """Rows of an earlier run's report by `file` ({} where there are none).
 
-    Raises RefusedError where the file has other columns: it is someone else's and stays as it is.
+    Raises MammoError where the file has other columns: it is someone else's and stays as it is.
     """
     if not os.path.lexists(path):
         return {}
@@ -1070,7 +1048,7 @@ def read_report(path: Path, name: str) -> dict[str, dict[str, str]]:
     except (OSError, ValueError):  # a folder, not text, or empty
         ours = False
     if not ours:
-        raise RefusedError(f"{path} is in the way and not from this program; move it elsewhere")
+        raise MammoError(f"{path} is in the way and not from this program; move it elsewhere")
     if "source_size" not in table:
         return {}
     # An edited report must not make this program touch anything outside the folder.
@@ -1106,11 +1084,11 @@ def inspect(row: dict[str, str], options: Options, ours: bool) -> Item:
     kind = format_of(source)
     if kind not in (".png", ".dcm", *RASTER):
         raise SkipImageError(f"the format {kind or 'without suffix'} is not read; convert to PNG")
-    settings = [f"dicom {DICOM_VERSION} window {options.window}"] if kind == ".dcm" else []
-    settings += [f"flip_right {row.get('laterality', '')}".strip()] if options.flip_right else []
+    changes = [f"dicom {DICOM_VERSION} window {options.window}"] if kind == ".dcm" else []
+    changes += [f"flip_right {row.get('laterality', '')}".strip()] if options.flip_right else []
     if kind != ".png" and row.get("spacing_mm"):
-        settings.append(f"spacing {row['spacing_mm']}")
-    item = Item(row, source, output, found, kind, " ".join(settings))
+        changes.append(f"spacing {row['spacing_mm']}")
+    item = Item(row, source, output, found, kind, " ".join(changes))
     if not ours and kind_of_output(item) == "other":
         raise SkipImageError(f"{row['file']} is in the way and not from this program; move it away")
     return item
@@ -1177,12 +1155,10 @@ def decode_item(item: Item, options: Options, write: bool) -> Outcome:
 
 def write_file(path: Path, content: bytes, source: os.stat_result | None = None) -> None:
     """Put a file there in one step, an image with the time of its source. Raises OSError."""
-    temporary = temporary_name(path)
-    temporary.write_bytes(content)
-    if source:
-        os.utime(temporary, ns=(source.st_atime_ns, source.st_mtime_ns))
-    flush(temporary)
-    os.replace(temporary, path)
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+        if source:
+            os.utime(temporary, ns=(source.st_atime_ns, source.st_mtime_ns))
 
 
 def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
@@ -1192,12 +1168,11 @@ def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
         for task in tasks:
             yield task, decode_item(*task)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers, left = min(tasks[0][1].num_workers, cores, len(tasks)), deque(tasks)
+    workers, left = min(tasks[0][1].num_workers, available_cores(), len(tasks)), deque(tasks)
     while left:
         running: dict[Future, Task] = {}
         try:
-            with process_pool(workers) as pool:
+            with process_pool(workers, PRELOADED, use_one_thread) as pool:
                 while left or running:
                     while left and len(running) < 2 * workers:  # bounds what is held in memory
                         running[pool.submit(decode_item, *left[0])] = left[0]
@@ -1222,32 +1197,18 @@ def may_crash(item: Item) -> bool:
 def decode_alone(task: Task) -> Outcome:
     """Decode one image in a process of its own, which a crash of the decoder may end."""
     try:
-        with process_pool(1) as pool:
+        with process_pool(1, PRELOADED, use_one_thread) as pool:
             return pool.submit(decode_item, *task).result()
     except BrokenProcessPool:
         return SkipImageError("its decoder crashed, or it needs more memory than there is")
 
 
-def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Fresh processes (a fork would copy threads' locks) that end with this one, even if killed."""
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["__main__", "mammogram_dicom"])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+PRELOADED = ("__main__", "mammogram_dicom")  # imported once, not by each process
 
 
-def start_worker() -> None:
-    """One thread per process, and a watch on the parent: a killed run must not leave writers behind."""
+def use_one_thread() -> None:
+    """Let OpenCV use no more: there is a process for each core."""
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone answers
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 # 8 Layout -----------------------------------------------------------------------------------------
@@ -1259,8 +1220,10 @@ def carry_out(plan: Plan) -> None:
     for split in sorted({item.row["split"] for item in plan.items}):
         (folder / split).mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob(f"*{TEMPORARY}"), *folder.glob(f"*/*{TEMPORARY}")]:
-        leftover.unlink()
+    for place in (folder, *filter(Path.is_dir, folder.iterdir())):
+        files.remove_unfinished(place)
+        for leftover in place.glob(f"*{TEMPORARY}"):
+            leftover.unlink()
     # Until the manifest is written, this list tells a later run which files are not the user's.
     if not all(plan.unchanged(item) for item in plan.items):
         claims = {item.row["file"]: {**item.row, **item.record} for item in plan.items}
@@ -1268,7 +1231,7 @@ def carry_out(plan: Plan) -> None:
     lay_out(plan)
     remove_stale(plan)
     for split in {item.row["split"] for item in plan.items}:
-        flush(folder / split)
+        files.flush(folder / split)
     find_problems(plan)
     label_rows = make_labels(plan)
     write_report(folder, "missing.csv", plan.missing.to_dict("records"))
@@ -1362,7 +1325,7 @@ def place(item: Item, mode: str) -> str:
 
     Raises SkipImageError where the source cannot be read and OSError where writing fails.
     """
-    temporary = temporary_name(item.output)
+    temporary = files.unfinished_name(item.output)
     if mode == "symlink":
         temporary.symlink_to(item.source.resolve())
         os.replace(temporary, item.output)
@@ -1418,41 +1381,22 @@ def remove_stale(plan: Plan) -> None:
             plan.counts["removed"] += 1
 
 
-def temporary_name(path: Path) -> Path:
-    """The name a file has in its folder until it is complete."""
-    return path.with_name(f".{path.name}{TEMPORARY}")
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
-    folder = path.is_dir()
-    if folder and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # 9 Labels -----------------------------------------------------------------------------------------
 
 BOX = ["xmin", "ymin", "xmax", "ymax"]
-# VinDr-Mammo's categories that have a column of another name; the others keep theirs, as snake case.
-CATEGORY_COLUMNS = {"suspicious_calcification": "calcification"}
 
 
 def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labels:
     """Labels and boxes from VinDr-Mammo's finding_annotations.csv, one row per finding.
 
     VinDr lists every image, those without a finding as 'No Finding': for the images it lists, a
-    category that is not named is absent (0). Raises RefusedError where the columns are others.
+    category that is not named is absent (0). Raises MammoError where the columns are others.
     """
     rows = read_csv(csv_path)
     needed = ["study_id", "image_id", "finding_categories", *BOX]
     missing = [name for name in needed if name not in rows]
     if missing:
-        raise RefusedError(
+        raise MammoError(
             f"{csv_path} lacks the column {', '.join(missing)}; is it finding_annotations.csv?"
         )
     rows = rows[(rows != "").any(axis=1)]
@@ -1478,13 +1422,13 @@ def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labe
 
 
 def read_categories(value: str, line: int, csv_path: Path) -> list[str]:
-    """['Mass', 'Skin Thickening'] of the Python list that VinDr writes. Raises RefusedError."""
+    """['Mass', 'Skin Thickening'] of the Python list that VinDr writes. Raises MammoError."""
     try:
         names = ast.literal_eval(value)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise RefusedError(
+        raise MammoError(
             f"line {line} of {csv_path}: finding_categories {value[:MAX_ID_LENGTH]!r} is not a list"
         ) from None
     return names
@@ -1492,8 +1436,8 @@ def read_categories(value: str, line: int, csv_path: Path) -> list[str]:
 
 def column_of(category: str) -> str:
     """Column of labels.csv of a finding; '' for 'No Finding'."""
-    name = re.sub(r"\W+", "_", category.strip().lower())
-    return "" if name == "no_finding" else CATEGORY_COLUMNS.get(name, name)
+    name = finding_column(category)
+    return "" if name == "no_finding" else name
 
 
 def number(value: str) -> float | None:
@@ -1661,7 +1605,7 @@ def write_text(path: Path, text: str) -> None:
     if path.exists() and path.read_bytes() == content:
         return
     write_file(path, content)
-    flush(path.parent)
+    files.flush(path.parent)
 
 
 def some(names: Sequence) -> str:
@@ -1695,13 +1639,6 @@ td { overflow-wrap: anywhere; min-width: 5.5rem; vertical-align: top }
 """
 
 
-def html_table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
-    """A table of text; nothing in it is taken for markup."""
-    lines = [f"<tr>{''.join(f'<{tag}>{html.escape(str(v))}</{tag}>' for v in row)}</tr>"
-             for tag, row in [("th", header), *(("td", row) for row in rows)]]  # fmt: skip
-    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>\n"
-
-
 def make_report(plan: Plan) -> str:
     """The page prepare_report.html: counts per split, bit depths, and every check with its images."""
     images = pd.DataFrame(plan.manifest, columns=REPORTS["manifest.csv"])
@@ -1723,22 +1660,24 @@ def make_report(plan: Plan) -> str:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<style>{REPORT_STYLE}</style>",
         f"<h1>{len(images)} images laid out</h1><p>{undecoded if decoded < len(images) else ''}</p>",
-        html_table(["split", "images", "studies", "patients"], splits),
-        "<section><h2>bits used</h2>" + html_table(["bits", "images"], sorted(depths.items())),
+        files.html_table(splits, ["split", "images", "studies", "patients"]),
+        "<section><h2>bits used</h2>" + files.html_table(sorted(depths.items()), ["bits", "images"]),
         "</section>",
     ]
     for column in ("laterality", "view", "implant", "view_modifier", "flipped", "spacing_mm"):
         values = images[column].replace("", "unknown").value_counts().sort_index()
-        table = html_table([column, "images"], values.items())
+        table = files.html_table(values.items(), [column, "images"])
         parts.append(f"<section><h2>{column}</h2>{table}</section>")
     parts.append(
         "<h2>Checks</h2>"
-        + html_table(["check", "meaning", "images"], [(c, m, len(f)) for c, m, f in lists])
+        + files.html_table([(c, m, len(f)) for c, m, f in lists], ["check", "meaning", "images"])
     )
     for check, _, found in lists:
         if found:
             more = f" (the first {REPORTED} of {len(found)})" if len(found) > REPORTED else ""
-            parts.append(f"<h2>{check}{more}</h2>" + html_table(["file", "detail"], found[:REPORTED]))
+            parts.append(
+                f"<h2>{check}{more}</h2>" + files.html_table(found[:REPORTED], ["file", "detail"])
+            )
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in plan.notes)
     parts.append(f"<h2>Notes</h2><ul>{notes}</ul>\n" if notes else "")
     return "\n".join(parts)
@@ -1786,10 +1725,14 @@ def print_summary(plan: Plan) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code described at the top."""
-    options = parse_options(argv)
+    try:
+        options = parse_options(argv)
+    except MammoError as error:
+        print(f"prepare_dataset: error: {error}", file=sys.stderr)
+        return 2
     try:
         plan = make_plan(options)
-    except (RefusedError, OSError) as error:
+    except (MammoError, OSError) as error:
         print(f"prepare_dataset: error: {error}. Nothing was written.", file=sys.stderr)
         return 2
     try:

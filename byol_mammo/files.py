@@ -19,16 +19,24 @@ from byol_mammo.settings import MammoError
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
 
 
+def parse_table(path: Path, **options: Any) -> pd.DataFrame:
+    """A CSV as text, '' where empty; `options` are pandas'. Raises ValueError, with its reason, where it
+    is no UTF-8 table or has a row longer than its header."""
+    options |= {"dtype": str, "keep_default_na": False, "index_col": False, "encoding": "utf-8-sig"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+        try:
+            return pd.read_csv(path, **options)
+        except (ValueError, pd.errors.ParserWarning) as error:  # pandas' and Unicode errors are these
+            raise ValueError(" ".join(str(error).split())) from error
+
+
 def read_table(path: Path, columns: Sequence[str], remedy: str) -> pd.DataFrame:
     """A CSV as text, '' where empty. Raises MammoError where it is no table with `columns` once each."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            options = {"dtype": str, "keep_default_na": False, "index_col": False}
-            table = pd.read_csv(path, encoding="utf-8-sig", **options)
-    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' and Unicode errors are these
-        reason = " ".join(str(error).split())
-        raise MammoError(f"{path} is not a comma-separated UTF-8 table ({reason}); {remedy}") from error
+        table = parse_table(path)
+    except ValueError as error:
+        raise MammoError(f"{path} is not a comma-separated UTF-8 table ({error}); {remedy}") from error
     missing = [name for name in columns if name not in table]
     if missing:
         there = ", ".join(map(str, table))[:200]
@@ -48,19 +56,35 @@ def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
 UNFINISHED = ".unfinished."  # how the name of a file begins until it is complete
 
 
+def unfinished_name(path: Path) -> Path:
+    """A temporary path beside `path`, of the same suffix, that no other writer has."""
+    return path.with_name(f"{UNFINISHED}{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`."""
     path = Path(path)
-    temporary = path.with_name(f"{UNFINISHED}{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    temporary = unfinished_name(path)
     try:
         with name_file_in_errors(path):
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    folder = path.is_dir()
+    if folder and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -97,5 +121,6 @@ def html_table(rows: Iterable[Iterable[Any]], header: Sequence[str] = (), kind: 
     """A table of text; nothing in it is taken for markup. `kind` paths: cells may break anywhere."""
     lines = [("th", header)] * bool(header) + [("td", row) for row in rows]
     cells = ("".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in row) for tag, row in lines)
-    table = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f'<div class="wide {kind}"><table>{table}</table></div>'
+    table = "\n".join(f"<tr>{row}</tr>" for row in cells)
+    name = f"wide {kind}".strip()
+    return f'<div class="{name}"><table>{table}</table></div>\n'

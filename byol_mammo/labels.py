@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,14 @@ LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without th
 PROBE_TILES = 2000  # labelled tiles of the online probe, half of them positive where there are enough
 PROBE_FOLDS = 3  # by study
 PROBE_STRENGTH = 0.01  # inverse weight decay of its logistic regression on standardised features
-# VinDr-Mammo's names of findings that are not the column's name in lower case.
+# VinDr-Mammo's names of findings that have a column of another name.
 FINDING_ALIASES = {"suspicious_calcification": "calcification"}
+
+
+def finding_column(name: str) -> str:
+    """The column of labels.csv of a finding: its name in snake case, or what FINDING_ALIASES says."""
+    column = re.sub(r"\W+", "_", name.strip().lower())
+    return FINDING_ALIASES.get(column, column)
 
 
 def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
@@ -61,8 +68,7 @@ def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
     try:
         boxes = json.loads(text or "[]")
         for box in boxes:
-            names = [name.strip().lower().replace(" ", "_") for name in box["finding"]]
-            box["finding"] = {FINDING_ALIASES.get(name, name) for name in names}
+            box["finding"] = {finding_column(name) for name in box["finding"]}
             edges = [float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
             if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:
                 raise ValueError(f"box {edges} has no area")

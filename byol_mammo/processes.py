@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,19 +111,33 @@ def run_in_parallel(
                 raise
 
 
-def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that import the libraries once and end with this one.
+LIBRARIES = ("cv2", "pandas", "torchvision", "lightly.loss")
+
+
+@contextmanager
+def process_pool(
+    workers: int, modules: Sequence[str] = LIBRARIES, begin: Callable[[], None] | None = None
+) -> Iterator[ProcessPoolExecutor]:
+    """Processes that import `modules` once, call `begin` at their start and end with this one.
 
     Plain fork can hang once torch has started threads; a fork server can't.
     """
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["cv2", "pandas", "torchvision", "lightly.loss"])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    context.set_forkserver_preload(list(modules))
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, start_worker, (begin,)) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            # They ignore the pool's SIGTERM, and may wait for ever for a lock that the dead one holds.
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
 
 
-def start_worker() -> None:
-    """Let a process of run_in_parallel leave signals to its parent and end with it.
+def start_worker(begin: Callable[[], None] | None = None) -> None:
+    """Let a process of process_pool leave signals to its parent and end with it; then call `begin`.
 
     Ctrl-C and SLURM reach all processes of a job, but the image at hand shall be finished. A killed run
     must not leave processes behind that write into what the next one builds.
@@ -137,6 +152,8 @@ def start_worker() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if begin:
+        begin()
 
 
 PEER_TIMEOUT = 60  # minutes that a process waits for the others, as at the end of an epoch

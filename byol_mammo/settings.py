@@ -18,7 +18,7 @@ import tokenize
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class MammoError(Exception):
@@ -47,16 +47,33 @@ def setting_help(script: str) -> dict[str, str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise MammoError(f"{message} (see --help)")
+    hint = ""
+
+    def error(self, message: str) -> NoReturn:
+        raise MammoError(f"{message} ({self.hint})")
 
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that raises MammoError; its description is the docstring up to the contents."""
+def make_parser(doc: str | None, hint: str = "see --help") -> argparse.ArgumentParser:
+    """A parser that raises MammoError, ending with `hint`; `doc` up to the contents describes it."""
     form = argparse.RawDescriptionHelpFormatter
-    return _Parser(
-        description=(doc or "").split("Contents")[0], formatter_class=form, allow_abbrev=False
-    )
+    description = (doc or "").split("Contents")[0]
+    parser = _Parser(description=description, formatter_class=form, allow_abbrev=False)
+    parser.hint = hint
+    return parser
+
+
+def with_underscores(words: Sequence[str]) -> list[str]:
+    """A command line with '_' for '-' in the names of its flags."""
+    return [
+        re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words
+    ]
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The candidate most like `name`, whatever the case of letters; '' where none is like it."""
+    lowered = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    return lowered[close[0]] if close else ""
 
 
 def parse_fields(
@@ -75,15 +92,12 @@ def parse_fields(
         else:
             kind = {"int": int, "float": float, "str": str}[str(field.type)]
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
-    words = sys.argv[1:] if argv is None else argv
-    words = [
-        re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words
-    ]
+    words = with_underscores(sys.argv[1:] if argv is None else argv)
     namespace, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        near = nearest(unknown[0].split("=")[0], flags)
+        hint = f"; did you mean {near}?" if near else "; see --help"
         raise MammoError(f"unknown argument {unknown[0]}{hint}")
     return vars(namespace)
 

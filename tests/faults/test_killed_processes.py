@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from test_training import weights_hash
 
 import byol_mammo.pictures
 import train_byol_mammo as mammo
+from byol_mammo import processes
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 KILLS = int(os.environ.get("FAULTS_KILLS", "50"))
@@ -300,6 +303,25 @@ def test_killed_workers_are_named_and_a_killed_run_leaves_none(tmp_path):
     code, printed = stages.finish("train_byol_mammo", flags, tmp_path / "log")
     assert code == 0, printed
     assert not list(tmp_path.rglob(f"{mammo.files.UNFINISHED}*"))
+
+
+def kill_workers_that_wait(arguments: list[str]) -> int:
+    """Body of a process: of four workers that wait for work, three are killed."""
+    with contextlib.suppress(BrokenProcessPool), processes.process_pool(4) as pool:
+        list(pool.map(time.sleep, [0.1] * 4))
+        time.sleep(0.1)
+        for worker in multiprocessing.active_children()[:3]:
+            os.kill(worker.pid, signal.SIGKILL)
+        while True:  # until the pool knows
+            pool.submit(os.getpid).result()
+    return 0
+
+
+def test_a_worker_killed_while_it_waits_for_work_does_not_hang_the_others(tmp_path):
+    """They wait for the lock that one of them held; more than one pool, as it may be the one left."""
+    for _ in range(3):
+        process = stages.start(kill_workers_that_wait, [], tmp_path / "log")
+        assert stages.end(process, tmp_path / "log", 60) == 0, (tmp_path / "log").read_text()
 
 
 def is_running(pid: int) -> bool:
