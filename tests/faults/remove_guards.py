@@ -137,7 +137,7 @@ GUARDS = [
     Guard("the exported backbone comes last", "finish_run", "show_run(run, tracker, 'finished')",
           "checkpoints.export_backbone(run.model.backbone, folder / 'backbone.safetensors', run.config.backbone, (0, 1))\nshow_run(run, tracker, 'finished')", f"{PROCESSES} last_pictures"),
     Guard("files get their name when complete", "atomic_path", "path = Path(path)",
-          "path = Path(path)\nyield path\nreturn", f"{PROCESSES} training and many"),
+          "path = Path(path)\nyield path\nreturn", f"{PROCESSES} gets_its_name"),
     Guard("prepare's files get their name when complete", "atomic_path", "path = Path(path)",
           "path = Path(path)\nyield path\nreturn", f"{DISK} prepare_on_a_full"),
     Guard("extraction processes end with their parent", "start_worker.watch", "os._exit(1)",
