@@ -251,7 +251,7 @@ def test_a_run_killed_while_it_draws_its_last_pictures_is_finished_by_the_same_c
 def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_text("of the last epoch")
-    with pytest.raises(KeyboardInterrupt), mammo.files.atomic_path(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), mammo.files.atomic_path(path) as temporary:  # noqa: PT012
         temporary.write_text("of half")
         assert path.read_text() == "of the last epoch"
         raise KeyboardInterrupt
