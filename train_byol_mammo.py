@@ -1563,8 +1563,6 @@ def _three_channels(x: Tensor) -> Tensor:
 
 
 # ---- 8 Objective ------------------------------------------------------------------------------------
-
-
 # An objective is what a step minimises. Another one is another class here and a line in build_objective;
 # the loop, monitoring, checkpoints and reports ask it for what they need.
 
@@ -1592,8 +1590,7 @@ class BYOL(Objective):
 
     def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
         """BYOL's loss of two views."""
-        loss, metrics = self.byol_loss(views, [self.model.get_features(view.image) for view in views])
-        return loss, metrics
+        return self.byol_loss(views, [self.model.get_features(view.image) for view in views])
 
     def byol_loss(
         self, views: Sequence[View], features: Sequence[Tensor]
@@ -1625,10 +1622,10 @@ class SpeckBYOL(BYOL):
     """
 
     curves: ClassVar[dict[str, str]] = {
-        **BYOL.curves,
+        "loss": BYOL.curves["loss"],
         "freq_loss": f"frequency loss (starts near {targets.SPECK_QUANTITIES})",
+        "momentum": BYOL.curves["momentum"],
     }
-
     taps: Tensor
     mean: Tensor
     deviation: Tensor

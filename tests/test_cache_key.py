@@ -160,3 +160,17 @@ def test_a_state_that_names_its_cache_alone_resumes_while_that_is_there(tmp_path
         return
     mammo.train(small_config(tmp_path, *flags, "3"))
     assert mammo.checkpoints.load_checkpoint(folder / "last.pth")["step"] == 3
+
+
+def test_a_run_that_goes_on_with_other_code_says_so_in_a_line(tmp_path, capsys):
+    write_images(tmp_path / "images", 4)
+    flags = ("--epochs", "3", "--max_steps")
+    folder = mammo.train(small_config(tmp_path, *flags, "2"))
+    mammo.train(small_config(tmp_path, *flags, "3"))
+    assert "has changed since this run was saved" not in capsys.readouterr().err
+    state = torch.load(folder / "last.pth", weights_only=True)
+    state["code"] = {"commit": "0123456789abcdef", "training": "of other code"}
+    torch.save(state, folder / "last.pth")
+    mammo.train(small_config(tmp_path, *flags, "4"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "has changed since" in line]
+    assert "commit 0123456789ab then" in line
