@@ -259,6 +259,16 @@ def test_a_file_gets_its_name_when_it_is_complete(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_is_moved_aside_has_no_half_of_a_file(tmp_path):
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    for name in ("classifier_best.pth", f"{mammo.files.UNFINISHED}last.pth.0123.pth"):
+        (folder / name).write_text("weights")
+    mammo.files.move_aside(folder)
+    assert [path.name for path in (tmp_path / "tuned_1").iterdir()] == ["classifier_best.pth"]
+    assert not folder.exists()
+
+
 def descendants(pid: int) -> dict[int, str]:
     """Processes below one, by their command lines."""
     found, parents = {}, {}
