@@ -110,7 +110,7 @@ def write_atomic(path: str | Path, text: str) -> None:
 
 
 def move_aside(folder: Path) -> None:
-    """Rename a run's folder to the first free NAME_1, NAME_2, ...: nothing is lost but halves of files."""
+    """Rename a run's folder to the first free NAME_1, NAME_2, ...: only halves of files are lost."""
     remove_unfinished(folder)
     number = 1
     while folder.with_name(f"{folder.name}_{number}").exists():
