@@ -224,8 +224,8 @@ class LabelledTiles:
     untiled: pd.DataFrame
 
     @property
-    def studies(self) -> np.ndarray:
-        """What splits and intervals go by (N,): a tile's study, or its patient where known."""
+    def groups(self) -> np.ndarray:
+        """Group key of each tile (N,): the patient, or the study where no patient is known."""
         return self.table["patient"].to_numpy(str)
 
     @property
@@ -337,14 +337,14 @@ def shuffle_patients(targets: np.ndarray, patient: np.ndarray, seed: int) -> np.
     return out
 
 
-def study_folds(studies: np.ndarray, targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Fold (N,) of each tile: whole studies, those with the same findings spread evenly."""
-    positive = pd.DataFrame(targets == 1).groupby(studies).any()
+def group_folds(groups: np.ndarray, targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Fold (N,) of each tile, whole `groups` (N,) each: those with the same findings spread evenly."""
+    positive = pd.DataFrame(targets == 1).groupby(groups).any()
     order = np.random.default_rng([seed, 6]).permutation(len(positive))
     kinds = positive.to_numpy()[order] @ (2 ** np.arange(targets.shape[1]))
     order = order[np.argsort(kinds, kind="stable")]
     fold = pd.Series(np.arange(len(order)) % folds, index=positive.index[order])
-    return fold[studies].to_numpy()
+    return fold[groups].to_numpy()
 
 
 def check_classes(targets: np.ndarray, names: Sequence[str], where: str) -> None:
@@ -541,7 +541,7 @@ def fit_logistic(features: np.ndarray, target: np.ndarray, strength: float) -> t
 
 
 def fit_probe(
-    features: np.ndarray, targets: np.ndarray, studies: np.ndarray, settings: Settings
+    features: np.ndarray, targets: np.ndarray, groups: np.ndarray, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logistic regression of each finding: weights (findings, D) and biases (findings,).
 
@@ -549,7 +549,7 @@ def fit_probe(
     """
     from sklearn.metrics import roc_auc_score
 
-    fold = study_folds(studies, targets, max(2, round(1 / settings.validation_share)), settings.seed)
+    fold = group_folds(groups, targets, max(2, round(1 / settings.validation_share)), settings.seed)
     weights, biases = [], []
     for name, target in zip(settings.names, targets.T, strict=True):
         known = np.isfinite(target)
@@ -626,7 +626,7 @@ def prepare_job(settings: Settings) -> Job:
     ids = data.in_split("training")
     check_classes(data.targets[ids], settings.names, "training split")
     share = max(2, round(1 / settings.validation_share))
-    fold = study_folds(data.studies[ids], data.targets[ids], share, settings.seed)
+    fold = group_folds(data.groups[ids], data.targets[ids], share, settings.seed)
     train_ids, validation_ids = ids[fold != 0], ids[fold == 0]
     check_classes(data.targets[train_ids], settings.names, "training studies")
     check_classes(data.targets[validation_ids], settings.names, "validation studies")
@@ -679,8 +679,7 @@ def start_from_probe(job: Job) -> None:
     calibrate_untrained(job.engine, job.data, ids, job.settings.weights)
     features = job.engine.features(job.data.tiles, ids)
     set_logistic_head(
-        job.engine.model,
-        *fit_probe(features, job.data.targets[ids], job.data.studies[ids], job.settings),
+        job.engine.model, *fit_probe(features, job.data.targets[ids], job.data.groups[ids], job.settings)
     )
 
 
@@ -867,9 +866,9 @@ def finetune(job: Job, tracker: tracking.Tracker) -> None:
 FEW_STUDIES = 20  # below which percentile intervals cover clearly less than 95 %
 
 
-def resample_studies(studies: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """(1 + draws, N) how often each row counts: once, then by studies drawn with replacement."""
-    names, index = np.unique(studies, return_inverse=True)
+def resample_groups(groups: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """(1 + draws, N) how often each row counts: once, then by groups (N,) drawn with replacement."""
+    names, index = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng([seed, 9])
     counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     return np.vstack([np.ones(len(names), int), counts]).astype(np.float32)[:, index]
@@ -899,7 +898,7 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def note_few(names: Sequence[str], targets: np.ndarray, studies: np.ndarray) -> None:
+def note_few(names: Sequence[str], targets: np.ndarray, groups: np.ndarray) -> None:
     """Say on stderr for which findings a bootstrap over studies can't be taken at its word.
 
     The rarer kind of study decides: by simulation 95 % intervals cover 73 % with 3 of them, 91 % with
@@ -907,7 +906,7 @@ def note_few(names: Sequence[str], targets: np.ndarray, studies: np.ndarray) -> 
     """
     few = []
     for name, target in zip(names, targets.T, strict=True):
-        count = [len(set(studies[target == value])) for value in (1, 0)]
+        count = [len(set(groups[target == value])) for value in (1, 0)]
         if min(count) < FEW_STUDIES:
             few.append(f"{name} ({count[0]} studies with, {count[1]} without)")
     if few:
@@ -934,15 +933,15 @@ def calibration_error(scores: np.ndarray, target: np.ndarray, bins: int = 10) ->
     return float(np.abs(gap).sum() / len(scores))
 
 
-def describe(scores: np.ndarray, target: np.ndarray, studies: np.ndarray, settings: Settings) -> dict:
+def describe(scores: np.ndarray, target: np.ndarray, groups: np.ndarray, settings: Settings) -> dict:
     """Every figure of one finding at one level; NaN where a class is missing."""
     from sklearn.metrics import average_precision_score, roc_curve
 
-    row: dict[str, Any] = {"n": len(target), "positive": int(target.sum()), "studies": len(set(studies))}
-    row["positive_studies"] = len(set(studies[target == 1]))
+    row: dict[str, Any] = {"n": len(target), "positive": int(target.sum()), "studies": len(set(groups))}
+    row["positive_studies"] = len(set(groups[target == 1]))
     if len(set(target.tolist())) < 2:
         return row
-    draws = weighted_auroc(scores, target, resample_studies(studies, settings.bootstrap, settings.seed))
+    draws = weighted_auroc(scores, target, resample_groups(groups, settings.bootstrap, settings.seed))
     low, high = interval(draws[1:])
     false_alarms, sensitivity, _ = roc_curve(target, scores)
     return row | {
@@ -1202,10 +1201,10 @@ def train(settings: Settings) -> Path:
     files.write_atomic(job.folder / "config.json", json.dumps(record, indent=2))
     positive = (job.data.targets[job.train_ids] == 1).sum(0)
     found = ", ".join(f"{count} {name}" for count, name in zip(positive, settings.names, strict=True))
-    studies = [len(set(job.data.studies[ids])) for ids in (job.train_ids, job.validation_ids)]
+    groups = [len(set(job.data.groups[ids])) for ids in (job.train_ids, job.validation_ids)]
     print(
-        f"training  {len(job.train_ids):,} tiles ({found}) of {studies[0]} studies, "
-        f"validation on {studies[1]} studies"
+        f"training  {len(job.train_ids):,} tiles ({found}) of {groups[0]} studies, "
+        f"validation on {groups[1]} studies"
     )
     run_id = hashlib.sha256(str(job.folder.resolve()).encode()).hexdigest()[:8]
     tracker = mammo.start_tracker(run_id, config)
@@ -1243,13 +1242,13 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     data = load_labelled(settings, config)
     parts = comparison_folds(data, settings)
     used = np.unique(np.concatenate([np.concatenate(part) for part in parts]))
-    targets, studies = data.targets[used], data.studies[used]
+    targets, groups = data.targets[used], data.groups[used]
     scores = {}
     for start, engine in engines.items():
         engine.config = config
         calibrate_untrained(engine, data, parts[0][0], start)
         features = engine.features(data.tiles, used)
-        scores[start] = probe_scores(features, targets, studies, used, parts, settings)
+        scores[start] = probe_scores(features, targets, groups, used, parts, settings)
     judged = np.unique(np.concatenate([held_out for _, held_out in parts]))
     chosen = np.searchsorted(used, judged)
     table = comparison_table(
@@ -1258,12 +1257,12 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     folder = settings.folder("compare")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(folder / "compare.csv", table.to_csv(index=False))
-    studies_judged = len(set(data.studies[judged]))
+    studies_judged = len(set(data.groups[judged]))
     print(
         f"{len(judged):,} tiles of {studies_judged} studies; 95 % intervals are for these weights, over "
         "studies: other seeds give other weights"
     )
-    note_few(data.names, data.targets[judged], data.studies[judged])
+    note_few(data.names, data.targets[judged], data.groups[judged])
     note_seen([start for start in engines if start.endswith(".pth")], data, judged, settings)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(f"open      {folder}/compare.csv")
@@ -1316,7 +1315,7 @@ def comparison_folds(data: LabelledTiles, settings: Settings) -> list[tuple[np.n
     else:
         ids_all = draw_tiles(data, data.in_split("all"), settings)
         folds = settings.folds or 5
-        fold = study_folds(data.studies[ids_all], data.targets[ids_all], folds, settings.seed)
+        fold = group_folds(data.groups[ids_all], data.targets[ids_all], folds, settings.seed)
         parts = [(ids_all[fold != number], ids_all[fold == number]) for number in range(folds)]
     for number, (fit, held_out) in enumerate(parts, 1):
         check_classes(data.targets[fit], data.names, f"fold {number}, fitting part")
@@ -1327,7 +1326,7 @@ def comparison_folds(data: LabelledTiles, settings: Settings) -> list[tuple[np.n
 def probe_scores(
     features: np.ndarray,
     targets: np.ndarray,
-    studies: np.ndarray,
+    groups: np.ndarray,
     used: np.ndarray,
     parts: list[tuple[np.ndarray, np.ndarray]],
     settings: Settings,
@@ -1336,7 +1335,7 @@ def probe_scores(
     scores = np.zeros((len(used), len(settings.names)), np.float32)
     for fit, held_out in parts:
         rows, judged = np.searchsorted(used, fit), np.searchsorted(used, held_out)
-        weights, biases = fit_probe(features[rows], targets[rows], studies[rows], settings)
+        weights, biases = fit_probe(features[rows], targets[rows], groups[rows], settings)
         scores[judged] = features[judged] @ weights.T + biases
     return scores
 
@@ -1348,16 +1347,16 @@ def comparison_table(
 
     At tile level; with weak labels, where only images have a truth, by the mean log odds of an image.
     """
-    targets, studies = data.targets[ids], data.studies[ids]
+    targets, groups = data.targets[ids], data.groups[ids]
     if settings.weak_labels:
         image = data.table["row"].to_numpy()[ids]
         rows, first = np.unique(image, return_index=True)
-        targets, studies = data.image_targets[rows], studies[first]
+        targets, groups = data.image_targets[rows], groups[first]
         scores = {s: pd.DataFrame(v).groupby(image).mean().to_numpy() for s, v in scores.items()}
     table = []
     for index, name in enumerate(data.names):
         known = np.isfinite(targets[:, index])
-        weights = resample_studies(studies[known], settings.bootstrap, settings.seed)
+        weights = resample_groups(groups[known], settings.bootstrap, settings.seed)
         reference = None
         for start, score in scores.items():
             draws = weighted_auroc(score[known, index], targets[known, index], weights)

@@ -185,7 +185,7 @@ def test_weighted_auroc_equals_scikit_learn():
 
 def test_resampling_keeps_studies_whole():
     studies = np.array(["a", "b", "a", "c"])
-    weights = classifier.resample_studies(studies, 200, seed=1)
+    weights = classifier.resample_groups(studies, 200, seed=1)
     assert weights.shape == (201, 4)
     assert (weights[0] == 1).all()
     assert (weights[:, 0] == weights[:, 2]).all()
@@ -198,7 +198,7 @@ def test_interval_and_p_value_see_a_difference_and_no_difference():
     studies = np.repeat(np.arange(40).astype(str), 10)
     target = (rng.random(400) < 0.3).astype(float)
     good, same = target + rng.normal(0, 0.7, 400), rng.normal(size=400)
-    weights = classifier.resample_studies(studies, 500, 0)
+    weights = classifier.resample_groups(studies, 500, 0)
     draws = [classifier.weighted_auroc(score, target, weights) for score in (good, same)]
     low, high = classifier.interval(draws[1][1:])
     assert low < 0.5 < high
@@ -222,7 +222,7 @@ def test_study_folds_keep_studies_whole_and_spread_findings():
     studies = rng.integers(0, 20, 300).astype(str)
     targets = np.zeros((300, 1), np.float32)
     targets[np.isin(studies, [str(n) for n in range(8)])] = 1
-    fold = classifier.study_folds(studies, targets, 4, seed=0)
+    fold = classifier.group_folds(studies, targets, 4, seed=0)
     table = pd.DataFrame({"study": studies, "fold": fold, "positive": targets[:, 0] == 1})
     assert (table.groupby("study")["fold"].nunique() == 1).all()
     assert (table[table["positive"]].groupby("fold")["study"].nunique() == 2).all()
@@ -426,7 +426,7 @@ def test_splits_and_intervals_go_by_the_patient_where_known(labelled, tmp_path):
         ["train", *settings_of(labelled, "--weights", "none", *TILES, "--labels", path)]
     )
     data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
-    assert set(data.studies) == {"p0", "s2", "s3", "s4", "p5"}
+    assert set(data.groups) == {"p0", "s2", "s3", "s4", "p5"}
 
 
 def test_a_patient_named_like_the_study_of_another_split_is_a_leak(tmp_path):
