@@ -2366,8 +2366,9 @@ def extract_only(config: Config) -> Path:
     cache = build_cache(config)
     show_extraction(cache, config)
     print(report.describe_funnel(report.read_rejections(cache), COLUMNS))
-    shown = ", ".join(pictures.EXTRACTION_PICTURES)
-    print(f"cache     {cache}: {shown} show it; training finds it there")
+    drawn = [name for name in pictures.EXTRACTION_PICTURES if (cache / name).is_file()]
+    shown = f"{', '.join(drawn)} show it; " if drawn else ""
+    print(f"cache     {cache}: {shown}training finds it there")
     return cache
 
 
