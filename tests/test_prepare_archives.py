@@ -623,3 +623,15 @@ def test_manifest_of_an_earlier_version_is_taken_over(archive: Archive) -> None:
     old.to_csv(archive.out / "manifest.csv", index=False)
     assert archive.run(table) == 0
     assert (archive.out / "manifest.csv").read_bytes() == before
+
+
+def test_names_that_become_one_when_made_safe_stay_apart(tmp_path):
+    for name in ("a b.png", "a_b.png", "A_b.png"):
+        path = tmp_path / "images" / "p1" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.full((60, 50), len(name) + (name[0] == "A"), np.uint8))
+    flags = ["--csv_path", "none", "--images_root", str(tmp_path / "images")]
+    assert prepare_dataset.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    manifest = pd.read_csv(tmp_path / "out" / "manifest.csv")
+    assert len(manifest) == 3
+    assert manifest["file"].str.lower().nunique() == 3
