@@ -2285,7 +2285,8 @@ def train(config: Config) -> Path:
     from byol_mammo import labels
 
     ranks = processes.find_ranks()
-    # What can fail in seconds comes before hours of extraction.
+    # What can fail in seconds comes before downloads and hours of extraction.
+    root = images.image_folder(config.data_dir)
     device = devices.choose_device(config.device, ranks.local_rank)
     devices.note_idle_gpu(config.device, device)
     devices.choose_precision(config.precision, device)
@@ -2295,7 +2296,6 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     backbone = checkpoints.build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
-    root = Path(config.data_dir)
     if ranks.is_main and (root / "manifest.csv").is_file() and (root / "test").is_dir():
         print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
     lock = processes.exclusive_run_folder(config.run_dir, config.resume)

@@ -31,14 +31,20 @@ class ImageReadError(MammoError):
         self.path, self.reason = Path(path), reason
 
 
+def image_folder(data_dir: str | Path) -> Path:
+    """The folder of the images. Raises MammoError where there is none."""
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
+    return root
+
+
 def find_images(data_dir: str | Path) -> list[Path]:
     """All images under a folder, in linked ones too, sorted. Raises MammoError where there is none.
 
     Links that lead nowhere are among them: they are skipped by name later, not lost in silence.
     """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
+    root = image_folder(data_dir)
     found: list[Path] = []
     entered: set[str] = set()  # links may lead in circles, or to a folder that is here by its own name
     folders, linked = [root], []

@@ -631,7 +631,7 @@ def test_names_that_become_one_when_made_safe_stay_apart(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), np.full((60, 50), len(name) + (name[0] == "A"), np.uint8))
     flags = ["--csv_path", "none", "--images_root", str(tmp_path / "images")]
-    assert prepare_dataset.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert prep.main([*flags, "--output_dir", str(tmp_path / "out")]) == 0
     manifest = pd.read_csv(tmp_path / "out" / "manifest.csv")
     assert len(manifest) == 3
     assert manifest["file"].str.lower().nunique() == 3
