@@ -177,6 +177,7 @@ def test_the_probe_finds_what_is_there_and_nothing_in_noise(six):
 
 
 def test_probe_labels_are_checked_before_the_extraction(six, tmp_path):
+    (tmp_path / "images").mkdir()  # without an image, which the extraction would not forgive
     with pytest.raises(mammo.MammoError, match="no such file"):
         mammo.train(small_config(tmp_path, "--labels", str(tmp_path / "none.csv")))
     labels = pd.read_csv(six / "labels.csv").assign(mass=0, calcification=0, boxes="")
