@@ -211,3 +211,24 @@ def test_input_dim_follows_the_backbone(tmp_path):
     wrong = mammo.dataclasses.replace(config, input_dim=100)
     with pytest.raises(mammo.MammoError, match="resnet18 has 512"):
         mammo.match_input_dim(wrong, backbone)
+
+
+def test_an_objective_without_target_or_head_needs_two_methods():
+    """What it leaves out does nothing: no metric after a step, collapse judged on the features."""
+
+    class Mean(mammo.Objective):
+        def trained(self):
+            return [mammo.ParameterGroup([self.model.backbone], lr_factor=0.5)]
+
+        def forward(self, views):
+            loss = self.model.get_features(views[0].image).mean()
+            return loss, {"loss": loss.detach()}
+
+    objective = Mean(small_model())
+    assert objective.after_step(0, 10) == {}
+    features = torch.randn(4, 8)
+    assert objective.embed(features) is features
+    groups = mammo.build_optimizer(objective, mammo.Config()).param_groups
+    assert {group["lr_factor"] for group in groups} == {0.5}
+    assert not any(p.requires_grad for p in objective.model.projection_head.parameters())
+    assert all(p.requires_grad for p in objective.model.backbone.parameters())
