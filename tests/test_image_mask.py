@@ -280,6 +280,6 @@ def test_real_images_meet_the_baselines(real):
     for path in [*(real / "nyu16bit").glob("*.png"), *sorted((real / "cdd_cesm").glob("*.png"))[::4]]:
         image = mammo.read_mammogram(path)
         mask = mammo.segment_breast_tissue(image)
-        assert not mammo.segment_pectoral_muscle(image, mask).any()
+        assert mammo.segment_pectoral_muscle(image, mask).any() == ("MLO" in path.name)
         assert iou(mask, mammo.images.largest_component(image > 0)) > 0.75
         assert ROOT not in path.parents
