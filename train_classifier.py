@@ -251,7 +251,8 @@ def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
 def check_leak(labels: pd.DataFrame, path: str) -> None:
     """Raises MammoError where a study or patient has images in more than one split."""
     for kind in ("study_id", "patient"):
-        for name, found in labels.groupby(kind)["split"].unique().items():
+        keys = labelling.one_spelling(labels[kind])
+        for name, found in labels["split"].groupby(keys).unique().items():
             if len(found) > 1:
                 who = kind.removesuffix("_id")
                 raise MammoError(

@@ -32,9 +32,12 @@ def parse_table(path: Path, **options: Any) -> pd.DataFrame:
 
 
 def read_table(path: Path, columns: Sequence[str], remedy: str) -> pd.DataFrame:
-    """A CSV as text, '' where empty. Raises MammoError where it is no table with `columns` once each."""
+    """A CSV as text without blanks around it, '' where empty.
+
+    Raises MammoError where it is no table with `columns` once each.
+    """
     try:
-        table = parse_table(path)
+        table = parse_table(path).apply(lambda column: column.str.strip())
     except ValueError as error:
         raise MammoError(f"{path} is not a comma-separated UTF-8 table ({error}); {remedy}") from error
     missing = [name for name in columns if name not in table]

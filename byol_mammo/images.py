@@ -109,11 +109,19 @@ def note_unknown_spacing(sources: pd.DataFrame, taken: float) -> None:
         )
 
 
+CLAIMS = ".prepare_dataset.claims.csv"  # what an unfinished run of prepare_dataset.py set out to make
+
+
 def read_manifest(root: Path) -> pd.DataFrame:
     """What manifest.csv knows of images, by path; empty where there is none. Raises MammoError."""
     columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
     real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
     for folder in (root, root.parent, real.parent):
+        if (folder / CLAIMS).exists():
+            raise MammoError(
+                f"{folder} is being written by prepare_dataset.py, or that was stopped: images, labels "
+                "and splits may be of two runs; wait, or give the same prepare_dataset.py command again"
+            )
         if not (folder / "manifest.csv").is_file():
             continue
         manifest = files.read_table(folder / "manifest.csv", ["file"], "rerun prepare_dataset.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ PROBE_FOLDS = 3  # by study
 PROBE_STRENGTH = 0.01  # inverse weight decay of its logistic regression on standardised features
 # VinDr-Mammo's names of findings that have a column of another name.
 FINDING_ALIASES = {"suspicious_calcification": "calcification"}
+SPLIT_NAMES = {  # what others call ours, in any case of letters
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 def finding_column(name: str) -> str:
@@ -57,6 +63,7 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     for name in ("study_id", "patient_id", "split", "laterality", "view", "breast_density", "boxes"):
         if name not in table:
             table[name] = ""
+    table["split"] = table["split"].map(lambda name: SPLIT_NAMES.get(name.lower(), name))
     table["boxes"] = [
         _read_boxes(path, *row) for row in zip(table["image"], table["boxes"], strict=True)
     ]
@@ -82,23 +89,47 @@ def match_labels(
 ) -> np.ndarray:
     """Row of `labels` for each of `images` (paths relative to data_dir), -1 where there is none.
 
-    `folder` is that of labels.csv; full paths are compared first, then bare file names, where one alone
-    has that name.
+    `folder` is that of labels.csv. A path there is first taken from that folder. Else it stands for the
+    image whose path ends in it, such as a bare file name, where that is one image and one row: an image
+    of the same name in another folder is another image.
     """
     folder, data_dir = folder.resolve(), data_dir.resolve()
     by_path = {str(folder / name): row for row, name in enumerate(labels["image"])}
-    names = labels["image"].map(lambda name: Path(name).name)
-    single = names[~names.duplicated(keep=False)]
-    by_name = dict(zip(single, single.index, strict=True))
-    rows = [by_path.get(str(data_dir / name), by_name.get(Path(name).name, -1)) for name in images]
+    rows_of: dict[tuple[str, ...], list[int]] = {}
+    for row, name in enumerate(labels["image"]):
+        rows_of.setdefault(Path(name).parts, []).append(row)
+    lengths = sorted({len(parts) for parts in rows_of}, reverse=True)
+    paths = [(data_dir / name).parts for name in images]
+    endings = [{parts[-length:] for length in lengths} & rows_of.keys() for parts in paths]
+    images_of = Counter(ending for found in endings for ending in found)
+    rows = []
+    for parts, found in zip(paths, endings, strict=True):
+        claims = [row for ending in found for row in rows_of[ending]]
+        by_ending = claims[0] if len(claims) == 1 and images_of[min(found)] == 1 else -1
+        rows.append(by_path.get(str(Path(*parts)), by_ending))
     return np.array(rows, dtype=int)
+
+
+def same_name(name: str) -> str:
+    """What an id is compared by: as spreadsheets spoil them, P1 is p1, and 007 is 7 and 7.0."""
+    text = name.strip().casefold()
+    return (text.partition(".")[0].lstrip("0") or "0") if re.fullmatch(r"\d+(\.0*)?", text) else text
+
+
+def one_spelling(names: pd.Series) -> pd.Series:
+    """Ids that differ as same_name says written in one way, the first of them in order."""
+    spellings: dict[str, str] = {}
+    for name in sorted(names.unique()):
+        spellings.setdefault(same_name(name), name)
+    return names.map({name: spellings[same_name(name)] for name in names.unique()})
 
 
 def group_keys(table: pd.DataFrame) -> pd.Series:
     """What splits, folds and intervals go by, for rows with study_id and patient_id ('' = unknown): the
-    patient of the study where any of its rows names one, else the study."""
-    known = table["patient_id"].where(table["patient_id"] != "")
-    return known.groupby(table["study_id"]).transform("first").fillna(table["study_id"])
+    patient of the study where any of its rows names one, else the study; spelled in one way."""
+    study, patient = one_spelling(table["study_id"]), one_spelling(table["patient_id"])
+    known = patient.where(patient != "")
+    return known.groupby(study).transform("first").fillna(study)
 
 
 def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame) -> pd.DataFrame:
