@@ -316,12 +316,12 @@ def read_table(
         table["patient_id"] = found
     set_splits(table, options, reading)
     check_ids(table, adapter)
-    rows = len(table)
-    identical = rows - len(table.drop_duplicates())
-    if identical:
-        reading.notes.append(f"{identical} identical duplicate rows in the CSV dropped")
+    unique = table.drop_duplicates()
+    if len(unique) < len(table):
+        dropped = len(table) - len(unique)
+        reading.notes.append(f"{dropped} identical duplicate rows in the CSV dropped")
     keys = ["study_id", "image_id"]
-    table = resolve(table, keys, options.on_conflict, adapter.columns, reading.notes)
+    table = resolve(unique, keys, options.on_conflict, adapter.columns, reading.notes)
     return table, reading, adapter
 
 
@@ -423,9 +423,11 @@ def check_ids(table: pd.DataFrame, adapter: Adapter) -> None:
     if "patient_id" not in table:
         return
     named = table[table["patient_id"] != ""]
-    women = labelling.one_spelling(named["patient_id"]).groupby(named["study_id"]).unique()
-    if (several := women[women.map(len) > 1]).size:
-        shown = some(f"{study} ({' and '.join(names)})" for study, names in several.items())
+    women = labelling.one_spelling(named["patient_id"]).groupby(named["study_id"])
+    if (several := women.nunique().loc[lambda count: count > 1]).size:
+        shown = some(
+            f"{study} ({' and '.join(women.get_group(study).unique())})" for study in several.index
+        )
         columns = " or ".join(adapter.columns.get(name, name) for name in ("patient_id", "study_id"))
         raise MammoError(
             f"{several.size} studies name more than one patient: {shown}. A study is of one woman; "
@@ -437,8 +439,8 @@ def note_spellings(table: pd.DataFrame, notes: list[str]) -> None:
     """Say which patients or studies are written in several ways, and count as one for the split."""
     for column in ("patient_id", "study_id"):
         names = table[column].drop_duplicates() if column in table else pd.Series(dtype=str)
-        groups = names.groupby(names.map(labelling.same_name)).unique()
-        several = [" = ".join(sorted(found)) for found in groups if len(found) > 1]
+        shared = names.map(labelling.same_name).loc[lambda keys: keys.duplicated(keep=False)]
+        several = [" = ".join(sorted(names[key.index])) for _, key in shared.groupby(shared)]
         if several:
             notes.append(
                 f"{len(several)} values of {column} are written in several ways (letter case, zeros "
@@ -452,12 +454,13 @@ def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, 
     Raises MammoError for a patient in two splits, unless `rule` moves them.
     """
     keys = patients(table)
-    splits = table["split"].groupby(keys).unique()
-    leaking = splits[splits.map(len) > 1].map(sorted).map(" and ".join)
+    splits = table["split"].groupby(keys)
+    leaking = splits.nunique().loc[lambda count: count > 1]
     if leaking.empty:
         return table, set()
     if rule == "csv":
-        names = [f"{name} ({both})" for name, both in leaking.items()]
+        both = {name: " and ".join(sorted(splits.get_group(name).unique())) for name in leaking.index}
+        names = [f"{name} ({where})" for name, where in both.items()]
         raise MammoError(
             f"{len(leaking)} patients stand in more than one split: {some(names)}. Training would "
             "see test images; give each one split, or use --split test_wins or --split patient"

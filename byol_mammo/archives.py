@@ -122,7 +122,7 @@ def join_abnormalities(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 
 INBREAST_FILE = re.compile(r"\d{8}_([0-9a-f]{16})_MG_[LR]_\w+_ANON")
-INBREAST_BARE = re.compile(r"[25]\d{7}")  # its image numbers, which tell nothing about the woman
+INBREAST_BARE = re.compile(r"[235]\d{7}")  # its image numbers, which tell nothing about the woman
 
 
 def adapt_inbreast(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:

@@ -239,6 +239,9 @@ def resolve(
     `names` gives our columns' names in the user's table. Raises MammoError where the rule is refuse, or
     where max has to choose between values that have no order.
     """
+    twice = table.duplicated(keys, keep=False)
+    if not twice.any():
+        return table
     unique = table.drop_duplicates()
     groups = unique[unique.duplicated(keys, keep=False)].groupby(keys, sort=False)
     if not groups.ngroups:
