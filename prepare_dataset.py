@@ -34,9 +34,9 @@ is finished by the same command. Flags may be written with '_' or '-'.
 
 Contents
     1 Configuration   constants, Options, parse_options
-    2 Table           read_table, check_ids, check_splits, drop_duplicates
+    2 Table           read_table, check_ids, check_splits, drop_duplicates, check_spacing
     3 Adapters        one function per archive, from its columns to ours
-    4 Files           index_files, match_files
+    4 Files           match_files, unread_notes
     5 Image formats   read_png_header, decode, examine, encode_png
     6 Plan            what is there already, what must not be touched
     7 Decoding        in processes, one broken file never stops the rest
@@ -73,6 +73,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -81,10 +82,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from byol_mammo import files, settings
-from byol_mammo.images import MAX_SAMPLES, PNG_END
+from byol_mammo.archive_files import (
+    DICOM_INSIDE,
+    EVERY_FILE,
+    LEFT_OUT,
+    RASTER,
+    SUFFIXES,
+    Index,
+    format_of,
+    index_files,
+    suffix_of,
+    without_suffix,
+)
+from byol_mammo.images import MAX_SAMPLES, PNG_END, stored_otherwise
 from byol_mammo.labels import finding_column
 from byol_mammo.processes import available_cores, process_pool
 from byol_mammo.settings import MammoError
+from byol_mammo.spacing import differ, judge_spacing, spacing_values
 
 # 1 Configuration ----------------------------------------------------------------------------------
 
@@ -103,7 +117,7 @@ REPORTED = 200  # problems shown per check in the HTML report
 CLOCK_TOLERANCE_NS = 2_000_000_000  # FAT and exFAT keep modification times to 2 s
 POOL_FROM = 100_000_000  # bytes to decode from which starting processes (about a second) pays
 ASPECT_TOLERANCE = 0.01  # relative; rounding in a resize stays below, 912 x 1520 of a 2:3 film does not
-DICOM_VERSION = 1  # counts up when the same DICOM file would give other pixels
+DICOM_VERSION = 2  # counts up when the same DICOM file would give other pixels, or is kept out
 CHECK_SIDE = 256  # px, longest side of the copy on which polarity and side are judged
 BRIGHT_BORDER = 0.5  # share of the border brighter than Otsu's threshold from which air counts as bright
 FAINT_TISSUE = 0.25  # of the way from air to Otsu's threshold, where tissue begins
@@ -117,8 +131,9 @@ SOURCE = ["source", "source_size", "source_mtime_ns"]
 RECORD = [*SOURCE, "settings"]  # an output is up to date while these are as they were
 HEADER = [  # what is taken from a DICOM header, see mammogram_dicom.HEADER
     *("laterality", "view", "view_modifier", "spacing_mm", "implant", "modality", "photometric"),
-    *("bits_stored", "intent", "relationship", "compression", "padding"),
+    *("bits_stored", "intent", "relationship", "compression", "padding", "doubts"),
 ]
+KEPT_OUT = {"magnified", "spot"}  # view modifiers: their scale and field are not those of a contact view
 MEASURED = ["content", "minimum", "maximum", "air", "chest_wall", "flipped"]  # see examine
 LABELS = [
     *("image", "study_id", "split", "laterality", "view", "breast_birads", "breast_density"),
@@ -139,8 +154,13 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
     "problems.csv": ["check", "split", "file", "detail"],
     CLAIMS: ["file", *SOURCE],
 }
-# What each file of ours has at least; older manifests have these.
-SIGNATURES = {**REPORTS, "manifest.csv": REPORTS["manifest.csv"][:14], "labels.csv": LABELS}
+# What each file of ours has at least; older ones have these.
+SIGNATURES = {
+    **REPORTS,
+    "manifest.csv": REPORTS["manifest.csv"][:14],
+    "image_checks.csv": REPORTS["image_checks.csv"][:-1],
+    "labels.csv": LABELS,
+}
 SPLIT_NAMES = {  # what others call ours, in any case of letters
     **dict.fromkeys(("train", "training"), "training"),
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
@@ -437,6 +457,32 @@ def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return unique, len(table) - len(unique)
 
 
+def check_spacing(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The table with each pixel spacing as one number in mm, '' where it says none that can be.
+
+    Those that cannot, or that differ between rows and columns, are named in the notes. Raises MammoError
+    for what is no spacing.
+    """
+    if "spacing_mm" not in table:
+        return table
+    cells, known, doubts = table["spacing_mm"], {}, {}
+    for line, text in cells.drop_duplicates().items():
+        try:
+            spacing, doubts[text] = judge_spacing(spacing_values(text))
+        except ValueError as error:
+            raise MammoError(
+                f"line {line} of the CSV: {error}; write it as 0.07 or 0.07 x 0.07"
+            ) from None
+        known[text] = f"{spacing:.6g}" if spacing else ""
+    doubtful = table[cells.map(doubts) != ""]
+    if len(doubtful):
+        names = doubtful["study_id"] + "/" + doubtful["image_id"] + " (" + cells.map(doubts) + ")"
+        notes.append(
+            f"doubtful pixel spacing in {len(doubtful)} rows of the CSV: {some(names.dropna())}"
+        )
+    return table.assign(spacing_mm=cells.map(known))
+
+
 # 3 Adapters ---------------------------------------------------------------------------------------
 # From a table as published to our columns. `places` says where to look for the file, best first, one
 # a line, as keys of the Index: "path/without/suffix", "folder NAME", "first TOKEN" or "name STEM".
@@ -696,38 +742,14 @@ def adapter_of(raw: pd.DataFrame) -> Adapter:
 
 # 4 Files ------------------------------------------------------------------------------------------
 
-# Files by key (see section 3), as paths relative to images_root with '/'. "all" lists the images.
-Index = dict[str, list[str]]
 
-
-def index_files(images_root: Path) -> Index:
-    """All files below the folder, by every key that an adapter may ask for.
-
-    Hidden files are left out (macOS writes ._x.png); links in circles are followed once. Raises OSError.
-    """
-    index: Index = {}
-    if not images_root.is_dir():
-        raise MammoError(f"there is no folder {images_root}; give the images with --images_root")
-    seen = set()
-    for where, folders, names in os.walk(images_root, followlinks=True):
-        found = os.stat(where)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (found.st_dev, found.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((found.st_dev, found.st_ino))
-        parents = Path(where).relative_to(images_root).parts
-        for name in sorted(name for name in [*names, *folders] if not name.startswith(".")):
-            if name in folders and suffix_of(name) not in SUFFIXES:
-                continue  # a folder named as an image stays in: it is listed as unusable
-            path = "/".join([*parents, name])
-            stem = os.path.splitext(name)[0]
-            keys = {path, os.path.splitext(path)[0], f"name {stem}", f"first {stem.split('_')[0]}"}
-            if suffix_of(name) in SUFFIXES or format_of(Path(where, name)) == ".dcm":
-                keys |= {"all", *(f"folder {parent}" for parent in parents)}
-            for key in keys:
-                index.setdefault(key, []).append(path)
-    return index
+def unread_notes(index: Index, used: set[str]) -> list[str]:
+    """How many files were not looked at, being neither in `used` nor left out, and what was left out."""
+    rest = Counter(suffix_of(name) or "without suffix" for name in index[EVERY_FILE] if name not in used)
+    kinds = [f"{count} {suffix}" for suffix, count in sorted(rest.items(), key=lambda kind: -kind[1])]
+    hidden = index[LEFT_OUT]
+    left_out = f"{len(hidden)} hidden or system files and folders left out: {some(hidden)}"
+    return [f"not looked at: {some(kinds)}"] * bool(kinds) + [left_out] * bool(hidden)
 
 
 def match_files(
@@ -739,12 +761,14 @@ def match_files(
     """
     sources, ambiguous, wanted = [], [], set()
     rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
+    kinds = dict.fromkeys(index[DICOM_INSIDE], ".dcm")
     for places in table["places"]:
         found = next((index[key] for key in places.split("\n") if key in index), [])
         wanted.update(found)
-        ranked = sorted(found, key=lambda name: (rank.get(suffix_of(name), len(rank)), name))
+        kind = {name: kinds.get(name, suffix_of(name)) for name in found}
+        ranked = sorted(found, key=lambda name: (rank.get(kind[name], len(rank)), name))
         sources.append(ranked[0] if ranked else "")
-        images = [name for name in ranked if suffix_of(name) in SUFFIXES]
+        images = [name for name in ranked if kind[name] in SUFFIXES]
         if len(images) > 1:
             ambiguous.append(f"{images[0]} taken, {', '.join(images[1:])} not")
     table = table.assign(source=sources)
@@ -761,23 +785,10 @@ def match_files(
     return table[table["source"] != ""], table[table["source"] == ""], sorted(extra), ambiguous
 
 
-def suffix_of(name: str) -> str:
-    """The file name's suffix in lower case, such as '.png'."""
-    return os.path.splitext(name)[1].lower()
-
-
-def without_suffix(name: str) -> str:
-    """The name without a suffix that an image may have; dots of other meaning stay."""
-    return os.path.splitext(name)[0] if suffix_of(name) in SUFFIXES else name
-
-
 # 5 Image formats ----------------------------------------------------------------------------------
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {2: 3, 3: 3, 4: 2, 6: 4}  # by colour type, as decoded; a palette becomes RGB
-RASTER = (".tif", ".tiff", ".jpg", ".jpeg")
-DICOM = (".dcm", ".dicom", ".dic")
-SUFFIXES = [".png", *RASTER, *DICOM]  # in order of preference where an image has several
 
 
 def read_png_header(path: Path) -> tuple[int, int, int]:
@@ -793,6 +804,7 @@ def read_png_header(path: Path) -> tuple[int, int, int]:
             raise SkipImageError("the PNG header is damaged (checksum)")
         width, height, bit_depth, colour = struct.unpack(">IIBB", head[16:26])
         check_size(height, width, PNG_CHANNELS.get(colour, 1))
+        check_png_chunks(file)
         # The commonest damage is a download cut short; some writers put bytes after the end.
         file.seek(-min(1024, os.fstat(file.fileno()).st_size), os.SEEK_END)
         if PNG_END not in file.read():
@@ -806,23 +818,31 @@ def check_size(height: int, width: int, channels: int = 1) -> None:
         raise SkipImageError(f"declares {height} x {width} pixels, more than {MAX_SAMPLES} or none")
 
 
-def is_dicom(path: Path) -> bool:
-    """True where the file begins as DICOM files do; a DICOMDIR is no image."""
+def check_png_chunks(file: BinaryIO) -> None:
+    """Refuse a PNG, open at the end of its header, that is not one picture as stored.
+
+    Only where a chunk before the pixels may say so does Pillow look, as it does when training reads the
+    image: most PNG have none. Raises SkipImageError.
+    """
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if name in (b"IDAT", b"IEND"):
+            return
+        if name in (b"acTL", b"eXIf", b"tEXt", b"zTXt", b"iTXt"):  # animation; EXIF, also as text or XMP
+            break
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(0)
     try:
-        if not path.is_file() or path.name.upper() == "DICOMDIR":
-            return False
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def format_of(path: Path) -> str:
-    """'.png', '.tif', '.dcm' ... by the suffix; DICOM without one, or named by its UID, by content."""
-    suffix = suffix_of(path.name)
-    if suffix in DICOM or ((not suffix or suffix[1:].isdigit()) and is_dicom(path)):
-        return ".dcm"
-    return suffix
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=("PNG",)) as image:
+                problem = stored_otherwise(image)
+    except Exception as error:  # Pillow raises almost anything on damaged bytes
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise SkipImageError("the PNG is damaged before its pixels") from error
+    if problem:
+        raise SkipImageError(problem)
 
 
 def decode(path: Path, kind: str, window: str) -> tuple[np.ndarray, dict[str, str]]:
@@ -837,11 +857,16 @@ def decode(path: Path, kind: str, window: str) -> tuple[np.ndarray, dict[str, st
     except ImportError as error:
         raise SkipImageError(f"{error}; DICOM needs pip install -r requirements.txt") from error
     try:
-        return mammogram_dicom.read_dicom(path, window)
+        pixels, header = mammogram_dicom.read_dicom(path, window)
     except mammogram_dicom.DicomError as error:
         raise SkipImageError(str(error)) from error
     except OSError as error:
         raise SkipImageError(f"cannot be read: {error.strerror}") from error
+    if kinds := KEPT_OUT.intersection(header.get("view_modifier", "").split("+")):
+        raise SkipImageError(
+            f"{' and '.join(sorted(kinds))} view: not of a contact view's scale and field"
+        )
+    return pixels, header
 
 
 def decode_raster(path: Path) -> np.ndarray:
@@ -855,7 +880,7 @@ def decode_raster(path: Path) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 check_size(image.height, image.width, 3 if image.mode == "P" else len(image.getbands()))
-                pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+                problem = stored_otherwise(image)
                 image.load()
         del image  # its pixels are not needed again
         pixels = cv2.imdecode(np.frombuffer(read_source(path), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -863,8 +888,8 @@ def decode_raster(path: Path) -> np.ndarray:
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
         raise SkipImageError(f"cannot be decoded: {' '.join(str(error).split())}") from error
-    if pages > 1:
-        raise SkipImageError(f"holds {pages} pages; save the one that is the mammogram")
+    if problem:
+        raise SkipImageError(problem)
     if pixels is None:
         raise SkipImageError("cannot be decoded")
     if pixels.dtype not in (np.uint8, np.uint16):
@@ -990,6 +1015,7 @@ def make_plan(options: Options) -> Plan:
     index = index_files(options.images_root)
     table, labels, adapter, notes = read_table(tables, options, index)
     check_ids(table)
+    table = check_spacing(table, notes)
     table, moved = check_splits(table, options.split)
     table, dropped = drop_duplicates(table)
     if dropped:
@@ -998,6 +1024,7 @@ def make_plan(options: Options) -> Plan:
     matched, missing, extra, ambiguous = match_files(table, options.images_root, index, adapter)
     if ambiguous:
         notes.append(f"{len(ambiguous)} images have several files: {some(ambiguous)}")
+    notes += unread_notes(index, {*matched["source"], *extra})
     plan = Plan(options, [], {}, {}, {}, missing, extra, [], notes, moved, labels)
     if options.findings_csv:
         for key, found in read_findings(options.findings_csv, table, notes).items():
@@ -1147,7 +1174,7 @@ def decode_item(item: Item, options: Options, write: bool) -> Outcome:
     wall = facts["chest_wall"] or {"L": "left", "R": "right"}.get(tag, "")
     flipped = options.flip_right and wall == "right"
     if write and (flipped or item.kind != ".png"):
-        spacing = item.row.get("spacing_mm") or header.get("spacing_mm", "")
+        spacing = header.get("spacing_mm") or item.row.get("spacing_mm", "")
         shown = np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
         write_file(item.output, encode_png(shown, spacing), item.found)
     return {**facts, **header, "flipped": str(int(flipped))}
@@ -1315,7 +1342,9 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     values = {**item.row, **item.record, "view": item.row.get("view_position", "")}
     for name in ("laterality", "view", "implant", "spacing_mm", "view_modifier", "flipped"):
         earlier = before.get(name, "") if unchanged else ""
-        values[name] = values.get(name) or facts.get(name) or earlier  # table, then header
+        told, found = values.get(name, ""), facts.get(name) or earlier
+        # The table counts before the header, but for the pixels' size, which the detector knows best.
+        values[name] = found or told if name == "spacing_mm" and item.kind == ".dcm" else told or found
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
 
@@ -1510,6 +1539,9 @@ CHECKS = {  # check -> what it means, for people
     "no laterality": "not mirrored: neither tag nor pixels tell the side",
     "raw": "for processing: detector values, not what readers see",
     "no modality": "the DICOM header does not say that it is a mammogram",
+    "page": "perhaps a screen shot or a page, no mammogram",
+    "padding in tissue": "the value of padding, which is 0 now, is that of bright tissue: holes",
+    "spacing": "cannot be, differs between rows and columns, or between table and header",
     "boxes clipped": "boxes that left the image",
     "boxes dropped": "boxes that do not fit the image",
 }
@@ -1581,6 +1613,12 @@ def check_header(plan: Plan, row: dict[str, str], facts: dict[str, str], stated:
         plan.report("raw", row, f"FOR PROCESSING {facts['relationship']}".strip())
     if not facts["modality"]:
         plan.report("no modality", row, "Modality is empty")
+    for doubt in filter(None, facts.get("doubts", "").split(" | ")):
+        check, _, detail = doubt.partition(": ")
+        plan.report(check, row, detail)
+    told, measured = stated.get("spacing_mm"), facts["spacing_mm"]
+    if told and measured and differ(float(told), float(measured)):
+        plan.report("spacing", row, f"table {told} mm, header {measured} mm: the header counts")
 
 
 # 11 Report ----------------------------------------------------------------------------------------
@@ -1683,6 +1721,12 @@ def make_report(plan: Plan) -> str:
     return "\n".join(parts)
 
 
+def skip_reasons(plan: Plan) -> str:
+    """How many images were skipped for what, in a line, without what is of one image alone."""
+    reasons = Counter(re.split(r"[,:;(]", row["reason"])[0].strip() for row in plan.skipped)
+    return some([f"{count} {reason}" for reason, count in reasons.most_common()])
+
+
 def print_summary(plan: Plan) -> None:
     """Print the counts per split, what needs attention and the next command."""
     options, counts = plan.options, plan.counts
@@ -1708,6 +1752,8 @@ def print_summary(plan: Plan) -> None:
     for label, meaning, names in lists:
         if names:
             print(f"{label}: {len(names)} {meaning}: {some(names)}")
+    if plan.skipped:
+        print(f"  skipped for: {skip_reasons(plan)}")
     for note in plan.notes:
         print(f"note: {note}")
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
