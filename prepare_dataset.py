@@ -1752,8 +1752,8 @@ def print_summary(plan: Plan) -> None:
     for label, meaning, names in lists:
         if names:
             print(f"{label}: {len(names)} {meaning}: {some(names)}")
-    if plan.skipped:
-        print(f"  skipped for: {skip_reasons(plan)}")
+        if names and label == "skipped":
+            print(f"  for: {skip_reasons(plan)}")
     for note in plan.notes:
         print(f"note: {note}")
     print(f"Report: {options.output_dir / 'prepare_report.html'}")

@@ -88,6 +88,7 @@ def walk_images(root: Path) -> tuple[list[Path], list[Path]]:
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         hint = "; prepare_dataset.py makes PNG of DICOM" if found else ""
+        hint += f"; {len(left_out)} hidden files and folders are left out" if left_out else ""
         raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it{hint}")
     return paths, left_out
 
@@ -253,7 +254,7 @@ def stored_otherwise(image: Image.Image) -> str:
     pictures = getattr(image, "n_frames", 1)
     if orientation in range(2, 9):
         return (
-            f"its EXIF orientation {orientation} asks to turn it, and boxes may belong to either; "
+            f"to be turned by its EXIF tag (orientation {orientation}), and boxes may belong to either; "
             "save it turned (mogrify -auto-orient) or remove the tag (exiftool -Orientation=)"
         )
     return f"holds {pictures} pages; save the one that is the mammogram" if pictures > 1 else ""

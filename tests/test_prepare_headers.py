@@ -205,7 +205,7 @@ def test_pages_and_magnified_views_are_kept_out_by_name(
         assert words in found[name], (name, found[name])
     assert set(table(tmp_path, "manifest.csv")["image_id"]) == KEPT.keys()
     assert problems(tmp_path, "page").keys() == {"unnamed"}
-    assert "  skipped for: 6 magnified view, 4 spot view, 2 dose report page" in capsys.readouterr().out
+    assert "  for: 6 magnified view, 4 spot view, 2 dose report page" in capsys.readouterr().out
 
 
 # Spacing ------------------------------------------------------------------------------------------

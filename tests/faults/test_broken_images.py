@@ -207,8 +207,8 @@ REFUSED = {
     "tiff_nan": "float32 pixels",
     "tiff_int32": "int32 pixels",
     "tiff_pages": "holds 2 pages",
-    "png_turned": "its EXIF orientation 6",
-    "jpeg_turned": "its EXIF orientation 6",
+    "png_turned": "to be turned by its EXIF tag (orientation 6)",
+    "jpeg_turned": "to be turned by its EXIF tag (orientation 6)",
 }
 
 
