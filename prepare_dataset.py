@@ -474,12 +474,10 @@ def check_spacing(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
                 f"line {line} of the CSV: {error}; write it as 0.07 or 0.07 x 0.07"
             ) from None
         known[text] = f"{spacing:.6g}" if spacing else ""
-    doubtful = table[cells.map(doubts) != ""]
-    if len(doubtful):
-        names = doubtful["study_id"] + "/" + doubtful["image_id"] + " (" + cells.map(doubts) + ")"
-        notes.append(
-            f"doubtful pixel spacing in {len(doubtful)} rows of the CSV: {some(names.dropna())}"
-        )
+    said = cells.map(doubts)
+    names = (table["study_id"] + "/" + table["image_id"] + " (" + said + ")")[said != ""]
+    if len(names):
+        notes.append(f"doubtful pixel spacing in {len(names)} rows of the CSV: {some(names)}")
     return table.assign(spacing_mm=cells.map(known))
 
 

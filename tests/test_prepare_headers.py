@@ -22,12 +22,14 @@ CAPTURE = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}
 UNNAMED = {"ImageLaterality": None, "ViewPosition": None, "ImagerPixelSpacing": None}
 
 
-def prepare(folder: Path, data_sets: dict[str, Dataset], *extra: str, csv: str = "none") -> int:
+def prepare(
+    folder: Path, data_sets: dict[str, Dataset], *extra: str, csv: tuple[object, ...] = ("none",)
+) -> int:
     """Lay data sets out that are saved as in/p/<name>.dcm."""
     for name, dataset in data_sets.items():
         save(dataset, folder / f"in/p/{name}.dcm")
     places = ["--images_root", str(folder / "in"), "--output_dir", str(folder / "out")]
-    return prep.main(["--csv_path", csv, "--test_share", "0", *places, *extra])
+    return prep.main(["--csv_path", *map(str, csv), "--test_share", "0", *places, *extra])
 
 
 def table(folder: Path, name: str) -> pd.DataFrame:
@@ -271,8 +273,10 @@ def test_a_header_wins_over_the_table_and_it_is_said(
         "wrong": "1",
         "uneven": "0.1 x 0.12",
     }
-    rows = "".join(f'{name},p,"{cell}"\n' for name, cell in cells.items())
-    (tmp_path / "t.csv").write_text("image,study,mm\n" + rows)
+    tables = tmp_path / "a.csv", tmp_path / "b.csv"  # whose lines have the same numbers
+    rows = [f'{name},p,"{cell}"\n' for name, cell in cells.items()]
+    for number, path in enumerate(tables):
+        path.write_text("image,study,mm\n" + "".join(rows[number::2]))
     measured = {"silent": None, "uneven": None}
     data_sets = {
         name: make_dicom(breast(seed=number), ImagerPixelSpacing=measured.get(name, [0.07, 0.07]))
@@ -281,11 +285,12 @@ def test_a_header_wins_over_the_table_and_it_is_said(
     arguments = ("--columns", "image=image,study=study,spacing=mm")
     known = {"same": "0.07", "other": "0.07", "silent": "0.1", "wrong": "0.07", "uneven": "0.11"}
     for again in range(3):
-        assert prepare(tmp_path, data_sets, *arguments, csv=str(tmp_path / "t.csv")) == 0
+        assert prepare(tmp_path, data_sets, *arguments, csv=tables) == 0
         manifest = table(tmp_path, "manifest.csv").set_index("image_id")["spacing_mm"]
         assert manifest.to_dict() == known, again
         output = capsys.readouterr().out
-        assert "doubtful pixel spacing in 2 rows of the CSV: p/wrong (1 mm cannot be" in output
+        assert "doubtful pixel spacing in 2 rows of the CSV: " in output
+        assert "p/wrong (1 mm cannot be a mammogram's: unknown)" in output
         assert "p/uneven (0.1 x 0.12 mm: rows and columns differ, their mean 0.11 is taken)" in output
         if again == 1:  # what the header said is in the manifest too
             (tmp_path / "out/image_checks.csv").unlink()
@@ -299,7 +304,7 @@ def test_a_spacing_that_is_none_is_refused_with_its_line(
 ) -> None:
     (tmp_path / "t.csv").write_text("image,study,mm\na,p,0.07\nb,p,seven\n")
     arguments = ("--columns", "image=image,study=study,spacing=mm")
-    assert prepare(tmp_path, {"a": make_dicom(breast())}, *arguments, csv=str(tmp_path / "t.csv")) == 2
+    assert prepare(tmp_path, {"a": make_dicom(breast())}, *arguments, csv=(tmp_path / "t.csv",)) == 2
     assert "line 3 of the CSV: 'seven' is no pixel spacing in mm" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
