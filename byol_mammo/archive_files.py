@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,12 @@ Index = dict[str, list[str]]
 EVERY_FILE, DICOM_INSIDE, LEFT_OUT = "/files", "/dicom", "/left out"
 
 
-def is_dicom(path: Path) -> bool:
+def is_dicom(path: str | Path) -> bool:
     """Whether a file begins as DICOM files do, whatever its name; a DICOMDIR only lists others."""
     try:
-        if not path.is_file() or path.name.upper() == "DICOMDIR":
+        if not stat.S_ISREG(os.stat(path).st_mode) or os.path.basename(path).upper() == "DICOMDIR":
             return False
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:  # nothing behind the head is wanted
             head = file.read(132)
     except OSError:
         return False
@@ -84,27 +85,30 @@ def index_files(images_root: Path) -> Index:
         hidden = sorted(filter(is_left_out, [*folders, *names]))
         index[LEFT_OUT] += ["/".join([*parents, name]) for name in hidden]
         folders[:] = sorted(set(folders).difference(hidden))
-        for name in sorted({*names, *folders}.difference(hidden)):
-            if name in folders and suffix_of(name) not in SUFFIXES:
-                continue  # a folder named as an image stays in: it is listed as unusable
-            index_file(index, Path(where, name), parents)
-            index[EVERY_FILE] += [] if name in folders else ["/".join([*parents, name])]
+        # A folder named as an image stays in: it is listed as unusable.
+        named = {name for name in folders if suffix_of(name) in SUFFIXES}
+        for name in sorted(named.union(names).difference(hidden)):
+            path = index_file(index, where, name, parents)
+            if name not in named:
+                index[EVERY_FILE].append(path)
     return index
 
 
-def index_file(index: Index, file: Path, parents: Sequence[str]) -> None:
-    """Enter one file, whose folders below images_root are `parents`, under its keys."""
-    path = "/".join([*parents, file.name])
-    bare = {os.path.splitext(path)[0]}
-    known = suffix_of(file.name) in SUFFIXES
-    if not known and is_dicom(file):
+def index_file(index: Index, where: str, name: str, parents: Sequence[str]) -> str:
+    """Enter a file of the folder `where` under its keys; returns its path below images_root, which its
+    folders there, `parents`, begin."""
+    path = "/".join([*parents, name])
+    bare, suffix = os.path.splitext(path)
+    known, spellings = suffix.lower() in SUFFIXES, [bare]
+    if not known and is_dicom(os.path.join(where, name)):
         index[DICOM_INSIDE].append(path)
-        bare |= {without_suffix(name) for name in bare}  # image.dcm.1
-        known = True
-    stems = {name.rpartition("/")[2] for name in bare}
-    keys = {path, *bare, *(f"name {stem}" for stem in stems)}
-    keys |= {f"first {stem.split('_')[0]}" for stem in stems}
+        known, spellings = True, [bare, without_suffix(bare)]  # image.dcm.1
+    keys = {path}
+    for spelling in spellings:
+        stem = spelling.rpartition("/")[2]
+        keys |= {spelling, f"name {stem}", f"first {stem.split('_')[0]}"}
     if known:
         keys |= {"all", *(f"folder {parent}" for parent in parents)}
     for key in keys:
         index.setdefault(key, []).append(path)
+    return path
