@@ -34,8 +34,8 @@ is finished by the same command. Flags may be written with '_' or '-'.
 
 Contents
     1 Configuration   constants, Options, parse_options
-    2 Table           read_table, set_splits, check_ids, check_splits, name_files
-    3 Files           index_files, match_files
+    2 Table           read_table, set_splits, check_ids, check_splits, check_spacing
+    3 Files           match_files, unread_notes
     4 Image formats   read_png_header, decode, examine, encode_png
     5 Plan            what is there already, what must not be touched
     6 Decoding        in processes, one broken file never stops the rest
@@ -72,6 +72,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -80,30 +81,37 @@ from PIL import Image
 from tqdm import tqdm
 
 from byol_mammo import files, labels as labelling, settings
+from byol_mammo.archive_files import (
+    DICOM_INSIDE,
+    EVERY_FILE,
+    LEFT_OUT,
+    RASTER,
+    SUFFIXES,
+    Index,
+    format_of,
+    index_files,
+    suffix_of,
+    without_suffix,
+)
 from byol_mammo.archives import ADAPTERS, FOLDER, GENERIC, VINDR, Adapter, adapter_of, generic_adapter
-from byol_mammo.images import CLAIMS, MAX_SAMPLES, PNG_END
+from byol_mammo.images import CLAIMS, MAX_SAMPLES, PNG_END, stored_otherwise
 from byol_mammo.labels import SPLIT_NAMES, finding_column
 from byol_mammo.processes import available_cores, process_pool
 from byol_mammo.settings import MammoError
+from byol_mammo.spacing import differ, judge_spacing, spacing_values
 from byol_mammo.tables import (
-    DICOM,
     FINDINGS,
     MAX_ID_LENGTH,
     OPTIONAL,
-    RASTER,
     REQUIRED,
     SAFE_NAME,
-    SUFFIXES,
     ImageLabels,
-    Index,
     Labels,
     Reading,
     is_safe_name,
     resolve,
     safe_name,
     some,
-    suffix_of,
-    without_suffix,
 )
 
 # 1 Configuration ----------------------------------------------------------------------------------
@@ -122,7 +130,7 @@ REPORTED = 200  # problems shown per check in the HTML report
 CLOCK_TOLERANCE_NS = 2_000_000_000  # FAT and exFAT keep modification times to 2 s
 POOL_FROM = 100_000_000  # bytes to decode from which starting processes (about a second) pays
 ASPECT_TOLERANCE = 0.01  # relative; rounding in a resize stays below, 912 x 1520 of a 2:3 film does not
-DICOM_VERSION = 1  # counts up when the same DICOM file would give other pixels
+DICOM_VERSION = 2  # counts up when the same DICOM file would give other pixels, or is kept out
 CHECK_SIDE = 256  # px, longest side of the copy on which polarity and side are judged
 BRIGHT_BORDER = 0.5  # share of the border brighter than Otsu's threshold from which air counts as bright
 FAINT_TISSUE = 0.25  # of the way from air to Otsu's threshold, where tissue begins
@@ -134,8 +142,9 @@ SOURCE = ["source", "source_size", "source_mtime_ns"]
 RECORD = [*SOURCE, "settings"]  # an output is up to date while these are as they were
 HEADER = [  # what is taken from a DICOM header, see mammogram_dicom.HEADER
     *("laterality", "view", "view_modifier", "spacing_mm", "implant", "modality", "photometric"),
-    *("bits_stored", "intent", "relationship", "compression", "padding"),
+    *("bits_stored", "intent", "relationship", "compression", "padding", "doubts"),
 ]
+KEPT_OUT = {"magnified", "spot"}  # view modifiers: their scale and field are not those of a contact view
 MEASURED = ["content", "minimum", "maximum", "air", "chest_wall", "flipped"]  # see examine
 LABELS = [
     *("image", "study_id", "split", "laterality", "view", "breast_birads", "breast_density"),
@@ -157,8 +166,13 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
     "problems.csv": ["check", "split", "file", "detail"],
     CLAIMS: ["file", *SOURCE],
 }
-# What each file of ours has at least; older manifests have these.
-SIGNATURES = {**REPORTS, "manifest.csv": REPORTS["manifest.csv"][:14], "labels.csv": LABELS}
+# What each file of ours has at least; older ones have these.
+SIGNATURES = {
+    **REPORTS,
+    "manifest.csv": REPORTS["manifest.csv"][:14],
+    "image_checks.csv": REPORTS["image_checks.csv"][:-1],
+    "labels.csv": LABELS,
+}
 OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
 TEMPORARY = ".prepare_dataset.tmp"  # ending of files not yet complete, in older versions
 OUTPUT_NAME = re.compile(rf"{SAFE_NAME.pattern}/{SAFE_NAME.pattern}\.png")
@@ -316,6 +330,7 @@ def read_table(
         table["patient_id"] = found
     set_splits(table, options, reading)
     check_ids(table, adapter)
+    table = check_spacing(table, reading.notes)
     unique = table.drop_duplicates()
     if len(unique) < len(table):
         dropped = len(table) - len(unique)
@@ -483,37 +498,38 @@ def name_files(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def check_spacing(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The table with each pixel spacing as one number in mm, '' where it says none that can be.
+
+    Those that cannot, or that differ between rows and columns, are named in the notes. Raises MammoError
+    for what is no spacing.
+    """
+    if "spacing_mm" not in table:
+        return table
+    cells, known, doubts = table["spacing_mm"], {}, {}
+    for line, text in cells.drop_duplicates().items():
+        try:
+            spacing, doubts[text] = judge_spacing(spacing_values(text))
+        except ValueError as error:
+            raise MammoError(f"{line}: {error}; write it as 0.07 or 0.07 x 0.07") from None
+        known[text] = f"{spacing:.6g}" if spacing else ""
+    said = cells.map(doubts)
+    names = (table["study_id"] + "/" + table["image_id"] + " (" + said + ")")[said != ""]
+    if len(names):
+        notes.append(f"doubtful pixel spacing in {len(names)} rows of the CSV: {some(names)}")
+    return table.assign(spacing_mm=cells.map(known))
+
+
 # 3 Files ------------------------------------------------------------------------------------------
 
 
-def index_files(images_root: Path) -> Index:
-    """All files below the folder, by every key that an adapter may ask for.
-
-    Hidden files are left out (macOS writes ._x.png); links in circles are followed once. Raises OSError.
-    """
-    index: Index = {}
-    if not images_root.is_dir():
-        raise MammoError(f"there is no folder {images_root}; give the images with --images_root")
-    seen = set()
-    for where, folders, names in os.walk(images_root, followlinks=True):
-        found = os.stat(where)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (found.st_dev, found.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((found.st_dev, found.st_ino))
-        parents = Path(where).relative_to(images_root).parts
-        for name in sorted(name for name in [*names, *folders] if not name.startswith(".")):
-            if name in folders and suffix_of(name) not in SUFFIXES:
-                continue  # a folder named as an image stays in: it is listed as unusable
-            path = "/".join([*parents, name])
-            stem = os.path.splitext(name)[0]
-            keys = {path, os.path.splitext(path)[0], f"name {stem}", f"first {stem.split('_')[0]}"}
-            if suffix_of(name) in SUFFIXES or format_of(Path(where, name)) == ".dcm":
-                keys |= {"all", *(f"folder {parent}" for parent in parents)}
-            for key in keys:
-                index.setdefault(key, []).append(path)
-    return index
+def unread_notes(index: Index, used: set[str]) -> list[str]:
+    """How many files were not looked at, being neither in `used` nor left out, and what was left out."""
+    rest = Counter(suffix_of(name) or "without suffix" for name in index[EVERY_FILE] if name not in used)
+    kinds = [f"{count} {suffix}" for suffix, count in sorted(rest.items(), key=lambda kind: -kind[1])]
+    hidden = index[LEFT_OUT]
+    left_out = f"{len(hidden)} hidden or system files and folders left out: {some(hidden)}"
+    return [f"not looked at: {some(kinds)}"] * bool(kinds) + [left_out] * bool(hidden)
 
 
 def match_files(
@@ -527,14 +543,16 @@ def match_files(
     rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
     images = set(index.get("all", []))
     studies, women = table["study_id"], table.get("patient_id", table["study_id"])
+    kinds = dict.fromkeys(index[DICOM_INSIDE], ".dcm")
     for line, places, study, woman in zip(table.index, table["places"], studies, women, strict=True):
         found = next((index[key] for key in places.split("\n") if key in index), [])
         found = [name for name in found if name in images] or found
         found = in_folder_of(found, {study, woman})
         wanted.update(found)
-        ranked = sorted(found, key=lambda name: (rank.get(suffix_of(name), len(rank)), name))
+        kind = {name: kinds.get(name, suffix_of(name)) for name in found}
+        ranked = sorted(found, key=lambda name: (rank.get(kind[name], len(rank)), name))
         sources.append(ranked[0] if ranked else "")
-        if len({without_suffix(name) for name in ranked}) > 1:
+        if len(set(map(stem_of, ranked))) > 1:
             unclear.append(f"{line} ({', '.join(ranked[:3])}{', ...' * (len(ranked) > 3)})")
         elif len(ranked) > 1:
             formats.append(f"{ranked[0]} taken, {', '.join(ranked[1:])} not")
@@ -556,6 +574,12 @@ def match_files(
             f"{expected}.png was expected{hint}"
         )
     return table[table["source"] != ""], table[table["source"] == ""], sorted(extra), formats
+
+
+def stem_of(name: str) -> str:
+    """A path without the suffix of its format; the parts of a UID are none."""
+    bare, suffix = os.path.splitext(name)
+    return name if suffix[1:].isdigit() else without_suffix(bare)
 
 
 def in_folder_of(found: list[str], owners: set[str]) -> list[str]:
@@ -599,6 +623,7 @@ def read_png_header(path: Path) -> tuple[int, int, int]:
             raise SkipImageError("the PNG header is damaged (checksum)")
         width, height, bit_depth, colour = struct.unpack(">IIBB", head[16:26])
         check_size(height, width, PNG_CHANNELS.get(colour, 1))
+        check_png_chunks(file)
         # The commonest damage is a download cut short; some writers put bytes after the end.
         file.seek(-min(1024, os.fstat(file.fileno()).st_size), os.SEEK_END)
         if PNG_END not in file.read():
@@ -612,23 +637,31 @@ def check_size(height: int, width: int, channels: int = 1) -> None:
         raise SkipImageError(f"declares {height} x {width} pixels, more than {MAX_SAMPLES} or none")
 
 
-def is_dicom(path: Path) -> bool:
-    """True where the file begins as DICOM files do; a DICOMDIR is no image."""
+def check_png_chunks(file: BinaryIO) -> None:
+    """Refuse a PNG, open at the end of its header, that is not one picture as stored.
+
+    Only where a chunk before the pixels may say so does Pillow look, as it does when training reads the
+    image: most PNG have none. Raises SkipImageError.
+    """
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if name in (b"IDAT", b"IEND"):
+            return
+        if name in (b"acTL", b"eXIf", b"tEXt", b"zTXt", b"iTXt"):  # animation; EXIF, also as text or XMP
+            break
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(0)
     try:
-        if not path.is_file() or path.name.upper() == "DICOMDIR":
-            return False
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def format_of(path: Path) -> str:
-    """'.png', '.tif', '.dcm' ... by the suffix; DICOM without one, or named by its UID, by content."""
-    suffix = suffix_of(path.name)
-    if suffix in DICOM or ((not suffix or suffix[1:].isdigit()) and is_dicom(path)):
-        return ".dcm"
-    return suffix
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=("PNG",)) as image:
+                problem = stored_otherwise(image)
+    except Exception as error:  # Pillow raises almost anything on damaged bytes
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise SkipImageError("the PNG is damaged before its pixels") from error
+    if problem:
+        raise SkipImageError(problem)
 
 
 def decode(path: Path, kind: str, window: str) -> tuple[np.ndarray, dict[str, str]]:
@@ -643,11 +676,16 @@ def decode(path: Path, kind: str, window: str) -> tuple[np.ndarray, dict[str, st
     except ImportError as error:
         raise SkipImageError(f"{error}; DICOM needs pip install -r requirements.txt") from error
     try:
-        return mammogram_dicom.read_dicom(path, window)
+        pixels, header = mammogram_dicom.read_dicom(path, window)
     except mammogram_dicom.DicomError as error:
         raise SkipImageError(str(error)) from error
     except OSError as error:
         raise SkipImageError(f"cannot be read: {error.strerror}") from error
+    if kinds := KEPT_OUT.intersection(header.get("view_modifier", "").split("+")):
+        raise SkipImageError(
+            f"{' and '.join(sorted(kinds))} view: not of a contact view's scale and field"
+        )
+    return pixels, header
 
 
 def decode_raster(path: Path) -> np.ndarray:
@@ -661,7 +699,7 @@ def decode_raster(path: Path) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 check_size(image.height, image.width, 3 if image.mode == "P" else len(image.getbands()))
-                pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+                problem = stored_otherwise(image)
                 image.load()
         del image  # its pixels are not needed again
         pixels = cv2.imdecode(np.frombuffer(read_source(path), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -669,8 +707,8 @@ def decode_raster(path: Path) -> np.ndarray:
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
         raise SkipImageError(f"cannot be decoded: {' '.join(str(error).split())}") from error
-    if pages > 1:
-        raise SkipImageError(f"holds {pages} pages; save the one that is the mammogram")
+    if problem:
+        raise SkipImageError(problem)
     if pixels is None:
         raise SkipImageError("cannot be decoded")
     if pixels.dtype not in (np.uint8, np.uint16):
@@ -804,6 +842,7 @@ def make_plan(options: Options) -> Plan:
     if formats:
         reading.notes.append(f"{len(formats)} images have several files: {some(formats)}")
     labels = {**reading.labels, **labels_of(table)}
+    reading.notes += unread_notes(index, {*matched["source"], *extra})
     if options.findings_csv:
         for key, found in read_findings(options.findings_csv, table, reading.notes).items():
             found.values = labels.get(key, ImageLabels()).values | found.values
@@ -978,7 +1017,7 @@ def decode_item(item: Item, options: Options, write: bool) -> Outcome:
     wall = facts["chest_wall"] or {"L": "left", "R": "right"}.get(tag, "")
     flipped = options.flip_right and wall == "right"
     if write and (flipped or item.kind != ".png"):
-        spacing = item.row.get("spacing_mm") or header.get("spacing_mm", "")
+        spacing = header.get("spacing_mm") or item.row.get("spacing_mm", "")
         shown = np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
         write_file(item.output, encode_png(shown, spacing), item.found)
     return {**facts, **header, "flipped": str(int(flipped))}
@@ -1147,7 +1186,9 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     values = {**item.row, **item.record, "view": item.row.get("view_position", "")}
     for name in ("laterality", "view", "implant", "spacing_mm", "view_modifier", "flipped"):
         earlier = before.get(name, "") if unchanged else ""
-        values[name] = values.get(name) or facts.get(name) or earlier  # table, then header
+        told, found = values.get(name, ""), facts.get(name) or earlier
+        # The table counts before the header, but for the pixels' size, which the detector knows best.
+        values[name] = found or told if name == "spacing_mm" and item.kind == ".dcm" else told or found
     values["flipped"] = values["flipped"] or "0"  # a PNG that was not decoded is as it was
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
@@ -1383,6 +1424,9 @@ CHECKS = {  # check -> what it means, for people
     "no laterality": "not mirrored: neither tag nor pixels tell the side",
     "raw": "for processing: detector values, not what readers see",
     "no modality": "the DICOM header does not say that it is a mammogram",
+    "page": "perhaps a screen shot or a page, no mammogram",
+    "padding in tissue": "the value of padding, which is 0 now, is that of bright tissue: holes",
+    "spacing": "cannot be, differs between rows and columns, or between table and header",
     "boxes clipped": "boxes that left the image",
     "boxes dropped": "boxes that do not fit the image",
 }
@@ -1454,6 +1498,12 @@ def check_header(plan: Plan, row: dict[str, str], facts: dict[str, str], stated:
         plan.report("raw", row, f"FOR PROCESSING {facts['relationship']}".strip())
     if not facts["modality"]:
         plan.report("no modality", row, "Modality is empty")
+    for doubt in filter(None, facts.get("doubts", "").split(" | ")):
+        check, _, detail = doubt.partition(": ")
+        plan.report(check, row, detail)
+    told, measured = stated.get("spacing_mm"), facts["spacing_mm"]
+    if told and measured and differ(float(told), float(measured)):
+        plan.report("spacing", row, f"table {told} mm, header {measured} mm: the header counts")
 
 
 # 10 Report ----------------------------------------------------------------------------------------
@@ -1551,6 +1601,12 @@ def make_report(plan: Plan) -> str:
     return "\n".join(parts)
 
 
+def skip_reasons(plan: Plan) -> str:
+    """How many images were skipped for what, in a line, without what is of one image alone."""
+    reasons = Counter(re.split(r"[,:;(]", row["reason"])[0].strip() for row in plan.skipped)
+    return some([f"{count} {reason}" for reason, count in reasons.most_common()])
+
+
 def print_summary(plan: Plan) -> None:
     """Print the counts per split, what needs attention and the next command."""
     options, counts = plan.options, plan.counts
@@ -1579,6 +1635,8 @@ def print_summary(plan: Plan) -> None:
     for label, meaning, names in lists:
         if names:
             print(f"{label}: {len(names)} {meaning}: {some(names)}")
+        if names and label == "skipped":
+            print(f"  for: {skip_reasons(plan)}")
     for note in plan.notes:
         print(f"note: {note}")
     print(f"Report: {options.output_dir / 'prepare_report.html'}")

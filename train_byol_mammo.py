@@ -1157,6 +1157,7 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
     if config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
         images.note_unknown_spacing(sources, config.pixel_spacing_mm)
+    images.note_left_out(sources)
     jobs = [
         (index, path, float(mm), config)
         for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from byol_mammo.archive_files import without_suffix
 from byol_mammo.labels import SPLIT_NAMES
 from byol_mammo.settings import MammoError
 from byol_mammo.tables import (
@@ -33,7 +34,6 @@ from byol_mammo.tables import (
     safe_name,
     side,
     some,
-    without_suffix,
 )
 
 FEW_FOLDERS = 20  # top folders without a digit in their names, and

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from byol_mammo.archive_files import Index, without_suffix
 from byol_mammo.settings import MammoError
 
 MAX_ID_LENGTH = 100  # characters; keeps <study_id>_<image_id>.png inside every file system's 255
@@ -21,14 +22,7 @@ OPTIONAL = ["laterality", "view_position", "height", "width", "breast_birads", "
 FINDINGS = ("mass", "calcification", "cancer")  # columns of a table that go to labels.csv
 SEVERITY = (*FINDINGS, "breast_birads", "breast_density", "implant")  # of which more is more
 
-RASTER = (".tif", ".tiff", ".jpg", ".jpeg")
-DICOM = (".dcm", ".dicom", ".dic")
-SUFFIXES = [".png", *RASTER, *DICOM]  # in order of preference where an image has several
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
-# Files below images_root as relative paths with '/', by keys: "path/without/suffix", "folder NAME",
-# "first TOKEN" (of the file's name, before '_') or "name STEM"; "all" lists the images.
-Index = dict[str, list[str]]
 
 
 @dataclass
@@ -106,16 +100,6 @@ def some(names: Iterable[object]) -> str:
 
 
 # Names ----------------------------------------------------------------------------------------------
-
-
-def suffix_of(name: str) -> str:
-    """The file name's suffix in lower case, such as '.png'."""
-    return os.path.splitext(name)[1].lower()
-
-
-def without_suffix(name: str) -> str:
-    """The name without a suffix that an image may have; dots of other meaning stay."""
-    return os.path.splitext(name)[0] if suffix_of(name) in SUFFIXES else name
 
 
 def is_safe_name(name: str) -> bool:
