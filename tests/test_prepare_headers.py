@@ -27,9 +27,10 @@ def prepare(
 ) -> int:
     """Lay data sets out that are saved as in/p/<name>.dcm."""
     for name, dataset in data_sets.items():
-        save(dataset, folder / f"in/p1/{name}.dcm")
+        save(dataset, folder / f"in/p/{name}.dcm")
     places = ["--images_root", str(folder / "in"), "--output_dir", str(folder / "out")]
-    return prep.main(["--csv_path", *map(str, csv), "--test_share", "0", *places, *extra])
+    alone = ["--test_share", "0", *["--patient_pattern", "^p"] * (csv == ("none",))]  # one of many images
+    return prep.main(["--csv_path", *map(str, csv), *alone, *places, *extra])
 
 
 def table(folder: Path, name: str) -> pd.DataFrame:
