@@ -55,6 +55,7 @@ class Place:
 
 
 IMAGES, TABLES, DISK = "test_broken_images.py", "test_broken_tables.py", "test_full_disk.py"
+MACHINES, STRANGERS = "test_machines.py", "test_strangers_weights.py"
 PROCESSES, NUMBERS, SECURITY = "test_killed_processes.py", "test_wrong_numbers.py", "test_security.py"
 
 GUARDS = [
@@ -100,24 +101,34 @@ GUARDS = [
           "False", f"{TABLES} spoilt_tables"),
     Guard("full disk names the file", "name_file_in_errors", "raise OSError(error.errno, reason, str(path)) from error",
           "raise", f"{DISK} reduced_pixels_on"),
-    Guard("reduced pixels are written, not mapped", "open_reduced", "out.write(np.round(small * grey_scale).astype(np.uint16).data)",
-          "out.truncate(out.seek(0, 2) + 2 * small.size); np.memmap(temporary, '<u2', 'r+', out.seek(0, 2) - 2 * small.size, (small.size,))[:] = np.round(small * grey_scale).ravel()", f"{DISK} reduced_pixels_on"),
+    Guard("reduced pixels are written, not mapped", "write_reduced", "file.write(np.round(small * grey_scale).astype(np.uint16).data)",
+          "file.truncate(file.seek(0, 2) + 2 * small.size); np.memmap(file.name, '<u2', 'r+', file.seek(0, 2) - 2 * small.size, (small.size,))[:] = np.round(small * grey_scale).ravel()", f"{DISK} reduced_pixels_on"),
     Guard("checkpoints on a full disk", "write_checkpoint", "temporary.write_bytes(buffer.getbuffer())",
           "torch.save(content, temporary)", f"{DISK} training_on_a_full and few"),
     Guard("a row of metrics cut short", "MetricsFile.__init__", "path.read_text(encoding='utf-8').rpartition('\\n')[0]",
           "path.read_text(encoding='utf-8')", f"{DISK} row_of_metrics"),
     Guard("read-only output is told early", "exclusive_run_folder", "folder.mkdir(parents=True, exist_ok=True)\ntempfile.TemporaryFile(dir=folder).close()",
           "pass", f"{DISK} told_before"),
-    Guard("a read-only cache is enough", "open_reduced", "if is_whole():",
+    Guard("a read-only cache is enough", "open_reduced", "if has_size(path, size):",
           "False", f"{DISK} may_lie"),
     Guard("files of a cache have their size", "is_finished", "all((cache / name).stat().st_size == size for name, size in sizes.items())",
           "bool(sizes)", f"{DISK} damaged_cache"),
-    Guard("a damaged cache is moved aside", "build_cache", "files.move_aside(final)",
+    Guard("a damaged cache is moved aside", "build_in", "files.move_aside(final)",
           "", f"{DISK} damaged_cache and gone"),
-    Guard("reduced pixels have their size", "open_reduced.is_whole", "path.is_file() and path.stat().st_size == files.NPY_HEADER + 2 * total",
+    Guard("reduced pixels have their size", "has_size", "path.is_file() and path.stat().st_size == size",
           "path.is_file()", f"{DISK} damaged_cache and reduced"),
-    Guard("lock of the cache", "build_cache", "lock.acquire(timeout=0)",
+    Guard("lock of the cache", "build_once", "processes.take_lock(path, timeout=0)",
           "nullcontext()", f"{DISK} two_builders and False"),
+    Guard("file systems without locks", "take_lock", "if error.errno not in NO_LOCKS:",
+          "True", f"{MACHINES} first_of_two"),
+    Guard("builders without locks keep apart", "build_without_lock", "build(mine, journal)",
+          "build(building, building / 'extracted' / processes.this_host())", f"{MACHINES} first_of_two"),
+    Guard("a cache that may not be read", "build_cache", "caches.check_readable(final)",
+          "", f"{MACHINES} colleagues"),
+    Guard("a colleague's cache stays as it is", "open_reduced", "if error.errno not in NOT_WRITABLE:",
+          "True", f"{MACHINES} colleagues"),
+    Guard("sockets in a long TMPDIR", "process_pool", "shorten_socket_names()",
+          "", f"{MACHINES} too_long"),
     Guard("damaged lines of a journal", "read_records", "suppress(ValueError)",
           "nullcontext()", "../test_cache.py interrupted_extraction and line"),
     Guard("pixels that are gone", "read_records", "if end > sizes.get(path, 0):",
