@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import pickle
+import re
 import socket
 import sys
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,11 @@ def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
     `weights`: imagenet, none, or a file (state dict, checkpoint of this script, safetensors).
     Raises MammoError with the remedy where weights can't be had or don't fit.
     """
+    if name not in torchvision.models.list_models():  # of a stranger's checkpoint
+        raise MammoError(f"torchvision has no model {name!r}")
     backbone = torchvision.models.get_model(name, weights=None)
+    if not isinstance(backbone, torchvision.models.ResNet):
+        raise MammoError(f"{name} is no ResNet")
     backbone.fc = nn.Identity()
     if weights == "imagenet":
         load_backbone_state(backbone, imagenet_state(name), "imagenet")
@@ -61,28 +69,127 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
 def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Backbone weights in torchvision names, without `fc`, and the architecture where it is recorded.
 
-    Reads backbone.safetensors, a checkpoint of this script, or a plain state dict. Files are read with
-    weights_only=True: nothing in them is executed.
+    Reads backbone.safetensors, a checkpoint of this script, or a state dict of anyone's, see
+    find_backbone. Files are read with weights_only=True: nothing in them is executed.
     """
     path = Path(path)
     if not path.is_file():
         raise MammoError(f"weights {path}: no such file (imagenet, none or a path)")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 name = (file.metadata() or {}).get("backbone", "")
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            name = content.get("config", {}).get("backbone", "")
-            state = content.get("model_state_dict", content.get("state_dict", content))
-        if any(key.startswith("backbone.") for key in state):
-            prefix = "backbone."
-            state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
-        return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
-    except Exception as error:  # torch and safetensors raise many kinds on damaged files
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise MammoError(f"weights {path}: can't be read ({reason})") from error
+        except Exception as error:  # safetensors raises many kinds on damaged files
+            raise MammoError(f"weights {path}: can't be read ({why_unreadable(error)})") from error
+    else:
+        content = read_archive(path, "weights")
+        name = recorded_config(content).get("backbone", "")
+    state = find_backbone(flatten(content), path)
+    refuse_no_numbers(state, f"weights {path}")
+    return state, name
+
+
+def read_archive(path: str | Path, what: str) -> Any:
+    """What torch.save wrote, in types that execute nothing. Raises MammoError, `what` names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on pickles that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise MammoError(f"{what} {path}: no such file") from error
+    except Exception as error:  # damaged archives raise many kinds
+        raise MammoError(f"{what} {path}: can't be read ({why_unreadable(error)})") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """A line on an error of torch.load, whose own message is a page with colours."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return (
+            f"it holds {found[1] if found else 'Python objects'}, and nothing but tensors and plain "
+            "types is read; save the weights alone: torch.save(model.state_dict(), FILE)"
+        )
+    return f"damaged, or not a file of weights: {type(error).__name__}"
+
+
+def recorded_config(content: Any) -> dict[str, Any]:
+    """The settings of a run in its checkpoint; empty where the checkpoint is none of this project's."""
+    config = content.get("config") if isinstance(content, dict) else None
+    needed = {"backbone", "hidden_dim", "proj_dim"}
+    return config if isinstance(config, dict) and needed <= config.keys() else {}
+
+
+def flatten(content: Any, prefix: str = "", depth: int = 8) -> dict[str, Tensor]:
+    """The tensors in nested dicts, by their keys joined with dots: a dict around others is a prefix.
+
+    Dicts below `depth` are left out: a stranger's may hold itself.
+    """
+    if isinstance(content, Tensor):
+        return {prefix.removesuffix("."): content}
+    parts = content.items() if isinstance(content, dict) and depth else ()
+    found = [flatten(part, f"{prefix}{key}.", depth - 1) for key, part in parts]
+    return {name: tensor for part in found for name, tensor in part.items()}
+
+
+EXPECTED = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight")  # names that every ResNet has
+PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+OWN = ("", "model_state_dict.backbone.")  # where this project keeps a backbone
+# What the trained network is called where it stands beside its momentum copy: in MoCo's code
+# (https://github.com/facebookresearch/moco), and in lightly's and this project's.
+TRAINED = {"encoder_k": "encoder_q", "backbone_momentum": "backbone"}
+
+
+def find_backbone(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The one ResNet among tensors by name, whatever stands before its names; what it read is a note.
+
+    Raises MammoError where there is none, or several and no convention says which of them is meant.
+    """
+    last = EXPECTED[-1]
+    found = [name.removesuffix(last) for name in tensors if f".{name}".endswith(f".{last}")]
+    found = [prefix for prefix in found if all(prefix + name in tensors for name in EXPECTED)]
+    twins = {prefix: trained_twin(prefix) for prefix in found}
+    prefixes = [prefix for prefix in found if twins[prefix] == prefix or twins[prefix] not in found]
+    if not prefixes:
+        raise MammoError(
+            f"weights {path}: there is no ResNet in it; it holds {some(tensors) or 'no tensor'}, "
+            f"a ResNet has {some(EXPECTED)}, perhaps behind a prefix"
+        )
+    if len(prefixes) > 1:
+        raise MammoError(
+            f"weights {path}: there are several ResNets in it, as {some(prefixes)}; save the one that "
+            "you mean alone, by torch.save(ITS_STATE_DICT, FILE)"
+        )
+    own = {name[len(prefixes[0]) :]: v for name, v in tensors.items() if name.startswith(prefixes[0])}
+    state = {name: value for name, value in own.items() if name.split(".")[0] in PARTS}
+    others = [name for name in own if name not in state and not name.startswith("fc.")]
+    if prefixes[0] not in OWN or others:
+        rest = f"; not read: {some(others)}" if others else ""
+        print(f"note: weights {path}: read from {prefixes[0] + 'conv1'}{rest}", file=sys.stderr)
+    return state
+
+
+def trained_twin(prefix: str) -> str:
+    """The prefix of the network that the one of this prefix is the momentum copy of, or this prefix."""
+    return ".".join(TRAINED.get(word, word) for word in prefix.split("."))
+
+
+def some(names: Iterable[str]) -> str:
+    """Three of these names; no control character of a stranger's reaches the terminal."""
+    names = list(names)
+    return ", ".join(ascii(name)[1:-1] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def refuse_no_numbers(state: dict[str, Tensor], source: str) -> None:
+    """Raise MammoError that names the first tensor with a value that is NaN or infinite."""
+    for name, value in state.items():
+        if not value.float().isfinite().all():
+            raise MammoError(
+                f"{source}: {name} holds NaN or infinite values: the training that wrote it had failed; "
+                "take an earlier checkpoint"
+            )
 
 
 def load_backbone_state(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -103,10 +210,10 @@ def load_backbone(path: str | Path) -> nn.Module:
     make_view of the main script does: scaled to [0, 1] by the image's window, minus 0.449, over 0.226.
     """
     state, name = read_backbone_state(path)
-    name = name or architecture(state)
-    if name not in torchvision.models.list_models():
-        raise MammoError(f"weights {path}: torchvision has no model {name!r}")
-    backbone = build_backbone(name)
+    try:
+        backbone = build_backbone(name or architecture(state))
+    except MammoError as error:
+        raise MammoError(f"weights {path}: {error}") from error
     load_backbone_state(backbone, state, str(path))
     return backbone.eval()
 
@@ -147,15 +254,11 @@ def all_finite(content: Any) -> bool:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint with weights_only=True. Raises MammoError where it is missing or damaged."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise MammoError(f"checkpoint {path}: no such file") from error
-    except Exception as error:  # damaged archives raise many kinds
-        raise MammoError(f"checkpoint {path}: can't be read ({type(error).__name__})") from error
+    """Read a checkpoint, see read_archive. Raises MammoError where that can't be or weights are NaN."""
+    content = read_archive(path, "checkpoint")
     if not isinstance(content, dict):
         raise MammoError(f"checkpoint {path}: can't be read (it holds no dict)")
+    refuse_no_numbers(flatten(content.get("model_state_dict")), f"checkpoint {path}")
     return content
 
 
