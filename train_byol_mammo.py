@@ -2216,7 +2216,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path, ranks: process
         device=device,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         steps_per_epoch=drawn // (config.batch_size * ranks.world_size),
-        wandb_id=hashlib.sha256(f"{config.run_dir.resolve()}{time.time()}".encode()).hexdigest()[:8],
+        wandb_id=hashlib.sha256(bytes(config.run_dir.resolve() / str(time.time()))).hexdigest()[:8],
         ranks=ranks,
         code={"commit": devices.git_commit(), "training": settings.code_version(TRAINING_CODE)},
     )
@@ -2284,8 +2284,8 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     backbone = checkpoints.build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
-    if ranks.is_main and (root / "manifest.csv").is_file() and (root / "test").is_dir():
-        print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
+    if ranks.is_main:
+        images.note_test_images(root)
     lock = processes.exclusive_run_folder(config.run_dir, config.resume)
     with lock if ranks.is_main else nullcontext():
         cache = build_cache(config)  # one process builds, the others wait at its lock
@@ -2347,6 +2347,7 @@ def extract_only(config: Config) -> Path:
     """Build the cache without a model, as on a node without a GPU; returns its folder."""
     from byol_mammo import pictures, report
 
+    images.note_test_images(images.image_folder(config.data_dir))
     if config.qc_pages:  # first: they show why no tile is kept, where none is
         inputs = cache_inputs(images.list_sources(config.data_dir), config)
         pages = config.run_dir / "qc" / cache_key(inputs)
@@ -2389,6 +2390,11 @@ def start_folder(run: Run) -> None:
         f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "
         f"{run.config.view_side} px views, steps {run.step} to {run.last_step}"
     )
+    if np.isin(run.monitor_ids, run.train_ids).any():
+        count = len(run.train_ids)
+        print(
+            f"note: {count} tiles are few: those that watch for collapse are trained on", file=sys.stderr
+        )
     print(f"tracking  wandb {tracking.wandb_mode(config.wandb_mode)}")
     page = ", report.html tells how it goes" if run.config.report_every else ""
     print(f"run       {run.folder}{page}", flush=True)

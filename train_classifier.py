@@ -1210,7 +1210,7 @@ def train(settings: Settings) -> Path:
         f"training  {len(job.train_ids):,} tiles ({found}) of {groups[0]} studies, "
         f"validation on {groups[1]} studies"
     )
-    run_id = hashlib.sha256(str(job.folder.resolve()).encode()).hexdigest()[:8]
+    run_id = hashlib.sha256(bytes(job.folder.resolve())).hexdigest()[:8]
     tracker = mammo.start_tracker(run_id, config)
     try:
         if settings.mode == "probe":

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 import socket
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import load as from_safetensors, save as to_safetensors
 from torch import Tensor, nn
 
 from byol_mammo import files
@@ -31,14 +31,26 @@ def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
     if name not in torchvision.models.list_models():  # of a stranger's checkpoint
         raise MammoError(f"torchvision has no model {name!r}")
     backbone = torchvision.models.get_model(name, weights=None)
-    if not isinstance(backbone, torchvision.models.ResNet):
-        raise MammoError(f"{name} is no ResNet")
+    if not hasattr(backbone, "fc"):
+        raise MammoError(f"{name} is no network that ends in fc, as a ResNet does")
     backbone.fc = nn.Identity()
     if weights == "imagenet":
         load_backbone_state(backbone, imagenet_state(name), "imagenet")
     elif weights != "none":
-        load_backbone_state(backbone, read_backbone_state(weights)[0], weights)
+        load_backbone_state(backbone, read_backbone_state(weights, part_names(backbone))[0], weights)
     return backbone
+
+
+# The first name in each part of a ResNet, by which weights are known; see part_names for other networks.
+RESNET = ("conv1.weight", "bn1.weight", *(f"layer{number}.0.conv1.weight" for number in range(1, 5)))
+
+
+def part_names(backbone: nn.Module) -> tuple[str, ...]:
+    """The first name in each part of a network, without `fc`."""
+    first: dict[str, str] = {}
+    for name in backbone.state_dict():
+        first.setdefault(name.split(".")[0], name)
+    return tuple(name for part, name in first.items() if part != "fc")
 
 
 def feature_width(backbone: nn.Module) -> int:
@@ -66,9 +78,10 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
         socket.setdefaulttimeout(timeout)
 
 
-def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
+def read_backbone_state(path: str | Path, names: Sequence[str] = ()) -> tuple[dict[str, Tensor], str]:
     """Backbone weights in torchvision names, without `fc`, and the architecture where it is recorded.
 
+    `names`: part_names of the network that they are for; else those of the recorded one, or RESNET.
     Reads backbone.safetensors, a checkpoint of this script, or a state dict of anyone's, see
     find_backbone. Files are read with weights_only=True: nothing in them is executed.
     """
@@ -77,15 +90,19 @@ def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
         raise MammoError(f"weights {path}: no such file (imagenet, none or a path)")
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, "pt") as file:
-                content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                name = (file.metadata() or {}).get("backbone", "")
+            data = path.read_bytes()  # safe_open takes no name that is not UTF-8
+            content = from_safetensors(data)
+            # The header: its length in 8 bytes, then JSON (https://github.com/huggingface/safetensors).
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            name = header.get("__metadata__", {}).get("backbone", "")
         except Exception as error:  # safetensors raises many kinds on damaged files
             raise MammoError(f"weights {path}: can't be read ({why_unreadable(error)})") from error
     else:
         content = read_archive(path, "weights")
         name = recorded_config(content).get("backbone", "")
-    state = find_backbone(flatten(content), path)
+    if not names:
+        names = part_names(build_backbone(name)) if name in torchvision.models.list_models() else RESNET
+    state = find_backbone(flatten(content), names, path)
     refuse_no_numbers(state, f"weights {path}")
     return state, name
 
@@ -134,40 +151,41 @@ def flatten(content: Any, prefix: str = "", depth: int = 8) -> dict[str, Tensor]
     return {name: tensor for part in found for name, tensor in part.items()}
 
 
-EXPECTED = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight")  # names that every ResNet has
-PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 OWN = ("", "model_state_dict.backbone.")  # where this project keeps a backbone
 # What the trained network is called where it stands beside its momentum copy: in MoCo's code
 # (https://github.com/facebookresearch/moco), and in lightly's and this project's.
 TRAINED = {"encoder_k": "encoder_q", "backbone_momentum": "backbone"}
 
 
-def find_backbone(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The one ResNet among tensors by name, whatever stands before its names; what it read is a note.
+def find_backbone(tensors: dict[str, Tensor], names: Sequence[str], path: Path) -> dict[str, Tensor]:
+    """The one network among tensors by name that has `names` (see part_names), whatever stands before
+    them; from where it is read is a note.
 
     Raises MammoError where there is none, or several and no convention says which of them is meant.
     """
-    last = EXPECTED[-1]
+    expected = names[:3]
+    last = expected[-1]
     found = [name.removesuffix(last) for name in tensors if f".{name}".endswith(f".{last}")]
-    found = [prefix for prefix in found if all(prefix + name in tensors for name in EXPECTED)]
+    found = [prefix for prefix in found if all(prefix + name in tensors for name in expected)]
     twins = {prefix: trained_twin(prefix) for prefix in found}
     prefixes = [prefix for prefix in found if twins[prefix] == prefix or twins[prefix] not in found]
     if not prefixes:
         raise MammoError(
-            f"weights {path}: there is no ResNet in it; it holds {some(tensors) or 'no tensor'}, "
-            f"a ResNet has {some(EXPECTED)}, perhaps behind a prefix"
+            f"weights {path}: there is no such backbone in it; it holds {some(tensors) or 'no tensor'}, "
+            f"expected is {some(expected)}, perhaps behind a prefix"
         )
     if len(prefixes) > 1:
         raise MammoError(
-            f"weights {path}: there are several ResNets in it, as {some(prefixes)}; save the one that "
+            f"weights {path}: there are several backbones in it, as {some(prefixes)}; save the one that "
             "you mean alone, by torch.save(ITS_STATE_DICT, FILE)"
         )
     own = {name[len(prefixes[0]) :]: v for name, v in tensors.items() if name.startswith(prefixes[0])}
-    state = {name: value for name, value in own.items() if name.split(".")[0] in PARTS}
+    parts = {name.split(".")[0] for name in names}
+    state = {name: value for name, value in own.items() if name.split(".")[0] in parts}
     others = [name for name in own if name not in state and not name.startswith("fc.")]
     if prefixes[0] not in OWN or others:
         rest = f"; not read: {some(others)}" if others else ""
-        print(f"note: weights {path}: read from {prefixes[0] + 'conv1'}{rest}", file=sys.stderr)
+        print(f"note: weights {path}: read from {some([prefixes[0] + names[0]])}{rest}", file=sys.stderr)
     return state
 
 

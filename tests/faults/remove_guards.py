@@ -55,7 +55,7 @@ class Place:
 
 
 IMAGES, TABLES, DISK = "test_broken_images.py", "test_broken_tables.py", "test_full_disk.py"
-MACHINES, STRANGERS = "test_machines.py", "test_strangers_weights.py"
+MACHINES, STRANGERS, MESSAGES = "test_machines.py", "test_strangers_weights.py", "test_messages.py"
 PROCESSES, NUMBERS, SECURITY = "test_killed_processes.py", "test_wrong_numbers.py", "test_security.py"
 
 GUARDS = [
@@ -87,6 +87,16 @@ GUARDS = [
           "warnings.simplefilter('ignore')", f"{TABLES} spoilt_labels"),
     Guard("other encodings", "read_table", "except ValueError:",
           "ZeroDivisionError", f"{TABLES} manifest"),
+    Guard("tables that are no CSV", "refuse_other_tables", "if kind:",
+          "False", f"{MESSAGES} other_kinds"),
+    Guard("readers that go at the end", "exit_code", "sys.stdout.flush()",
+          "", f"{MESSAGES} nobody_reads and exit_code"),
+    Guard("readers that go", "main", "except BrokenPipeError:",
+          "ZeroDivisionError", f"{MESSAGES} nobody_reads and prepare", "prepare_dataset.py"),
+    Guard("names that stdout can't print", "escape_names", "stream.reconfigure(errors='backslashreplace')",
+          "", f"{MESSAGES} strict"),
+    Guard("names that wandb can't take", "Tracker._work", "if not files.is_text(text):",
+          "False", f"{MESSAGES} not_utf8"),
     Guard("columns there twice", "read_table", "if twice:",
           "False", f"{TABLES} spoilt_labels"),
     Guard("endless and huge boxes", "_read_boxes", "except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):",

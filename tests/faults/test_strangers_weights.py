@@ -41,32 +41,32 @@ def no_fc(state):
 FORMS = {  # how a state dict is wrapped, and where the note says that it was read from
     "plain": (lambda s: s, ""),
     "without fc": (no_fc, ""),
-    "model": (lambda s: {"model": s, "epoch": 3}, "model.conv1"),
+    "model": (lambda s: {"model": s, "epoch": 3}, "model.conv1.weight"),
     "state_dict": (
         lambda s: {"state_dict": s, "optimizer": {"state": {0: s["fc.bias"]}}},
-        "state_dict.conv1",
+        "state_dict.conv1.weight",
     ),
-    "teacher": (lambda s: {"teacher": behind("backbone.", s)}, "teacher.backbone.conv1"),
-    "DataParallel": (lambda s: behind("module.", s), "module.conv1"),
-    "compiled": (lambda s: behind("_orig_mod.", s), "_orig_mod.conv1"),
+    "teacher": (lambda s: {"teacher": behind("backbone.", s)}, "teacher.backbone.conv1.weight"),
+    "DataParallel": (lambda s: behind("module.", s), "module.conv1.weight"),
+    "compiled": (lambda s: behind("_orig_mod.", s), "_orig_mod.conv1.weight"),
     "compiled and parallel": (
         lambda s: {"net": behind("module._orig_mod.", s)},
-        "net.module._orig_mod.conv1",
+        "net.module._orig_mod.conv1.weight",
     ),
-    "encoder": (lambda s: behind("encoder.", s), "encoder.conv1"),
-    "net": (lambda s: behind("net.", s), "net.conv1"),
-    "any other": (lambda s: {"a": {"b": behind("c.d.", s)}}, "a.b.c.d.conv1"),
+    "encoder": (lambda s: behind("encoder.", s), "encoder.conv1.weight"),
+    "net": (lambda s: behind("net.", s), "net.conv1.weight"),
+    "any other": (lambda s: {"a": {"b": behind("c.d.", s)}}, "a.b.c.d.conv1.weight"),
     "MoCo": (
         lambda s: {"state_dict": behind("module.encoder_q.", s) | behind("module.encoder_k.", other(s))},
-        "state_dict.module.encoder_q.conv1",
+        "state_dict.module.encoder_q.conv1.weight",
     ),
     "lightly": (
         lambda s: {"state_dict": behind("backbone.", s) | behind("backbone_momentum.", other(s))},
-        "state_dict.backbone.conv1",
+        "state_dict.backbone.conv1.weight",
     ),
     "SwAV": (
         lambda s: behind("module.", no_fc(s) | {"prototypes.weight": torch.ones(2)}),
-        "module.conv1; not read: prototypes.weight",
+        "module.conv1.weight; not read: prototypes.weight",
     ),
     "half": (lambda s: {name: v.half() if v.is_floating_point() else v for name, v in s.items()}, ""),
 }  # fmt: skip
@@ -97,13 +97,13 @@ def spoilt(state, value):
 REFUSED = {  # what torch.save gets, and the reason
     "student and teacher": (
         lambda s: {"student": s, "teacher": s},
-        r"several ResNets in it, as student\., teacher\.; save the one that you mean alone",
+        r"several backbones in it, as student\., teacher\.; save the one that you mean alone",
     ),
-    "two nets": (lambda s: behind("a.", s) | behind("b.", s), r"several ResNets in it, as a\., b\.;"),
+    "two nets": (lambda s: behind("a.", s) | behind("b.", s), r"several backbones in it, as a\., b\.;"),
     "another network": (
         lambda s: dict.fromkeys(["patch_embed", "blocks.0", "c", "d"], s["fc.bias"]),
-        r"no ResNet in it; it holds patch_embed, blocks\.0, c, \.\.\., a ResNet has conv1\.weight, "
-        r"bn1\.weight, layer1\.0\.conv1\.weight",
+        r"no such backbone in it; it holds patch_embed, blocks\.0, c, \.\.\., expected is "
+        r"conv1\.weight, bn1\.weight, layer1\.0\.conv1\.weight",
     ),
     "names that colour": (lambda s: {"\x1b[31mred": s["fc.bias"]}, r"it holds \\x1b\[31mred,"),
     "no tensor": (lambda s: {"epoch": 3}, "it holds no tensor"),
@@ -166,6 +166,17 @@ def test_files_of_other_kinds_are_refused_in_a_line(tmp_path, name, suffix):
     assert "can't be read" in text
     assert text.isprintable()
     assert suffix == ".safetensors" or reason in text
+
+
+def test_an_exported_network_of_another_kind_is_read_by_its_own_names(tmp_path, capsys):
+    """As one that a user adds to the choices of --backbone."""
+    network = mammo.checkpoints.build_backbone("regnet_y_400mf")
+    path = tmp_path / "b.safetensors"
+    mammo.checkpoints.export_backbone(network, path, "regnet_y_400mf", (0.449, 0.226))
+    loaded = mammo.load_backbone(path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in network.state_dict().items())
+    mammo.checkpoints.build_backbone("regnet_y_400mf", str(path))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_dict_that_holds_itself_ends_in_a_line(tmp_path):
