@@ -77,8 +77,12 @@ def test_output_that_nobody_reads_ends_quietly(script, lines):
     code = SPEAK + PREPARE * (script == "prepare") + f"sys.stdin.read()\nsys.exit({call})"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(lines)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # as a user's; else each print would be flushed
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.close()  # as `head` does when it has seen enough
     process.stdin.close()
     assert process.stderr.read() == b""
