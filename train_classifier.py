@@ -397,10 +397,7 @@ def start_model(settings: Settings) -> tuple[mammo.MammogramBYOL, mammo.Config]:
     if settings.backbone and settings.backbone != name:
         raise MammoError(f"--backbone {settings.backbone}: {settings.weights} holds a {name}")
     if recorded:
-        try:
-            backbone = checkpoints.build_backbone(name)
-        except MammoError as error:
-            raise MammoError(f"{settings.weights}: {error}") from error
+        backbone = checkpoints.build_recorded(name, settings.weights)
     elif settings.weights in UNTRAINED or settings.backbone:
         backbone = checkpoints.build_backbone(name, settings.weights)
     else:  # a file that says no architecture: its layers do

@@ -41,6 +41,14 @@ def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
     return backbone
 
 
+def build_recorded(name: str, source: str | Path) -> nn.Module:
+    """build_backbone for a name that a file records: the file is named where that can't be."""
+    try:
+        return build_backbone(name)
+    except MammoError as error:
+        raise MammoError(f"weights {source}: {error}") from error
+
+
 # The first name in each part of a ResNet, by which weights are known; see part_names for other networks.
 RESNET = ("conv1.weight", "bn1.weight", *(f"layer{number}.0.conv1.weight" for number in range(1, 5)))
 
@@ -101,7 +109,7 @@ def read_backbone_state(path: str | Path, names: Sequence[str] = ()) -> tuple[di
         content = read_archive(path, "weights")
         name = recorded_config(content).get("backbone", "")
     if not names:
-        names = part_names(build_backbone(name)) if name in torchvision.models.list_models() else RESNET
+        names = part_names(build_recorded(name, path)) if name else RESNET
     state = find_backbone(flatten(content), names, path)
     refuse_no_numbers(state, f"weights {path}")
     return state, name
@@ -228,10 +236,7 @@ def load_backbone(path: str | Path) -> nn.Module:
     make_view of the main script does: scaled to [0, 1] by the image's window, minus 0.449, over 0.226.
     """
     state, name = read_backbone_state(path)
-    try:
-        backbone = build_backbone(name or architecture(state))
-    except MammoError as error:
-        raise MammoError(f"weights {path}: {error}") from error
+    backbone = build_recorded(name or architecture(state), path)
     load_backbone_state(backbone, state, str(path))
     return backbone.eval()
 
