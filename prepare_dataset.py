@@ -50,6 +50,7 @@ Exit codes
     1  finished, but images are missing or were skipped (missing.csv, skipped.csv)
     2  refused (wrong flag, wrong CSV, a study in two splits, no image found): nothing was written
     3  stopped part-way (disk full, interrupted): the same command again resumes
+    141  who read the output has gone, as `head` does: what is laid out is laid out
 """
 
 from __future__ import annotations
@@ -277,6 +278,7 @@ def read_csv(csv_path: Path) -> pd.DataFrame:
     """
     if not csv_path.is_file():
         raise MammoError(f"there is no file {csv_path}; give the annotation CSV with --csv_path")
+    files.refuse_other_tables(csv_path)
     delimiter = delimiter_of(csv_path)
     try:
         # Blank lines are kept for now, so that the index gives the line in the file.
@@ -1668,6 +1670,17 @@ def print_labels(plan: Plan) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code described at the top."""
+    settings.escape_names()
+    try:
+        code = run(argv)
+        sys.stdout.flush()  # here: at the interpreter's end an error could no longer be told
+        return code
+    except BrokenPipeError:
+        return settings.end_without_reader()
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """The program without what becomes of its output."""
     try:
         options = parse_options(argv)
     except MammoError as error:

@@ -40,7 +40,6 @@ import hashlib
 import json
 import math
 import operator
-import os
 import shutil
 import sys
 import time
@@ -56,7 +55,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
@@ -130,6 +128,7 @@ LOG_EVERY = 10  # steps between rows of metrics.csv
 PROGRESS = "auto"  # auto, bar, lines or none; auto = a bar on a terminal, else a line a minute
 REPORT_EVERY = 5.0  # minutes between updates of pictures and report.html; 0 = none of them
 REPORT = ""  # folder of a run whose report.html is written again, without training; empty = train
+PEER_TIMEOUT = 10.0  # minutes that a process of several waits for the others to start
 SEED = 0  # every random choice follows from it
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto = bf16 where the hardware has it, else fp16 or fp32
@@ -154,7 +153,8 @@ LR_BATCH = 32  # batch size at which LR is meant
 FREE_ON_RESUME = (
     "output_dir run_name cache_dir data_dir qc_pages extract_only num_workers max_steps save_every "
     "log_every device compile grad_checkpoint deterministic on_collapse resume wandb_mode wandb_project "
-    "checkpoint_every labels probe_every progress report_every report"
+    "checkpoint_every labels probe_every progress report_every report "
+    "peer_timeout"
 ).split()  # fmt: skip
 
 
@@ -204,6 +204,7 @@ class Config:
     progress: str = PROGRESS
     report_every: float = REPORT_EVERY
     report: str = REPORT
+    peer_timeout: float = PEER_TIMEOUT
     seed: int = SEED
     device: str = DEVICE
     precision: str = PRECISION
@@ -242,7 +243,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_epochs": (0, math.inf), "weight_decay": (0, 10), "monitor_tiles": (2, 65536),
     "freq_loss_weight": (0, 1000), "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf), "log_every": (1, math.inf), "report_every": (0, math.inf),
-    "seed": (0, 2**63 - 1),
+    "peer_timeout": (0, math.inf), "seed": (0, 2**63 - 1),
 }  # fmt: skip
 
 
@@ -1124,34 +1125,21 @@ def build_cache(config: Config) -> Path:
     sources = images.list_sources(config.data_dir)
     inputs = cache_inputs(sources, config)
     final = Path(config.cache_dir) / cache_key(inputs)
+    caches.check_readable(final)
     if caches.is_finished(final):
         caches.note_other_versions(final)
         return final
     caches.note_other_code(final, inputs)
-    building = final.with_name(f".{final.name}.building")
-    building.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(building.with_suffix(".lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"note: another process builds {final}: waiting for it", file=sys.stderr)
-        held = lock.acquire()
-    with held:
-        if not caches.is_finished(final):
-            if final.exists():
-                print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
-                files.move_aside(final)
-            if not caches.is_finished(building):  # else the last run was killed before it renamed it
-                records = extract_all(sources, config, building / "extracted")
-                finish_cache(building, records, sources, inputs, config)
-            shutil.rmtree(building / "extracted", ignore_errors=True)
-            files.remove_unfinished(building)
-            os.replace(building, final)
+
+    def build(building: Path, journal: Path) -> None:
+        finish_cache(building, extract_all(sources, config, journal), sources, inputs, config)
+
+    caches.build_once(final, build)
     return final
 
 
-def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[dict[str, Any]]:
-    """Extract the images that no journal below `extracted` holds yet; returns the records of all."""
+def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[dict[str, Any]]:
+    """Extract to the folder `journal` what no other beside it holds yet; returns the records of all."""
     from byol_mammo import extraction
 
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
@@ -1163,7 +1151,7 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
         for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
     ]
     return extraction.extract_missing(
-        extract_to_file, jobs, extracted, config.num_workers, config.progress
+        extract_to_file, jobs, journal, config.num_workers, config.progress
     )
 
 
@@ -2229,7 +2217,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path, ranks: process
         device=device,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         steps_per_epoch=drawn // (config.batch_size * ranks.world_size),
-        wandb_id=hashlib.sha256(f"{config.run_dir.resolve()}{time.time()}".encode()).hexdigest()[:8],
+        wandb_id=hashlib.sha256(bytes(config.run_dir.resolve() / str(time.time()))).hexdigest()[:8],
         ranks=ranks,
         code={"commit": devices.git_commit(), "training": settings.code_version(TRAINING_CODE)},
     )
@@ -2297,14 +2285,15 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     backbone = checkpoints.build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
-    if ranks.is_main and (root / "manifest.csv").is_file() and (root / "test").is_dir():
-        print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
+    if ranks.is_main:
+        images.note_test_images(root)
     lock = processes.exclusive_run_folder(config.run_dir, config.resume)
     with lock if ranks.is_main else nullcontext():
         cache = build_cache(config)  # one process builds, the others wait at its lock
         if ranks.is_main and config.report_every:
             show_extraction(cache, config)
-        processes.join_ranks(ranks, "nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        processes.join_ranks(ranks, backend, config.peer_timeout)
         return train_in_folder(prepare_run(config, backbone, cache, ranks))
 
 
@@ -2359,6 +2348,7 @@ def extract_only(config: Config) -> Path:
     """Build the cache without a model, as on a node without a GPU; returns its folder."""
     from byol_mammo import pictures, report
 
+    images.note_test_images(images.image_folder(config.data_dir))
     if config.qc_pages:  # first: they show why no tile is kept, where none is
         inputs = cache_inputs(images.list_sources(config.data_dir), config)
         pages = config.run_dir / "qc" / cache_key(inputs)
@@ -2401,6 +2391,11 @@ def start_folder(run: Run) -> None:
         f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "
         f"{run.config.view_side} px views, steps {run.step} to {run.last_step}"
     )
+    if np.isin(run.monitor_ids, run.train_ids).any():
+        count = len(run.train_ids)
+        print(
+            f"note: {count} tiles are few: those that watch for collapse are trained on", file=sys.stderr
+        )
     print(f"tracking  wandb {tracking.wandb_mode(config.wandb_mode)}")
     page = ", report.html tells how it goes" if run.config.report_every else ""
     print(f"run       {run.folder}{page}", flush=True)

@@ -38,6 +38,12 @@ def is_left_out(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
+FOREIGN_MANIFEST = (  # what to do about a manifest.csv without the paths of the images
+    "prepare_dataset.py writes it, and `file` is an image's path below its folder: rename the column "
+    "that holds this, lay the archive out by prepare_dataset.py, or move the table away to do without"
+)
+
+
 class ImageReadError(MammoError):
     """An image that can't be used; names the file and the reason."""
 
@@ -52,6 +58,12 @@ def image_folder(data_dir: str | Path) -> Path:
     if not root.is_dir():
         raise MammoError(f"{root}: no such folder; give --data_dir, or lay it out by prepare_dataset.py")
     return root
+
+
+def note_test_images(root: Path) -> None:
+    """Say so where a folder that is to be trained on is a whole layout, test images and all."""
+    if (root / "manifest.csv").is_file() and (root / "test").is_dir():
+        print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
 
 
 def find_images(data_dir: str | Path) -> list[Path]:
@@ -117,7 +129,7 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     known = read_manifest(root)
     sources = sources.merge(known, on="path", how="left")
     stems = sources["image"].map(lambda name: str(Path(name).with_suffix("")))
-    sources["study_id"] = sources["study_id"].fillna(stems)
+    sources["study_id"] = sources["study_id"].astype(object).where(sources["study_id"].notna(), stems)
     for column in ("laterality", "view"):
         sources[column] = sources[column].astype(object).where(sources[column].notna(), "")
     if left_out:
@@ -160,7 +172,7 @@ def read_manifest(root: Path) -> pd.DataFrame:
             )
         if not (folder / "manifest.csv").is_file():
             continue
-        manifest = files.read_table(folder / "manifest.csv", ["file"], "rerun prepare_dataset.py")
+        manifest = files.read_table(folder / "manifest.csv", ["file"], FOREIGN_MANIFEST)
         paths = [folder / name for name in manifest["file"]]
         manifest["path"] = [
             str(root / path.relative_to(real) if path.is_relative_to(real) else path) for path in paths

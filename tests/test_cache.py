@@ -226,18 +226,24 @@ def test_what_another_node_extracted_is_used_and_left_alone(archive, tmp_path, m
     assert_same_cache(cache, mammo.build_cache(small_config(archive)))
 
 
-class NoLock:
-    """A lock of a file system that has none."""
+def no_lock(number):
+    """FileLock on a file system whose locks don't reach other nodes (0), or that raises this error."""
 
-    def __init__(self, path):
-        self.path = path
+    class NoLock:
+        def __init__(self, path, **options):
+            self.path = path
 
-    def acquire(self, timeout=0):
-        return contextlib.nullcontext()
+        def acquire(self, timeout=0):
+            if number:
+                raise OSError(number, os.strerror(number))
+            return contextlib.nullcontext()
+
+    return NoLock
 
 
-def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_path, monkeypatch):
-    """On file systems whose locks don't reach other nodes: a second one extracts in between."""
+@pytest.mark.parametrize("number", [0, errno.ENOLCK])
+def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_path, monkeypatch, number):
+    """A second one extracts in between."""
     config = left_by_a_first_start(tmp_path, archive, monkeypatch)
     extract, calls = mammo.extract_image, []
 
@@ -245,7 +251,8 @@ def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_pa
         calls.append(job)
         if len(calls) == 1:
             with monkeypatch.context() as patch:
-                patch.setattr(socket, "gethostname", lambda: "another")
+                if not number:  # else they may share a node
+                    patch.setattr(socket, "gethostname", lambda: "another")
                 patch.setattr(mammo, "finish_cache", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     mammo.build_cache(config)
@@ -254,7 +261,7 @@ def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_pa
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mammo, "FileLock", NoLock)
+    monkeypatch.setattr(mammo.processes, "FileLock", no_lock(number))
     monkeypatch.setattr(mammo, "extract_image", disturbed)
     cache = mammo.build_cache(config)
     assert len(calls) == 2  # both extracted the fourth image
@@ -272,7 +279,7 @@ def test_a_line_whose_pixels_are_gone_never_comes_back(tmp_path):
 
     for index, grey in ((0, 1), (7, 2)):
         finished = byol_mammo.extraction.read_records(tmp_path)
-        journal = byol_mammo.extraction.Journal(tmp_path, finished)
+        journal = byol_mammo.extraction.Journal(tmp_path / "here", finished)
         extract(index, grey)
         journal.close()
         assert set(byol_mammo.extraction.read_records(tmp_path)) == {index}
@@ -471,7 +478,7 @@ def test_a_folder_that_fails_to_list_its_images_is_an_error(tmp_path, monkeypatc
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
         return real(folder)
 
-    monkeypatch.setattr(mammo.os, "scandir", failing)
+    monkeypatch.setattr(mammo.images.os, "scandir", failing)
     with pytest.raises(OSError, match=r"Input/output error.*b"):
         mammo.images.find_images(tmp_path)
 

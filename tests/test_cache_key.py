@@ -40,7 +40,7 @@ EDITS = {  # a line of the main script, what stands there instead, whether that 
         '    """Other words,\n\n    in two more lines."""',
         False,
     ),
-    "plumbing": ("lock.acquire(timeout=0)", "lock.acquire(timeout=1)", False),
+    "plumbing": ("caches.build_once(final, build)", "caches.build_once(final, build=build)", False),
     "a filter": (OPENING, "OPENING = 7", True),
     "the choice of tiles": ("(GROUP_RADIUS / spacing_mm)", "(GROUP_SIZE / spacing_mm)", True),
 }

@@ -90,7 +90,7 @@ def test_processes_without_an_address_are_told_how_to_start(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(mammo.MammoError, match="start by torchrun"):
-        mammo.processes.join_ranks(mammo.processes.Ranks(0, 2, 0), "gloo")
+        mammo.processes.join_ranks(mammo.processes.Ranks(0, 2, 0), "gloo", 1)
 
 
 def slurm(rank, tasks, local, **step):

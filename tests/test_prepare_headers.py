@@ -29,7 +29,11 @@ def prepare(
     for name, dataset in data_sets.items():
         save(dataset, folder / f"in/p/{name}.dcm")
     places = ["--images_root", str(folder / "in"), "--output_dir", str(folder / "out")]
-    alone = ["--test_share", "0", *["--patient_pattern", "^p"] * (csv == ("none",))]  # one of many images
+    alone = [
+        "--test_share",
+        "0",
+        *["--patient_pattern", "^p"] * (csv == ("none",)),
+    ]  # one of many images
     return prep.main(["--csv_path", *map(str, csv), *alone, *places, *extra])
 
 
