@@ -1260,9 +1260,10 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(folder / "compare.csv", table.to_csv(index=False))
     studies_judged = len(set(data.groups[judged]))
+    where = "the split test" if len(parts) == 1 else f"{len(parts)} folds of all patients"
     print(
-        f"{len(judged):,} tiles of {studies_judged} studies; 95 % intervals are for these weights, over "
-        "studies: other seeds give other weights"
+        f"{len(judged):,} tiles of {studies_judged} studies, judged in {where}; 95 % intervals are for "
+        "these weights, over studies: other seeds give other weights"
     )
     note_few(data.names, data.targets[judged], data.groups[judged])
     note_seen([start for start in engines if start.endswith(".pth")], data, judged, settings)
