@@ -1,0 +1,193 @@
+"""Breast and pectoral muscle in a reduced mammogram: pure functions on small arrays, bright on dark."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from byol_mammo import images
+
+# Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
+SKIN_LEVELS = (0.02, 0.11, 0.08)
+FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the breast's median
+OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
+LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
+LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
+LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
+UNEVEN_AIR = 0.02  # noise of air above which it may be fat, share of the way to the breast's median
+FAT_ROUGHNESS = 0.04  # what grey differs by within 3 px of fat, share of the way from air to the median
+MIN_SMOOTH_AIR = 0.005  # share of the image below which what is smoother than fat is no air
+
+
+def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
+    """Air, its noise, and the median of the breast in a smoothed reduced image without padding.
+
+    The lowest of three Otsu classes holds air and its fog (Liao et al. 2001); the air proper is what of
+    it lies away from the largest bright component. None where nothing is coherent, as in noise.
+    """
+    from skimage.filters import threshold_multiotsu  # here: a run that finds its cache starts sooner
+
+    try:
+        lower = float(threshold_multiotsu(area, classes=3)[0])
+    except ValueError:  # fewer than three grey levels
+        return None
+    dark = area <= lower
+    if coherent(dark).sum() < 0.2 * dark.sum():
+        return None
+    core = images.largest_component(~dark)
+    reach = max(3, max(area.shape) // 20) | 1
+    near = cv2.dilate(core.astype(np.uint8), np.ones((reach, reach), np.uint8)) > 0
+    air = dark & ~near
+    if air.mean() < 0.002:
+        air = area <= np.percentile(area, 2)
+    level, noise = images.median_and_spread(area[air])
+    tissue = float(np.median(area[core]))
+    levels, contrast = (level, noise, tissue), tissue - level
+    if noise <= UNEVEN_AIR * contrast:
+        return levels
+    return levels_amid_fat(area, dark, FAT_ROUGHNESS * contrast) or levels
+
+
+def levels_amid_fat(
+    area: np.ndarray, dark: np.ndarray, roughness: float
+) -> tuple[float, float, float] | None:
+    """grey_levels where the breast nearly fills the image and its `dark` part is mostly fat, else None.
+
+    Fat is rough, air is smooth; without any smooth part all is breast, and air far below it. Fog is
+    smooth too: on film most of the dark part is, and what is darker than fog is a frame. Noise is rough
+    pixel by pixel, fat is so in its shapes.
+    """
+    kernel = np.ones((3, 3), np.uint8)
+    shapes = cv2.morphologyEx(cv2.GaussianBlur(area, (0, 0), 4), cv2.MORPH_GRADIENT, kernel)
+    grain = images.median_and_spread((area - cv2.GaussianBlur(area, (0, 0), 1.5))[dark])[1]
+    if np.median(shapes[dark]) < grain:
+        return None
+    smooth = coherent(dark & (cv2.morphologyEx(area, cv2.MORPH_GRADIENT, kernel) < roughness))
+    if smooth.mean() < MIN_SMOOTH_AIR:
+        tissue = float(np.median(area))
+        return 2 * float(area.min()) - tissue, 0.0, tissue
+    on_border = smooth[[0, -1]].any() or smooth[:, [0, -1]].any()
+    if smooth.sum() > dark.sum() / 2 or not on_border:
+        return None
+    return *images.median_and_spread(area[smooth]), float(np.median(area[~smooth]))
+
+
+def coherent(binary: np.ndarray) -> np.ndarray:
+    """What of a (H, W) bool array a disc of OPENING px can cover."""
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
+    return cv2.morphologyEx(binary.view(np.uint8), cv2.MORPH_OPEN, disc) > 0
+
+
+def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarray:
+    """The breast in a reduced image and its smoothed copy: the largest component above a grey level.
+
+    Opening cuts labels and tape that touch the breast by a thin bridge. Where the image side cuts the
+    breast off, dark fat may be open to that side: it is closed there before holes are filled. Noise
+    is smoothed away first; the rim that smoothing has pushed outwards is trimmed at the end.
+    """
+    breast = closed_at_chest(images.largest_component(smooth > level))
+    pad = OPENING + 1
+    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+    opened = coherent(padded.view(bool))[pad:-pad, pad:-pad]
+    breast = closed_at_chest(images.largest_component(opened))
+    inner = cv2.erode(breast.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1) > 0
+    trimmed = (inner | (breast & (area > level))).astype(np.uint8)
+    opened = cv2.morphologyEx(trimmed, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    return images.largest_component(opened > 0)
+
+
+def closed_at_chest(breast: np.ndarray) -> np.ndarray:
+    """The mask without holes, those included that are open to the side that cuts the breast off."""
+    breast = breast.copy()
+    side = chest_side(breast)
+    rows = np.flatnonzero(breast[:, side])
+    if len(rows):
+        breast[rows[0] : rows[-1] + 1, side] = True
+    contours, _ = cv2.findContours(breast.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(np.zeros(breast.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
+
+
+def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """A breast mask without the labels and markers that touch the skin, where they cover it too.
+
+    What a large disc can't reach sticks out of the breast: nipple, folds, labels. The last are the
+    brightest thing in the image, skin is among the darkest. Their rims share blocks of the reduced
+    copy with what lies beside them; those blocks go as well.
+    """
+
+    pad = LABEL_SIZE
+    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+    core = cv2.distanceTransform(padded, cv2.DIST_L2, 5) > LABEL_SIZE / 2
+    reach = cv2.distanceTransform((~core).view(np.uint8), cv2.DIST_L2, 5)
+    body = (reach <= LABEL_SIZE / 2)[pad:-pad, pad:-pad]
+    if not body.any():
+        return body
+    outside = breast & ~body
+    faint, bright = (area > level for level in np.percentile(area[body], LABEL_PERCENTILES))
+    rim = cv2.dilate((bright & ~breast).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    seeds = cv2.connectedComponents(outside.view(np.uint8))[1]
+    labels = np.unique(seeds[outside & bright])
+    if not labels.size:
+        return images.largest_component(breast & ~rim)
+    sticking = np.isin(seeds, labels)
+    # Letters lie apart: closing joins them, and with them those that lie over the breast.
+    gap = np.ones((LABEL_GAP, LABEL_GAP), np.uint8)
+    joined = cv2.morphologyEx((bright | sticking).view(np.uint8), cv2.MORPH_CLOSE, gap)
+    near = cv2.dilate(sticking.view(np.uint8), np.ones((2 * LABEL_SIZE + 1,) * 2, np.uint8))
+    parts = cv2.connectedComponents(cv2.bitwise_and(joined, near))[1]
+    found = np.isin(parts, np.unique(parts[sticking])) & (bright | sticking)
+    strokes = cv2.connectedComponents(faint.view(np.uint8) & near)[1]
+    found |= np.isin(strokes, np.unique(strokes[found & (strokes > 0)]))
+    label = cv2.dilate(found.view(np.uint8), np.ones((9, 9), np.uint8)) > 0
+    return images.largest_component(breast & ~rim & ~label)
+
+
+def chest_side(breast: np.ndarray) -> int:
+    """Column index (0 or -1) of the side that cuts the breast off."""
+    return 0 if breast[:, 0].sum() >= breast[:, -1].sum() else -1
+
+
+def silhouette_area(breast: np.ndarray) -> int:
+    """Area in px between the skin and the chest side, row by row, whatever holes there are."""
+    away = breast if chest_side(breast) == -1 else breast[:, ::-1]
+    return int(np.where(away.any(1), away.shape[1] - away.argmax(1), 0).sum())
+
+
+# ---- Pectoral muscle
+
+MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the muscle is sought
+MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
+MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
+CLOSE_UP = 0.97  # share of the image that a breast covers where bright tissue in a corner is no muscle
+# What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
+MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.78, 1.1, 0.04
+
+
+def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | None:
+    """Where the muscle's border meets the top row and the left column (px), chest side left, or None."""
+    height, width = area.shape
+    if breast[: height // 20 + 1, : width // 20 + 1].mean() < 0.8:
+        return None  # the corner is air: a CC view
+    grey = np.log(area + 0.1 * np.median(area[breast]))
+    grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), MUSCLE_SMOOTHING)
+    slope_x, slope_y = (cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1)))
+    share = np.arange(0.15, 1.0, 0.025)
+    top, left = (axis.ravel() for axis in np.meshgrid(share * width, share * height))
+    large = top * left / 2 >= MUSCLE_MIN_AREA * breast.sum()
+    if not large.any():
+        return None
+    top, left = top[large], left[large]
+    along = np.linspace(0.03, 0.97, 40)
+    x = (top[:, None] * (1 - along)).astype(np.int32)  # (lines, points)
+    y = (left[:, None] * along).astype(np.int32)
+    points = y * width + x
+    length = np.hypot(top, left)
+    normal_x, normal_y = (left / length).astype(np.float32), (top / length).astype(np.float32)
+    edge = -(slope_x.take(points) * normal_x[:, None] + slope_y.take(points) * normal_y[:, None])
+    inside = breast.ravel().take(points)
+    edge *= inside
+    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (inside.mean(1) > 0.5)
+    best = int(score.argmax())
+    if (edge[best] > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
+        return None
+    return float(top[best]), float(left[best])
