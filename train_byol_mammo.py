@@ -278,7 +278,7 @@ def read_and_reduce(
     if polarity == "inverted" or margin < -framing.MIN_INVERTED:
         image = (2 ** images.bit_depth(image, small.brightest) - 1) - image
         small = framing.content_of(image)
-    return image, small.without_strips(), abs(margin)
+    return image, framing.picture_of(small), abs(margin)
 
 
 # ---- 3 Breast mask ---------------------------------------------------------------------------------
@@ -318,6 +318,7 @@ def find_breast(small: framing.ReducedImage) -> np.ndarray:
     )
     if silhouette > 1.02 * probed:
         breast = anatomy.breast_above(area, smooth, max(film + noise, anatomy.FILM_SKIN * tissue))
+    breast = anatomy.without_rims(breast)
     if breast.mean() < MIN_BREAST_AREA:
         return np.zeros(area.shape, bool)
     return anatomy.without_labels(breast, area)

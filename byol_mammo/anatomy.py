@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 
@@ -11,8 +13,11 @@ from byol_mammo import images
 SKIN_LEVELS = (0.02, 0.11, 0.08)
 FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the breast's median
 OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
+CHEST_DEPTH = 0.03  # share of the breast within which its chest side counts as straight
+RIM_DEPTH = 12  # px of the reduced copy, 6-8 mm
 LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
 LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
+MARKER_SIZE = 5  # px of the reduced copy, 2-4 mm: largest marker of nipple or skin
 LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
 UNEVEN_AIR = 0.02  # noise of air above which it may be fat, share of the way to the breast's median
 FAT_ROUGHNESS = 0.04  # what grey differs by within 3 px of fat, share of the way from air to the median
@@ -96,12 +101,29 @@ def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarr
     return images.largest_component(opened > 0)
 
 
+def without_rims(breast: np.ndarray) -> np.ndarray:
+    """A breast mask without what lies along a side of the picture alone.
+
+    Light leaks in at the edges of a film, and beyond the collimator it is fogged: a strip along a side,
+    joined to the breast where the chest wall is. A breast that a side cuts off is deeper than that.
+    """
+    kept = breast.copy()
+    turns = [lambda a: a, lambda a: a[::-1], lambda a: a.T, lambda a: a.T[::-1]]
+    for inwards, lines in ((turn(breast), turn(kept)) for turn in turns):
+        depth = min(RIM_DEPTH, len(inwards) - 1)
+        deeper = inwards[depth].view(np.uint8)[None]
+        near = cv2.dilate(np.ascontiguousarray(deeper), np.ones((1, 2 * depth + 1), np.uint8))
+        lines[:depth] &= near > 0
+    return images.largest_component(kept)
+
+
 def closed_at_chest(breast: np.ndarray) -> np.ndarray:
     """The mask without holes, those included that are open to the side that cuts the breast off."""
     breast = breast.copy()
-    side = chest_side(breast)
-    rows = np.flatnonzero(breast[:, side])
-    if len(rows):
+    left, top, width, _ = images.bounding_box(breast)
+    if width:
+        side = left if chest_side(breast) == 0 else left + width - 1
+        rows = np.flatnonzero(breast[:, side])
         breast[rows[0] : rows[-1] + 1, side] = True
     contours, _ = cv2.findContours(breast.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(np.zeros(breast.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
@@ -126,7 +148,12 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
     faint, bright = (area > level for level in np.percentile(area[body], LABEL_PERCENTILES))
     rim = cv2.dilate((bright & ~breast).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
     seeds = cv2.connectedComponents(outside.view(np.uint8))[1]
-    labels = np.unique(seeds[outside & bright])
+    # A marker on the nipple is a dot: what it sticks to is skin, and no letter lies beside it.
+    _, dots, boxes, _ = cv2.connectedComponentsWithStats(bright.view(np.uint8))
+    is_dot = boxes[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1) <= MARKER_SIZE
+    marker = is_dot[dots] & outside & bright
+    rim |= cv2.dilate(marker.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    labels = np.unique(seeds[outside & bright & ~marker])
     if not labels.size:
         return images.largest_component(breast & ~rim)
     sticking = np.isin(seeds, labels)
@@ -143,13 +170,25 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
 
 
 def chest_side(breast: np.ndarray) -> int:
-    """Column index (0 or -1) of the side that cuts the breast off."""
-    return 0 if breast[:, 0].sum() >= breast[:, -1].sum() else -1
+    """Column index (0 or -1) of the side of the breast's box that cuts the breast off.
+
+    It does so in a straight line, wherever that lies in the picture; the nipple's side is curved.
+    """
+    left, top, width, height = images.bounding_box(breast)
+    inner = breast[top : top + height, left : left + width]
+    if not width:
+        return 0
+    depth = math.ceil(CHEST_DEPTH * width)
+    return 0 if inner[:, :depth].any(1).sum() >= inner[:, width - depth :].any(1).sum() else -1
 
 
 def silhouette_area(breast: np.ndarray) -> int:
     """Area in px between the skin and the chest side, row by row, whatever holes there are."""
-    away = breast if chest_side(breast) == -1 else breast[:, ::-1]
+    left, _, width, _ = images.bounding_box(breast)
+    if not width:
+        return 0
+    inner = breast[:, left : left + width]
+    away = inner if chest_side(breast) == -1 else inner[:, ::-1]
     return int(np.where(away.any(1), away.shape[1] - away.argmax(1), 0).sum())
 
 

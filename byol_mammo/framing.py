@@ -18,6 +18,7 @@ SEGMENT_SIDE = 560  # px, longest side of the reduced copy
 FLAT_SPAN = 0.02  # share of the grey range within which a smoothed row or column has no structure
 LINE_SMOOTHING = 4.0  # px of the reduced copy, sigma along a row or column, against noise
 NOISE_SPAN = 3.0  # standard deviations that smoothed white noise spans: 1.5 on 400 px, with room
+AIR_MARGIN = 24  # blocks of air kept around what has structure: the air's grey is measured there
 STRIP_DEPTH = 0.1  # share of the image within which a bright strip along a side ends
 STRIP_STEP = 0.12  # share of the grey range by which it is brighter than what it borders on
 
@@ -32,6 +33,7 @@ class ReducedImage:
     shape: tuple[int, int]  # of the image
     brightest: int  # grey level in the image
     mirrored: bool  # so that the heavier half of the file's image comes first
+    margins: tuple[int, ...]  # lines without structure in `image`: top, bottom, left, right
 
     def enlarged(self, mask: np.ndarray) -> np.ndarray:
         """A bool mask of `image` at the original's shape (H, W), its border interpolated."""
@@ -56,11 +58,16 @@ class ReducedImage:
         np.greater(grown, 127, out=target)
         return full
 
-    def without_strips(self) -> ReducedImage:
-        """Without the bright strips along its sides."""
-        inner = inner_part(self.image, bright_strip)
+    def core(self) -> np.ndarray:
+        """`image` without the lines around what has structure, a view."""
+        top, bottom, left, right = self.margins
+        height, width = self.image.shape
+        return self.image[top : height - bottom, left : width - right]
+
+    def cut(self, inner: tuple[slice, slice]) -> ReducedImage:
+        """The given rows and columns of blocks alone."""
         box = _inside(self.box, inner, self.image.shape, self.factor, self.mirrored)
-        return replace(self, image=np.ascontiguousarray(self.image[inner]), box=box)
+        return replace(self, image=np.ascontiguousarray(self.image[inner]), box=box, margins=(0,) * 4)
 
     def reduced(self, full: np.ndarray) -> np.ndarray:
         """Block means (h, w) float32 of another array (H, W) of the same picture."""
@@ -69,39 +76,78 @@ class ReducedImage:
 
 def reduce_image(image: np.ndarray) -> ReducedImage:
     """Reduce an image (H, W) uint8 or uint16, bright on dark: without padding, frames, bright strips."""
-    return content_of(image).without_strips()
+    return picture_of(content_of(image))
+
+
+def picture_of(content: ReducedImage) -> ReducedImage:
+    """The content of a file, bright on dark, with some of its air, without bright strips along its sides."""
+    core = content.core()
+    span = FLAT_SPAN / 2 * float(np.ptp(core)) if core.size else 0.0
+    top, bottom, left, right = content.margins
+    height, width = content.image.shape
+
+    def air(lines: np.ndarray, inner: np.ndarray) -> int:
+        """How many of the lines next to the content are its air and no padding."""
+        level = np.percentile(inner, 5)
+        other = np.flatnonzero(np.abs(lines.mean(axis=1) - level) > span)
+        return int(other[0]) if len(other) else len(lines)
+
+    image = content.image[:, left : width - right]
+    above, below = image[:top][::-1], image[height - bottom :]
+    rows = slice(top - air(above, core[0]), height - bottom + air(below, core[-1]))
+    image = content.image[rows].T
+    before, behind = image[:left][::-1], image[width - right :]
+    cols = slice(left - air(before, core[:, 0]), width - right + air(behind, core[:, -1]))
+    small = content.cut((rows, cols))
+    return small.cut(inner_part(small.image, bright_strip))
 
 
 def content_of(image: np.ndarray) -> ReducedImage:
     """Reduce an image (H, W) of any polarity so that its long side is at most SEGMENT_SIDE px.
 
-    Padding and frames without structure go, whatever their grey.
+    Padding and frames without structure go, whatever their grey, but for AIR_MARGIN.
     """
     # Blocks are counted from the same side of the breast: a mirrored image has a mirrored mask.
     half = image.shape[1] // 2
     mirrored = cv2.sumElems(image[:, :half])[0] < cv2.sumElems(image[:, -half:])[0]
-    box, area, factor = content_box(image, mirrored)
-    return ReducedImage(area, box, factor, image.shape, int(cv2.minMaxLoc(image)[1]), mirrored)
+    box, factor = content_box(image, mirrored)
+    reach = AIR_MARGIN * factor
+    rows, cols = (
+        slice(max(side.start % factor, side.start - reach), min(length, side.stop + reach))
+        for side, length in zip(box, image.shape, strict=True)
+    )
+    if mirrored:
+        rest = (image.shape[1] - box[1].stop) % factor
+        cols = slice(max(0, box[1].start - reach), min(image.shape[1] - rest, box[1].stop + reach))
+    ends = (
+        box[0].start - rows.start,
+        rows.stop - box[0].stop,
+        box[1].start - cols.start,
+        cols.stop - box[1].stop,
+    )
+    top, bottom, left, right = (length // factor for length in ends)
+    margins = (top, bottom, right, left) if mirrored else (top, bottom, left, right)
+    area = _block_means(image[rows, cols], factor, mirrored)
+    brightest = int(cv2.minMaxLoc(image)[1])
+    return ReducedImage(area, (rows, cols), factor, image.shape, brightest, mirrored, margins)
 
 
-def content_box(image: np.ndarray, mirrored: bool) -> tuple[tuple[slice, slice], np.ndarray, int]:
-    """Rows and columns of an image (H, W) that padding and frames leave, and those reduced.
+def content_box(image: np.ndarray, mirrored: bool) -> tuple[tuple[slice, slice], int]:
+    """Rows and columns of an image (H, W) that padding and frames leave, and the blocks' side in px.
 
-    Returns the box, its block means (h, w) float32, mirrored if asked for, and the blocks' side in px.
     What is peeled off are rows and columns without structure: constant ones, noise, air alone. Blocks
     are counted from the box's corner, so that padding doesn't move them.
     """
-    box = slice(0, image.shape[0]), slice(0, image.shape[1])
-    factor = area = None
+    box, factor = (slice(0, image.shape[0]), slice(0, image.shape[1])), 1
     for _ in range(4):  # a canvas with a frame in it has two borders, each with a grid of its own
         side = max(1, *image[box].shape)
-        wanted = 2 ** max(0, math.ceil(math.log2(side / SEGMENT_SIDE)))
-        area, factor = _block_means(image[box], wanted, mirrored), wanted
+        factor = 2 ** max(0, math.ceil(math.log2(side / SEGMENT_SIDE)))
+        area = _block_means(image[box], factor, mirrored)
         inner = structured_part(area)
         if inner == (slice(0, area.shape[0]), slice(0, area.shape[1])):
             break
         box = _refined(image, _inside(box, inner, area.shape, factor, mirrored), box, factor)
-    return box, area, factor
+    return box, factor
 
 
 def structured_part(area: np.ndarray) -> tuple[slice, slice]:
@@ -241,14 +287,15 @@ CLOSE_VOTE = 0.4  # margin of the votes below which they are called close
 MIN_INVERTED = 0.2  # margin from which an image is inverted: most are as they should be
 
 
-def polarity_votes(small: ReducedImage) -> dict[str, float]:
+def polarity_votes(content: ReducedImage) -> dict[str, float]:
     """Signs of which end of the grey range is air: name -> -1 (bright: a negative) to 1 (dark).
 
     Each is exactly the opposite for the negative of an image, as far as 8 bits allow, and rests on
     something else, so that one film edge or implant doesn't decide. Empty where too little is left.
     """
-    dy, dx = (round(JUDGED_PART * side) for side in small.image.shape)
-    area = small.image[dy : small.image.shape[0] - dy, dx : small.image.shape[1] - dx]
+    area = content.core()
+    dy, dx = (round(JUDGED_PART * side) for side in area.shape)
+    area = area[dy : area.shape[0] - dy, dx : area.shape[1] - dx]
     if min(area.shape) < 16:
         return {}
     low, high = np.percentile(area, (1, 99))
