@@ -338,27 +338,15 @@ def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def find_muscle(small: framing.ReducedImage, breast: np.ndarray) -> np.ndarray:
     """segment_pectoral_muscle on the reduced copy: (h, w) bool."""
-    area, nothing = small.image, np.zeros(breast.shape, bool)
-    if not breast.any() or breast.mean() >= anatomy.CLOSE_UP:
-        return nothing
-    mirrored = anatomy.chest_side(breast) == -1
-    if mirrored:
-        area, breast = area[:, ::-1], breast[:, ::-1]
-    line = anatomy.muscle_line(area, breast)
-    if line is None:
-        return nothing
-    height, width = area.shape
-    y, x = np.mgrid[:height, :width]
-    distance = x / line[0] + y / line[1]
-    muscle, beside = breast & (distance < 1), breast & (distance >= 1) & (distance < 1.3)
-    grey = np.median(area[muscle])
-    if (
-        muscle.sum() < anatomy.MUSCLE_MIN_AREA * breast.sum()
-        or grey < anatomy.MUSCLE_MIN_GREY * np.median(area[breast])
-        or grey < anatomy.MUSCLE_MIN_CONTRAST * np.median(area[beside])
-    ):
-        return nothing
-    return np.ascontiguousarray(muscle[:, ::-1] if mirrored else muscle)
+    muscle = np.zeros(breast.shape, bool)
+    left, top, width, height = images.bounding_box(breast)
+    if min(width, height) < 16 or breast.mean() >= anatomy.CLOSE_UP:
+        return muscle
+    # From the chest wall and the upper end of the breast, wherever they lie in the picture.
+    box = slice(top, top + height), slice(left, left + width)
+    turn = -1 if anatomy.chest_side(breast) == -1 else 1
+    muscle[box][:, ::turn] = anatomy.muscle_in(small.image[box][:, ::turn], breast[box][:, ::turn])
+    return muscle
 
 
 # ---- 4 Tiles ---------------------------------------------------------------------------------------

@@ -192,41 +192,146 @@ def silhouette_area(breast: np.ndarray) -> int:
     return int(np.where(away.any(1), away.shape[1] - away.argmax(1), 0).sum())
 
 
-# ---- Pectoral muscle
+# ---- Pectoral muscle -------------------------------------------------------------------------------
 
 MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the muscle is sought
 MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
 MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
+MUSCLE_BENDS = (-0.05, 0.0, 0.05, 0.1, 0.15)  # how far the border bulges, as a share of its length
+MUSCLE_UNBENT = 2.0  # share of its score that an arc loses per unit of bend: most borders are straight
+MUSCLE_SLOPE = (
+    0.15  # least slope of the border against the chest wall; fog of a film's edge runs along it
+)
+MUSCLE_SKIN = 6  # px of the reduced copy from the outline of the breast within which edges are skin
+MUSCLE_REACH = 0.06  # share of its length within which the border follows the edge beside the arc
+MUSCLE_STIFFNESS = 0.002  # log grey per px that the border pays for a step to the side
+CUT_OFF = 0.6  # width of the breast at its upper end, at least, as a share of that 5 % below
 CLOSE_UP = 0.97  # share of the image that a breast covers where bright tissue in a corner is no muscle
 # What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
-MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.78, 1.1, 0.04
+MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_AREA = 0.70, 0.78, 1.1, (0.03, 0.6)
 
 
-def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | None:
-    """Where the muscle's border meets the top row and the left column (px), chest side left, or None."""
+def muscle_in(area: np.ndarray, breast: np.ndarray) -> np.ndarray:
+    """The muscle in the box of a breast (h, w) whose chest wall is on the left: (h, w) bool."""
     height, width = area.shape
-    if breast[: height // 20 + 1, : width // 20 + 1].mean() < 0.8:
-        return None  # the corner is air: a CC view
+    nothing = np.zeros(area.shape, bool)
+    # The picture's upper end cuts through muscle and armpit; a breast that ends in skin is a CC view.
+    end, below = breast[1:5].sum(1).max(), breast[height // 20 + 1].sum()
+    if breast[: height // 20 + 1, : width // 20 + 1].mean() < 0.8 or end < CUT_OFF * below:
+        return nothing
     grey = np.log(area + 0.1 * np.median(area[breast]))
     grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), MUSCLE_SMOOTHING)
-    slope_x, slope_y = (cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1)))
-    share = np.arange(0.15, 1.0, 0.025)
-    top, left = (axis.ravel() for axis in np.meshgrid(share * width, share * height))
-    large = top * left / 2 >= MUSCLE_MIN_AREA * breast.sum()
-    if not large.any():
-        return None
-    top, left = top[large], left[large]
-    along = np.linspace(0.03, 0.97, 40)
-    x = (top[:, None] * (1 - along)).astype(np.int32)  # (lines, points)
-    y = (left[:, None] * along).astype(np.int32)
-    points = y * width + x
+    # The skin is a stronger border than any muscle's: it has no say.
+    reach = np.ones((2 * MUSCLE_SKIN + 1,) * 2, np.uint8)
+    inner = cv2.erode(breast.view(np.uint8), reach, borderValue=1)
+    slopes = [inner * cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1))]
+    arc = best_arc(slopes, breast)
+    if arc is None:
+        return nothing
+    points, edge = followed_edge(slopes, arc)
+    if (edge > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
+        return nothing
+    muscle = breast & polygon(points, area.shape)
+    beside = breast & ~muscle & polygon(1.15 * points, area.shape)
+    level = np.median(area[muscle]) if muscle.any() else 0
+    if (
+        not MUSCLE_AREA[0] <= muscle.sum() / breast.sum() <= MUSCLE_AREA[1]
+        or level < MUSCLE_MIN_GREY * np.median(area[breast])
+        or (beside.any() and level < MUSCLE_MIN_CONTRAST * np.median(area[beside]))
+    ):
+        return nothing
+    return muscle
+
+
+def arcs(shape: tuple[int, ...], breast_area: int, points: int = 40) -> tuple[np.ndarray, ...]:
+    """Borders that a muscle may have, from the top row to the left column: x, y, normal x, normal y.
+
+    Each (arcs, points) float32; the normals point away from the corner. Straight lines first fitted by
+    Karssemeijer (1998), and arcs, as the muscle bulges in relaxed women and on most digital images.
+    """
+    height, width = shape
+    share = np.arange(0.15, 1.0, 0.035)
+    top, left, bend = (
+        axis.ravel()[:, None] for axis in np.meshgrid(share * width, share * height, MUSCLE_BENDS)
+    )
+    share = top * left / 2 / max(1, breast_area)
+    possible = (MUSCLE_AREA[0] <= share) & (share <= MUSCLE_AREA[1]) & (top >= MUSCLE_SLOPE * left)
+    possible = possible[:, 0]
+    top, left, bend = top[possible], left[possible], bend[possible]
+    along = np.linspace(0.03, 0.97, points)
     length = np.hypot(top, left)
-    normal_x, normal_y = (left / length).astype(np.float32), (top / length).astype(np.float32)
-    edge = -(slope_x.take(points) * normal_x[:, None] + slope_y.take(points) * normal_y[:, None])
-    inside = breast.ravel().take(points)
-    edge *= inside
-    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (inside.mean(1) > 0.5)
-    best = int(score.argmax())
-    if (edge[best] > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
+    bulge = 4 * bend * length * along * (1 - along)
+    tilt = 4 * bend * (1 - 2 * along)  # of the arc against its chord
+    normal_x, normal_y = left / length, top / length
+    x = top * (1 - along) + bulge * normal_x
+    y = left * along + bulge * normal_y
+    # The chord runs along (-top, left) / length; the normal of the arc is turned by its tilt.
+    size = np.sqrt(1 + tilt**2)
+    nx = (normal_x + tilt * top / length) / size
+    ny = (normal_y - tilt * left / length) / size
+    return tuple(axis.astype(np.float32) for axis in (x, y, nx, ny, bend[:, 0]))
+
+
+def edges_at(
+    slopes: list[np.ndarray], x: np.ndarray, y: np.ndarray, nx: np.ndarray, ny: np.ndarray
+) -> np.ndarray:
+    """How fast grey falls along normals at points (float arrays of one shape): log grey per px."""
+    height, width = slopes[0].shape
+    place = y.astype(np.int32).clip(0, height - 1) * width + x.astype(np.int32).clip(0, width - 1)
+    return -(slopes[0].take(place) * nx + slopes[1].take(place) * ny)
+
+
+def best_arc(slopes: list[np.ndarray], breast: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    """The arc with the strongest bright-to-dark edge along it: x, y and normals, each (points,)."""
+    x, y, nx, ny, bend = arcs(breast.shape, int(breast.sum()))
+    if not len(x):
         return None
-    return float(top[best]), float(left[best])
+    height, width = breast.shape
+    place = y.astype(np.int32).clip(0, height - 1) * width + x.astype(np.int32).clip(0, width - 1)
+    inside = breast.ravel().take(place) & (x < width) & (y < height)
+    edge = edges_at(slopes, x, y, nx, ny) * inside
+    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (inside.mean(1) > 0.5)
+    score *= 1 - MUSCLE_UNBENT * np.abs(bend)
+    best = int(score.argmax())
+    return x[best], y[best], nx[best], ny[best]
+
+
+def followed_edge(
+    slopes: list[np.ndarray], arc: tuple[np.ndarray, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The path along an arc of strongest edges beside it: points (n, 2) float32 x, y, and edges (n,).
+
+    Found by dynamic programming (as in live-wire, Mortensen and Barrett 1995), a step to the side costs.
+    """
+    x, y, nx, ny = arc
+    reach = max(2, round(MUSCLE_REACH * float(np.hypot(x[0] - x[-1], y[0] - y[-1]))))
+    offset = np.arange(-reach, reach + 1, dtype=np.float32)
+    near = x[:, None] + offset * nx[:, None], y[:, None] + offset * ny[:, None]
+    edge = np.minimum(edges_at(slopes, *near, nx[:, None], ny[:, None]), MUSCLE_EDGE_CAP)
+    total, steps = edge[0].copy(), np.zeros(edge.shape, np.int32)
+    sideways = np.arange(-2, 3)
+    for i in range(1, len(edge)):
+        padded = np.pad(total, 2, constant_values=-np.inf)
+        choice = np.stack(
+            [padded[2 + d : 2 + d + len(total)] - MUSCLE_STIFFNESS * d * d for d in sideways]
+        )
+        steps[i] = sideways[choice.argmax(0)]
+        total = choice.max(0) + edge[i]
+    path = np.zeros(len(edge), np.int32)
+    path[-1] = int(total.argmax())
+    for i in range(len(edge) - 1, 0, -1):
+        path[i - 1] = path[i] + steps[i, path[i]]
+    along = np.arange(len(path))
+    smooth = cv2.GaussianBlur(offset[path][None], (9, 1), 2)[0]
+    points = np.stack([x + smooth * nx, y + smooth * ny], 1)
+    return points, edge[along, path]
+
+
+def polygon(points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What lies between a border (n, 2) and the upper left corner, (h, w) bool; its ends go straight on."""
+    first = points[0] + (points[0] - points[4]) * 3
+    last = points[-1] + (points[-1] - points[-5]) * 3
+    corner = [[-9.0, first[1]], [-9.0, -9.0], [first[0], -9.0]]
+    ring = np.vstack([first, points, last, [-9.0, last[1]], corner[1:2], [first[0], -9.0]])
+    filled = cv2.fillPoly(np.zeros(shape, np.uint8), [np.rint(ring).astype(np.int32)], (1,))
+    return filled > 0
