@@ -103,6 +103,7 @@ MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bi
 MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
 EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscle
 PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
+POLARITY = "auto"  # auto, as_is or inverted; auto = as manifest.csv says, else as the image looks
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
 QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run's qc folder
@@ -144,6 +145,7 @@ WANDB_MODE = "auto"  # auto, online, offline or disabled; auto = online only whe
 WANDB_PROJECT = "byol-mammo"  # wandb project
 
 CHOICES = {
+    "polarity": ("auto", "as_is", "inverted"),
     "backbone": ("resnet18", "resnet34", "resnet50"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "lars"),
@@ -177,6 +179,7 @@ class Config:
     min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
     exclude_pectoral: bool = EXCLUDE_PECTORAL
     pixel_spacing_mm: float = PIXEL_SPACING_MM
+    polarity: str = POLARITY
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
     qc_pages: bool = QC_PAGES
@@ -270,15 +273,20 @@ def read_mammogram(path: str | Path, polarity: str = "auto") -> np.ndarray:
 def read_and_reduce(
     path: str | Path, polarity: str = "auto"
 ) -> tuple[np.ndarray, framing.ReducedImage, float]:
-    """read_mammogram, its reduced copy, and the margin of the vote: 1 where `polarity` was given."""
+    """read_mammogram, its reduced copy, and the margin of the vote, negative where it was inverted.
+
+    The margin is 1 or -1 where `polarity` was given, and close below framing.CLOSE_VOTE.
+    """
     image = images.decode(path)
-    small, margin = framing.content_of(image), 1.0
+    content = framing.content_of(image)
     if polarity == "auto":
-        margin = framing.polarity_margin(framing.polarity_votes(small))
-    if polarity == "inverted" or margin < -framing.MIN_INVERTED:
-        image = (2 ** images.bit_depth(image, small.brightest) - 1) - image
-        small = framing.content_of(image)
-    return image, framing.picture_of(small), abs(margin)
+        margin = framing.polarity_margin(framing.polarity_votes(content))
+    else:
+        margin = -1.0 if polarity == "inverted" else 1.0
+    if margin < -framing.MIN_INVERTED:
+        image = (2 ** images.bit_depth(image, content.brightest) - 1) - image
+        content = framing.content_of(image)
+    return image, framing.picture_of(content), margin
 
 
 # ---- 3 Breast mask ---------------------------------------------------------------------------------
@@ -324,28 +332,30 @@ def find_breast(small: framing.ReducedImage) -> np.ndarray:
     return anatomy.without_labels(breast, area)
 
 
-def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray, view: str = "") -> np.ndarray:
     """Pectoral muscle inside a breast mask: (H, W) uint8 or uint16 and bool -> (H, W) bool.
 
-    The muscle is the bright triangle in the upper corner of the chest side on MLO views; its border is
-    the line with the strongest bright-to-dark edge along it (Karssemeijer 1998 fits a line likewise).
-    All False where no line is long, bright and contrasted enough, as on CC views.
+    The muscle is the bright part in the upper corner of the chest side on MLO views; its border is the
+    path of strongest bright-to-dark edges near the best line or arc. `view`: CC has none; on MLO, where
+    there is one, less is asked of it; any other is judged. All False where no border is long, bright
+    and contrasted enough.
     """
     small = framing.reduce_image(image)
     breast = small.reduced(mask.view(np.uint8) * np.uint8(255)) > 127
-    return small.enlarged(find_muscle(small, breast)) & mask
+    return small.enlarged(find_muscle(small, breast, view)) & mask
 
 
-def find_muscle(small: framing.ReducedImage, breast: np.ndarray) -> np.ndarray:
+def find_muscle(small: framing.ReducedImage, breast: np.ndarray, view: str = "") -> np.ndarray:
     """segment_pectoral_muscle on the reduced copy: (h, w) bool."""
     muscle = np.zeros(breast.shape, bool)
     left, top, width, height = images.bounding_box(breast)
-    if min(width, height) < 16 or breast.mean() >= anatomy.CLOSE_UP:
+    if view == "CC" or min(width, height) < 16 or breast.mean() >= anatomy.CLOSE_UP:
         return muscle
     # From the chest wall and the upper end of the breast, wherever they lie in the picture.
     box = slice(top, top + height), slice(left, left + width)
     turn = -1 if anatomy.chest_side(breast) == -1 else 1
-    muscle[box][:, ::turn] = anatomy.muscle_in(small.image[box][:, ::turn], breast[box][:, ::turn])
+    area, inner = small.image[box][:, ::turn], breast[box][:, ::turn]
+    muscle[box][:, ::turn] = anatomy.muscle_in(area, inner, known=view == "MLO")
     return muscle
 
 
@@ -675,14 +685,16 @@ def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]
     return low, max(high, low + 1)
 
 
-def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[str, Any], np.ndarray]:
-    """Segment one mammogram and choose its tiles.
+def extract_image(
+    path: str, spacing_mm: float, config: Config, view: str = ""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Segment one mammogram, whose projection is `view` if known, and choose its tiles.
 
     Returns a record (window, origin, bit depth, spacing, funnel, kept tiles as columns) and the pixels
     of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
     Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
     """
-    image, small, margin = read_and_reduce(path)
+    image, small, margin = read_and_reduce(path, config.polarity)
     size = config.tile_size
     if min(image.shape) < size:
         shape = f"{image.shape[1]} x {image.shape[0]}"
@@ -691,7 +703,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
     if not breast.any():
         raise ImageReadError(path, "no breast found (empty, all-white or noise)")
     mask = small.enlarged(breast)
-    muscle = small.enlarged(find_muscle(small, breast)) & mask
+    muscle = small.enlarged(find_muscle(small, breast, view)) & mask
     table = score_tiles(image, mask, config, spacing_mm, muscle)
     kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
     low, high = intensity_window(image, mask)
@@ -706,6 +718,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
         "window": (low, high),
         "bit_depth": images.bit_depth(image, small.brightest),
         "spacing_mm": spacing_mm,
+        "polarity_margin": margin,
         "positions": len(table),
         "rejected": {name: int(counts.get(name, 0)) for name in COLUMNS},
         "rescued": int(is_rescued(table, config).sum()),
@@ -750,6 +763,7 @@ def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     return {
         # As floats: 40, typed as a flag, is 40.0.
         "settings": {name: float(getattr(config, name)) for name in names},
+        "polarity": config.polarity,
         "view_margin": VIEW_MARGIN,
         "code": settings.code_version(PIXEL_CODE),
         "files": hashlib.sha256(rows.encode()).hexdigest(),
@@ -762,7 +776,7 @@ def cache_key(inputs: dict[str, Any]) -> str:
 
 
 def extract_to_file(
-    index: int, path: str, spacing_mm: float, config: Config, folder: str
+    index: int, path: str, spacing_mm: float, config: Config, view: str = "", *, folder: str
 ) -> dict[str, Any]:
     """Extract image number `index` and append its pixels to the folder's file of their depth.
 
@@ -773,7 +787,7 @@ def extract_to_file(
     cv2.setNumThreads(1)  # one process per core is already running
     extraction.keep_freed_memory()
     try:
-        record, pixels = extract_image(path, spacing_mm, config)
+        record, pixels = extract_image(path, spacing_mm, config, view)
     except ImageReadError as error:
         return {"index": index, "error": error.reason}
     file, dtype = extraction.pixel_file(Path(folder), record["bit_depth"])
@@ -824,13 +838,20 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
     if config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
         images.note_unknown_spacing(sources, config.pixel_spacing_mm)
+    # Images of one polarity share a Config.
+    configs = {name: dataclasses.replace(config, polarity=name) for name in CHOICES["polarity"]}
+    given = images.known_polarity(sources, config.polarity)
     jobs = [
-        (index, path, float(mm), config)
-        for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
+        (index, path, float(mm), configs[polarity], view)
+        for index, (path, mm, polarity, view) in enumerate(
+            zip(sources["path"], spacing, given, sources["view"], strict=True)
+        )
     ]
-    return extraction.extract_missing(
+    records = extraction.extract_missing(
         extract_to_file, jobs, extracted, config.num_workers, config.progress
     )
+    extraction.note_polarity(sources["image"], [record.get("polarity_margin") for record in records])
+    return records
 
 
 def finish_cache(
@@ -1491,10 +1512,11 @@ def load_sample(index: int, source: pd.Series, config: Config) -> pictures.Sampl
     from byol_mammo import pictures
 
     spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else config.pixel_spacing_mm
-    image = read_mammogram(source["path"])
+    (polarity,) = images.known_polarity(source.to_frame().T, config.polarity)
+    image = read_mammogram(source["path"], polarity)
     mask = segment_breast_tissue(image)
-    muscle = segment_pectoral_muscle(image, mask)
-    table = score_tiles(image, mask, config, spacing)
+    muscle = segment_pectoral_muscle(image, mask, source["view"])
+    table = score_tiles(image, mask, config, spacing, muscle)
     title = f"image {index} {source['laterality']} {source['view']}"
     window = intensity_window(image, mask)
     return pictures.Sample(title, image, mask, muscle, table, window, config.tile_size)

@@ -120,7 +120,7 @@ def without_rims(breast: np.ndarray) -> np.ndarray:
 def closed_at_chest(breast: np.ndarray) -> np.ndarray:
     """The mask without holes, those included that are open to the side that cuts the breast off."""
     breast = breast.copy()
-    left, top, width, _ = images.bounding_box(breast)
+    left, _, width, _ = images.bounding_box(breast)
     if width:
         side = left if chest_side(breast) == 0 else left + width - 1
         rows = np.flatnonzero(breast[:, side])
@@ -147,15 +147,18 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
     outside = breast & ~body
     faint, bright = (area > level for level in np.percentile(area[body], LABEL_PERCENTILES))
     rim = cv2.dilate((bright & ~breast).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    seeds = cv2.connectedComponents(outside.view(np.uint8))[1]
-    # A marker on the nipple is a dot: what it sticks to is skin, and no letter lies beside it.
-    _, dots, boxes, _ = cv2.connectedComponentsWithStats(bright.view(np.uint8))
-    is_dot = boxes[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1) <= MARKER_SIZE
-    marker = is_dot[dots] & outside & bright
-    rim |= cv2.dilate(marker.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
-    labels = np.unique(seeds[outside & bright & ~marker])
-    if not labels.size:
+    found = outside & bright
+    if found.any():
+        # A marker on the nipple is a dot: what it sticks to is skin, and no letter lies beside it.
+        _, dots, boxes, _ = cv2.connectedComponentsWithStats(bright.view(np.uint8))
+        is_dot = boxes[:, [cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT]].max(1) <= MARKER_SIZE
+        marker = is_dot[dots] & found
+        rim |= cv2.dilate(marker.view(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        found &= ~marker
+    if not found.any():
         return images.largest_component(breast & ~rim)
+    seeds = cv2.connectedComponents(outside.view(np.uint8))[1]
+    labels = np.unique(seeds[found])
     sticking = np.isin(seeds, labels)
     # Letters lie apart: closing joins them, and with them those that lie over the breast.
     gap = np.ones((LABEL_GAP, LABEL_GAP), np.uint8)
@@ -203,21 +206,33 @@ MUSCLE_SLOPE = (
     0.15  # least slope of the border against the chest wall; fog of a film's edge runs along it
 )
 MUSCLE_SKIN = 6  # px of the reduced copy from the outline of the breast within which edges are skin
+MUSCLE_LINES = 24  # straight borders of the highest score that are bent
 MUSCLE_REACH = 0.06  # share of its length within which the border follows the edge beside the arc
 MUSCLE_STIFFNESS = 0.002  # log grey per px that the border pays for a step to the side
 CUT_OFF = 0.6  # width of the breast at its upper end, at least, as a share of that 5 % below
 CLOSE_UP = 0.97  # share of the image that a breast covers where bright tissue in a corner is no muscle
-# What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
-MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_AREA = 0.70, 0.78, 1.1, (0.03, 0.6)
+# What tells a muscle from a bright streak of a CC view: share of its border that is an edge, its grey
+# against the breast's and against what lies beside it. In a dense breast it is no brighter than gland.
+MUSCLE_UNKNOWN = 0.7, 0.78, 1.1
+MUSCLE_KNOWN = 0.5, 0.5, 1.03  # the same where the view is known to be MLO
+MUSCLE_AREA = 0.03, 0.6  # share of the breast, least and most
+MUSCLE_CORNER = 0.8  # share of the upper corner at the chest wall that must be breast
+MUSCLE_TIP = (
+    0.1  # width of the muscle below which its lower end is left to the breast, share of the breast's
+)
 
 
-def muscle_in(area: np.ndarray, breast: np.ndarray) -> np.ndarray:
-    """The muscle in the box of a breast (h, w) whose chest wall is on the left: (h, w) bool."""
+def muscle_in(area: np.ndarray, breast: np.ndarray, known: bool = False) -> np.ndarray:
+    """The muscle in the box of a breast (h, w) whose chest wall is on the left: (h, w) bool.
+
+    Less is asked of it where it is `known` to be there. All False where there is none.
+    """
     height, width = area.shape
     nothing = np.zeros(area.shape, bool)
     # The picture's upper end cuts through muscle and armpit; a breast that ends in skin is a CC view.
     end, below = breast[1:5].sum(1).max(), breast[height // 20 + 1].sum()
-    if breast[: height // 20 + 1, : width // 20 + 1].mean() < 0.8 or end < CUT_OFF * below:
+    corner = breast[: height // 20 + 1, : width // 20 + 1].mean()
+    if not known and (corner < MUSCLE_CORNER or end < CUT_OFF * below):
         return nothing
     grey = np.log(area + 0.1 * np.median(area[breast]))
     grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), MUSCLE_SMOOTHING)
@@ -225,51 +240,56 @@ def muscle_in(area: np.ndarray, breast: np.ndarray) -> np.ndarray:
     reach = np.ones((2 * MUSCLE_SKIN + 1,) * 2, np.uint8)
     inner = cv2.erode(breast.view(np.uint8), reach, borderValue=1)
     slopes = [inner * cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1))]
-    arc = best_arc(slopes, breast)
+    arc = best_arc(slopes, int(breast.sum()))
     if arc is None:
         return nothing
-    points, edge = followed_edge(slopes, arc)
-    if (edge > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
-        return nothing
+    points, edges = followed_edge(slopes, arc)
     muscle = breast & polygon(points, area.shape)
     beside = breast & ~muscle & polygon(1.15 * points, area.shape)
-    level = np.median(area[muscle]) if muscle.any() else 0
-    if (
-        not MUSCLE_AREA[0] <= muscle.sum() / breast.sum() <= MUSCLE_AREA[1]
-        or level < MUSCLE_MIN_GREY * np.median(area[breast])
-        or (beside.any() and level < MUSCLE_MIN_CONTRAST * np.median(area[beside]))
-    ):
+    if not looks_like_muscle(area, breast, muscle, beside, edges, known):
         return nothing
+    # Downwards the muscle thins out beneath tissue, where no border shows that could be trusted.
+    wide = np.flatnonzero(muscle.sum(1) >= MUSCLE_TIP * width)
+    muscle[wide[-1] + 1 if len(wide) else 0 :] = False
     return muscle
 
 
-def arcs(shape: tuple[int, ...], breast_area: int, points: int = 40) -> tuple[np.ndarray, ...]:
-    """Borders that a muscle may have, from the top row to the left column: x, y, normal x, normal y.
-
-    Each (arcs, points) float32; the normals point away from the corner. Straight lines first fitted by
-    Karssemeijer (1998), and arcs, as the muscle bulges in relaxed women and on most digital images.
-    """
-    height, width = shape
-    share = np.arange(0.15, 1.0, 0.035)
-    top, left, bend = (
-        axis.ravel()[:, None] for axis in np.meshgrid(share * width, share * height, MUSCLE_BENDS)
+def looks_like_muscle(
+    area: np.ndarray,
+    breast: np.ndarray,
+    muscle: np.ndarray,
+    beside: np.ndarray,
+    edges: np.ndarray,
+    known: bool,
+) -> bool:
+    """Whether size, grey, contrast to what lies `beside` it and the `edges` along it are a muscle's."""
+    if not MUSCLE_AREA[0] <= muscle.sum() / breast.sum() <= MUSCLE_AREA[1]:
+        return False
+    border, grey, contrast = MUSCLE_KNOWN if known else MUSCLE_UNKNOWN
+    level = np.median(area[muscle])
+    return bool(
+        (edges > MUSCLE_MIN_EDGE).mean() >= border
+        and level >= grey * np.median(area[breast])
+        and (not beside.any() or level >= contrast * np.median(area[beside]))
     )
-    share = top * left / 2 / max(1, breast_area)
-    possible = (MUSCLE_AREA[0] <= share) & (share <= MUSCLE_AREA[1]) & (top >= MUSCLE_SLOPE * left)
-    possible = possible[:, 0]
-    top, left, bend = top[possible], left[possible], bend[possible]
-    along = np.linspace(0.03, 0.97, points)
+
+
+def arcs(top: np.ndarray, left: np.ndarray, bend: np.ndarray, points: int) -> tuple[np.ndarray, ...]:
+    """Borders from the top row to the left column (n,) float32 px: x, y, normal x, normal y (n, points).
+
+    They bulge by `bend` times their length; the normals point away from the corner.
+    """
+    top, left, bend = (axis.astype(np.float32)[:, None] for axis in (top, left, bend))
+    along = np.linspace(0.03, 0.97, points, dtype=np.float32)
     length = np.hypot(top, left)
-    bulge = 4 * bend * length * along * (1 - along)
-    tilt = 4 * bend * (1 - 2 * along)  # of the arc against its chord
     normal_x, normal_y = left / length, top / length
+    bulge = 4 * bend * length * along * (1 - along)
     x = top * (1 - along) + bulge * normal_x
     y = left * along + bulge * normal_y
-    # The chord runs along (-top, left) / length; the normal of the arc is turned by its tilt.
+    # The chord runs along (-top, left); the normal of an arc turns with its tilt against the chord.
+    tilt = 4 * bend * (1 - 2 * along)
     size = np.sqrt(1 + tilt**2)
-    nx = (normal_x + tilt * top / length) / size
-    ny = (normal_y - tilt * left / length) / size
-    return tuple(axis.astype(np.float32) for axis in (x, y, nx, ny, bend[:, 0]))
+    return x, y, (normal_x + tilt * normal_y) / size, (normal_y - tilt * normal_x) / size
 
 
 def edges_at(
@@ -278,22 +298,36 @@ def edges_at(
     """How fast grey falls along normals at points (float arrays of one shape): log grey per px."""
     height, width = slopes[0].shape
     place = y.astype(np.int32).clip(0, height - 1) * width + x.astype(np.int32).clip(0, width - 1)
-    return -(slopes[0].take(place) * nx + slopes[1].take(place) * ny)
+    inside = (x < width) & (y < height)
+    fall = slopes[0].take(place) * nx + slopes[1].take(place) * ny
+    return np.where(inside, -fall, 0)
 
 
-def best_arc(slopes: list[np.ndarray], breast: np.ndarray) -> tuple[np.ndarray, ...] | None:
-    """The arc with the strongest bright-to-dark edge along it: x, y and normals, each (points,)."""
-    x, y, nx, ny, bend = arcs(breast.shape, int(breast.sum()))
-    if not len(x):
+def best_arc(slopes: list[np.ndarray], breast_area: int) -> tuple[np.ndarray, ...] | None:
+    """The arc with the strongest bright-to-dark edge along it: x, y and normals, each (points,).
+
+    Straight lines first (Karssemeijer 1998), then arcs on the best of them, as the muscle bulges in
+    relaxed women and on most digital images.
+    """
+    height, width = slopes[0].shape
+    ends = np.arange(0.15, 1.0, 0.035)
+    top, left = (axis.ravel() for axis in np.meshgrid(ends * width, ends * height))
+    share = top * left / 2 / breast_area
+    possible = (MUSCLE_AREA[0] <= share) & (share <= MUSCLE_AREA[1]) & (top >= MUSCLE_SLOPE * left)
+    top, left = top[possible], left[possible]
+    if not len(top):
         return None
-    height, width = breast.shape
-    place = y.astype(np.int32).clip(0, height - 1) * width + x.astype(np.int32).clip(0, width - 1)
-    inside = breast.ravel().take(place) & (x < width) & (y < height)
-    edge = edges_at(slopes, x, y, nx, ny) * inside
-    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (inside.mean(1) > 0.5)
-    score *= 1 - MUSCLE_UNBENT * np.abs(bend)
-    best = int(score.argmax())
-    return x[best], y[best], nx[best], ny[best]
+
+    def score(top: np.ndarray, left: np.ndarray, bend: np.ndarray) -> np.ndarray:
+        edges = np.minimum(edges_at(slopes, *arcs(top, left, bend, 24)), MUSCLE_EDGE_CAP)
+        return edges.mean(1) * (1 - MUSCLE_UNBENT * np.abs(bend))
+
+    best = np.argsort(-score(top, left, np.zeros(len(top))), kind="stable")[:MUSCLE_LINES]
+    bend = np.tile(MUSCLE_BENDS, len(best))
+    top, left = (np.repeat(axis[best], len(MUSCLE_BENDS)) for axis in (top, left))
+    first = int(score(top, left, bend).argmax())
+    x, y, nx, ny = arcs(*(axis[first : first + 1] for axis in (top, left, bend)), 40)
+    return x[0], y[0], nx[0], ny[0]
 
 
 def followed_edge(
@@ -310,13 +344,14 @@ def followed_edge(
     edge = np.minimum(edges_at(slopes, *near, nx[:, None], ny[:, None]), MUSCLE_EDGE_CAP)
     total, steps = edge[0].copy(), np.zeros(edge.shape, np.int32)
     sideways = np.arange(-2, 3)
+    padded = np.full(len(total) + 4, -np.inf, np.float32)
+    shifted = np.lib.stride_tricks.sliding_window_view(padded, len(sideways))  # (offsets, steps)
+    price = (MUSCLE_STIFFNESS * sideways**2).astype(np.float32)
     for i in range(1, len(edge)):
-        padded = np.pad(total, 2, constant_values=-np.inf)
-        choice = np.stack(
-            [padded[2 + d : 2 + d + len(total)] - MUSCLE_STIFFNESS * d * d for d in sideways]
-        )
-        steps[i] = sideways[choice.argmax(0)]
-        total = choice.max(0) + edge[i]
+        padded[2:-2] = total
+        choice = shifted - price
+        steps[i] = sideways[choice.argmax(1)]
+        total = choice.max(1) + edge[i]
     path = np.zeros(len(edge), np.int32)
     path[-1] = int(total.argmax())
     for i in range(len(edge) - 1, 0, -1):
@@ -328,7 +363,7 @@ def followed_edge(
 
 
 def polygon(points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """What lies between a border (n, 2) and the upper left corner, (h, w) bool; its ends go straight on."""
+    """What a border (n, 2) cuts off with the upper left corner, (h, w) bool; its ends go straight on."""
     first = points[0] + (points[0] - points[4]) * 3
     last = points[-1] + (points[-1] - points[-5]) * 3
     corner = [[-9.0, first[1]], [-9.0, -9.0], [first[0], -9.0]]

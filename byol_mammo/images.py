@@ -20,6 +20,7 @@ from byol_mammo import files
 from byol_mammo.settings import MammoError
 
 SPACING_RANGE = (0.005, 2)  # mm per pixel that can be; others count as unknown
+POLARITIES = ("as_is", "inverted", "unknown")  # of a manifest; unknown is judged
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
 
 
@@ -70,10 +71,10 @@ def find_images(data_dir: str | Path) -> list[Path]:
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:
-    """One row for each image file: path, image, size, mtime_ns, study_id, laterality, view, spacing_mm.
+    """One row for each image file: path, image, size, mtime_ns, and what the manifest knows of it.
 
-    Study, laterality, view and spacing come from manifest.csv in the folder or beside it (written by
-    prepare_dataset.py); without one, each image counts as a study of its own.
+    That is study_id, laterality, view, spacing_mm and polarity, from manifest.csv in the folder or
+    beside it (written by prepare_dataset.py); without one, each image counts as a study of its own.
     """
     root = Path(os.path.abspath(data_dir))  # links stay: their names are the images'
     paths = find_images(root)
@@ -93,7 +94,7 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     sources = sources.merge(known, on="path", how="left")
     stems = sources["image"].map(lambda name: str(Path(name).with_suffix("")))
     sources["study_id"] = sources["study_id"].fillna(stems)
-    for column in ("laterality", "view"):
+    for column in ("laterality", "view", "polarity"):
         sources[column] = sources[column].astype(object).where(sources[column].notna(), "")
     return sources
 
@@ -109,9 +110,16 @@ def note_unknown_spacing(sources: pd.DataFrame, taken: float) -> None:
         )
 
 
+def known_polarity(sources: pd.DataFrame, asked: str) -> list[str]:
+    """as_is, inverted or auto for each source: what is `asked` for; for auto what the manifest says."""
+    if asked != "auto":
+        return [asked] * len(sources)
+    return sources["polarity"].where(sources["polarity"].isin(POLARITIES[:2]), "auto").tolist()
+
+
 def read_manifest(root: Path) -> pd.DataFrame:
     """What manifest.csv knows of images, by path; empty where there is none. Raises MammoError."""
-    columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
+    columns = ["path", "study_id", "laterality", "view", "spacing_mm", "polarity"]
     real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
     for folder in (root, root.parent, real.parent):
         if not (folder / "manifest.csv").is_file():
@@ -123,10 +131,21 @@ def read_manifest(root: Path) -> pd.DataFrame:
         ]
         manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
+        check_polarity(manifest["polarity"], folder / "manifest.csv")
         spacing = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
         manifest["spacing_mm"] = spacing.where(spacing.between(*SPACING_RANGE))
         return manifest
     return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
+
+
+def check_polarity(column: pd.Series, path: Path) -> None:
+    """Raises MammoError at a word that is no polarity: to guess would give a negative to training."""
+    wrong = column[column.notna() & ~column.isin(POLARITIES)]
+    if len(wrong):
+        raise MammoError(
+            f"{path}, line {wrong.index[0] + 2}: polarity {wrong.iloc[0]!r} is none of "
+            f"{', '.join(POLARITIES)}; correct it, or leave it empty to have the image judged"
+        )
 
 
 # ---- Decoding and reducing: part of a cache's key --------------------------------------------------

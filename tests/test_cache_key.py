@@ -33,7 +33,7 @@ def test_a_finished_extraction_is_used_whatever_happens_to_its_pictures(tmp_path
 
 
 OPENING = "OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge"
-EDITS = {  # a line of the code that makes pixels, what stands there instead, whether that makes a new cache
+EDITS = {  # a piece of the code, what stands there instead, whether that makes a new cache
     "a comment": (OPENING, "OPENING = 9  # another comment", False),
     "a docstring": (
         '    """What of a (H, W) bool array a disc of OPENING px can cover."""',
