@@ -64,10 +64,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from byol_mammo import (
+    anatomy,
     cache as caches,
     checkpoints,
     device as devices,
     files,
+    framing,
     images,
     processes,
     sampling,
@@ -99,6 +101,7 @@ MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bi
 MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
 EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscle
 PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
+POLARITY = "auto"  # auto, as_is or inverted; auto = as manifest.csv says, else as the image looks
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
 QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run's qc folder
@@ -141,6 +144,7 @@ WANDB_MODE = "auto"  # auto, online, offline or disabled; auto = online only whe
 WANDB_PROJECT = "byol-mammo"  # wandb project
 
 CHOICES = {
+    "polarity": ("auto", "as_is", "inverted"),
     "backbone": ("resnet18", "resnet34", "resnet50"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "lars"),
@@ -175,6 +179,7 @@ class Config:
     min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
     exclude_pectoral: bool = EXCLUDE_PECTORAL
     pixel_spacing_mm: float = PIXEL_SPACING_MM
+    polarity: str = POLARITY
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
     qc_pages: bool = QC_PAGES
@@ -256,281 +261,40 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
 # ---- 2 Image ---------------------------------------------------------------------------------------
 
 
-def read_mammogram(path: str | Path) -> np.ndarray:
+def read_mammogram(path: str | Path, polarity: str = "auto") -> np.ndarray:
     """Read a mammogram: (H, W) uint8 or uint16 at full bit depth, breast bright on dark, not clipped.
 
-    Grey stored as RGB loses its copies, an alpha channel is dropped, MONOCHROME1-like images are
-    inverted within their bit depth. Raises ImageReadError naming file and reason.
+    Grey stored as RGB loses its copies, an alpha channel is dropped. A negative (MONOCHROME1-like) is
+    inverted within its bit depth: what `polarity` says, as_is or inverted; auto asks the votes of
+    `framing.polarity_votes`. Raises ImageReadError naming file and reason.
     """
-    return read_and_reduce(path)[0]
+    return read_and_reduce(path, polarity)[0]
 
 
-def read_and_reduce(path: str | Path) -> tuple[np.ndarray, ReducedImage]:
-    """read_mammogram, and the reduced copy that polarity was judged by."""
+def read_and_reduce(
+    path: str | Path, polarity: str = "auto"
+) -> tuple[np.ndarray, framing.ReducedImage, float]:
+    """read_mammogram, its reduced copy, and the margin of the vote, negative where it was inverted.
+
+    The margin is 1 or -1 where `polarity` was given, and close below framing.CLOSE_VOTE.
+    """
     image = images.decode(path)
-    small = reduce_image(image)
-    if air_is_bright(small):
-        image = (2 ** images.bit_depth(image, small.brightest) - 1) - image
-        small = reduce_image(image)
-    return image, small
+    content = framing.content_of(image)
+    if polarity == "auto":
+        margin = framing.polarity_margin(framing.polarity_votes(content))
+    else:
+        margin = -1.0 if polarity == "inverted" else 1.0
+    if margin < -framing.MIN_INVERTED:
+        image = (2 ** images.bit_depth(image, content.brightest) - 1) - image
+        content = framing.content_of(image)
+    return image, framing.picture_of(content), margin
 
 
 # ---- 3 Breast mask ---------------------------------------------------------------------------------
 # Levels of rejection: padding, frames and strips along the sides, then the air's grey level, then
 # components, then the skin line. Most work on a reduced copy: a skin line is smooth over millimetres.
 
-SEGMENT_SIDE = 560  # px, longest side of the reduced copy
-FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
-STRIP_DEPTH = 0.1  # share of the image within which a bright strip along a side ends
-STRIP_STEP = 0.12  # share of the grey range by which it is brighter than what it borders on
-# Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
-SKIN_LEVELS = (0.02, 0.11, 0.08)
-FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the breast's median
-OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
-LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
-LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
-LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
-UNEVEN_AIR = 0.02  # noise of air above which it may be fat, share of the way to the breast's median
-FAT_ROUGHNESS = 0.04  # what grey differs by within 3 px of fat, share of the way from air to the median
-MIN_SMOOTH_AIR = 0.005  # share of the image below which what is smoother than fat is no air
 MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
-
-
-@dataclass(frozen=True)
-class ReducedImage:
-    """A mammogram without its padding, averaged to few pixels: what polarity and masks are found on."""
-
-    image: np.ndarray  # (h, w) float32 block means
-    box: tuple[slice, slice]  # rows and columns of the image that hold the content
-    factor: int  # side of a block in px of the image
-    shape: tuple[int, int]  # of the image
-    brightest: int  # grey level in the image
-
-    def enlarged(self, mask: np.ndarray) -> np.ndarray:
-        """A bool mask of `image` at the original's shape (H, W), its border interpolated."""
-        full = np.zeros(self.shape, bool)
-        left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
-        if not width:
-            return full
-        # One block more on each side, where the border is interpolated.
-        rows = slice(max(0, top - 1), min(mask.shape[0], top + height + 1))
-        cols = slice(max(0, left - 1), min(mask.shape[1], left + width + 1))
-        part = mask[rows, cols].view(np.uint8) * np.uint8(255)
-        size = (part.shape[1] * self.factor, part.shape[0] * self.factor)
-        grown = cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
-        # Rows and columns that made no whole block follow their neighbours.
-        inner = full[self.box]
-        y1 = inner.shape[0] if rows.stop == mask.shape[0] else rows.stop * self.factor
-        x1 = inner.shape[1] if cols.stop == mask.shape[1] else cols.stop * self.factor
-        target = inner[rows.start * self.factor : y1, cols.start * self.factor : x1]
-        if grown.shape != target.shape:
-            rest = (0, target.shape[0] - size[1], 0, target.shape[1] - size[0])
-            grown = cv2.copyMakeBorder(grown, *rest, cv2.BORDER_REPLICATE)
-        np.greater(grown, 127, out=target)
-        return full
-
-
-def reduce_image(image: np.ndarray) -> ReducedImage:
-    """Reduce an image (H, W) uint8 or uint16 so that its long side is at most SEGMENT_SIDE px."""
-    darkest, brightest = (int(level) for level in cv2.minMaxLoc(image)[:2])
-    box = content_box(image, darkest, brightest)
-    longest = max(1, *image[box].shape)
-    factor = 2 ** max(0, math.ceil(math.log2(longest / SEGMENT_SIDE)))
-    area = images.block_means(image[box], factor)
-
-    def pixels(side: slice, blocks: slice, count: int) -> slice:
-        stop = side.stop if blocks.stop == count else side.start + blocks.stop * factor
-        return slice(side.start + blocks.start * factor, stop)
-
-    for width_of in (dark_padding, bright_strip):
-        inner = inner_part(area, width_of)
-        box = pixels(box[0], inner[0], area.shape[0]), pixels(box[1], inner[1], area.shape[1])
-        area = area[inner]
-    return ReducedImage(np.ascontiguousarray(area), box, factor, image.shape, brightest)
-
-
-def content_box(image: np.ndarray, darkest: int, brightest: int) -> tuple[slice, slice]:
-    """Rows and columns left when border lines of one grey brighter than air (padding, frames) go."""
-    tolerance = FLAT_SPAN * (brightest - darkest)
-
-    def is_padding(line: np.ndarray) -> bool:
-        low, high = int(line.min()), int(line.max())
-        return high - low <= tolerance < low - darkest
-
-    top, bottom, left, right = 0, image.shape[0], 0, image.shape[1]
-    peeling = True
-    while peeling and top < bottom and left < right:
-        area = image[top:bottom, left:right]
-        peel = [is_padding(line) for line in (area[0], area[-1], area[:, 0], area[:, -1])]
-        top, bottom, left, right = top + peel[0], bottom - peel[1], left + peel[2], right - peel[3]
-        peeling = any(peel)
-    return slice(top, max(top, bottom)), slice(left, max(left, right))
-
-
-def inner_part(area: np.ndarray, width_of: Callable[[np.ndarray], int]) -> tuple[slice, slice]:
-    """Rows and columns of a reduced image left when as many lines go on each side as `width_of` says.
-
-    All of them where fewer than 16 were left.
-    """
-    height, width = area.shape
-    if min(area.shape) >= 16:
-        inwards = (area, area[::-1], area.T, area.T[::-1])
-        top, bottom, left, right = (width_of(lines) for lines in inwards)
-        if min(height - top - bottom, width - left - right) >= 16:
-            return slice(top, height - bottom), slice(left, width - right)
-    return slice(0, height), slice(0, width)
-
-
-def dark_padding(lines: np.ndarray) -> int:
-    """How many of the first lines of a reduced image are padding of its darkest grey level.
-
-    Film, or a breast that the border cut off, ends there in a straight line; at the skin air begins.
-    """
-    filled = lines > lines.min() + FLAT_SPAN * np.ptp(lines)
-    first = int(filled.any(1).argmax())
-    straight = first > 0 and filled[first, filled.any(0)].mean() > 0.5
-    return first + 1 if straight else 0  # padding and image share a line of blocks
-
-
-def bright_strip(lines: np.ndarray) -> int:
-    """How many of the first lines of a reduced image belong to a bright strip along that side.
-
-    Film edges, tape and noisy frames end in a step along the whole side. Tissue that the border cuts
-    off doesn't, nor does the air beside it: the darker half of the inner line tells.
-    """
-    span = np.ptp(lines)
-    border = np.sort(lines[0])
-    if not span or border[len(border) // 4] < lines.min() + STRIP_STEP * span:
-        return 0  # air, as along most sides
-
-    def steps_down(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-        darker = np.argsort(inner, axis=1)[:, : inner.shape[1] // 2]
-        return np.median(np.take_along_axis(outer - inner, darker, axis=1), axis=1) / span
-
-    depth = math.ceil(STRIP_DEPTH * len(lines))
-    ends = np.flatnonzero(steps_down(lines[:depth], lines[2 : depth + 2]) > STRIP_STEP)
-    if not len(ends):
-        return 0
-    # The next line goes as well where strip and image share its blocks.
-    width = int(ends[-1]) + 1
-    shared = steps_down(lines[width : width + 1], lines[width + 1 : width + 2])[0] > STRIP_STEP / 10
-    return width + int(shared)
-
-
-def air_is_bright(small: ReducedImage) -> bool:
-    """Whether the image is MONOCHROME1-like: its brightest fifth is smoother than its darkest.
-
-    Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
-    the border decides where both ends are equally smooth.
-    """
-    inner = inner_part(-small.image, bright_strip)  # those of a negative are dark
-    area = small.image[inner]
-    if min(area.shape) < 16:
-        return False
-    spans = [np.ptp(area, axis=axis) > FLAT_SPAN * np.ptp(area) for axis in (1, 0)]
-    area = area[np.ix_(*spans)]  # without rows and columns of air alone
-    if min(area.shape) < 16:
-        return False
-    gradient = cv2.morphologyEx(area, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    border = np.ones(area.shape, bool)
-    border[2:-2, 2:-2] = False
-    low, high = np.percentile(area, (20, 80))
-    dark, bright = area <= low, area >= high
-    roughness = np.median(gradient[bright]), np.median(gradient[dark])
-    on_border = bright[border].mean(), dark[border].mean()
-    if on_border[0] < 0.1:
-        return False
-    return bool(
-        roughness[0] < roughness[1] or (roughness[0] == roughness[1] and on_border[0] > on_border[1])
-    )
-
-
-def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
-    """Air, its noise, and the median of the breast in a smoothed reduced image without padding.
-
-    The lowest of three Otsu classes holds air and its fog (Liao et al. 2001); the air proper is what of
-    it lies away from the largest bright component. None where nothing is coherent, as in noise.
-    """
-    from skimage.filters import threshold_multiotsu  # here: a run that finds its cache starts sooner
-
-    try:
-        lower = float(threshold_multiotsu(area, classes=3)[0])
-    except ValueError:  # fewer than three grey levels
-        return None
-    dark = area <= lower
-    if coherent(dark).sum() < 0.2 * dark.sum():
-        return None
-    core = images.largest_component(~dark)
-    reach = max(3, max(area.shape) // 20) | 1
-    near = cv2.dilate(core.astype(np.uint8), np.ones((reach, reach), np.uint8)) > 0
-    air = dark & ~near
-    if air.mean() < 0.002:
-        air = area <= np.percentile(area, 2)
-    level, noise = images.median_and_spread(area[air])
-    tissue = float(np.median(area[core]))
-    levels, contrast = (level, noise, tissue), tissue - level
-    if noise <= UNEVEN_AIR * contrast:
-        return levels
-    return levels_amid_fat(area, dark, FAT_ROUGHNESS * contrast) or levels
-
-
-def levels_amid_fat(
-    area: np.ndarray, dark: np.ndarray, roughness: float
-) -> tuple[float, float, float] | None:
-    """grey_levels where the breast nearly fills the image and its `dark` part is mostly fat, else None.
-
-    Fat is rough, air is smooth; without any smooth part all is breast, and air far below it. Fog is
-    smooth too: on film most of the dark part is, and what is darker than fog is a frame. Noise is rough
-    pixel by pixel, fat is so in its shapes.
-    """
-    kernel = np.ones((3, 3), np.uint8)
-    shapes = cv2.morphologyEx(cv2.GaussianBlur(area, (0, 0), 4), cv2.MORPH_GRADIENT, kernel)
-    grain = images.median_and_spread((area - cv2.GaussianBlur(area, (0, 0), 1.5))[dark])[1]
-    if np.median(shapes[dark]) < grain:
-        return None
-    smooth = coherent(dark & (cv2.morphologyEx(area, cv2.MORPH_GRADIENT, kernel) < roughness))
-    if smooth.mean() < MIN_SMOOTH_AIR:
-        tissue = float(np.median(area))
-        return 2 * float(area.min()) - tissue, 0.0, tissue
-    on_border = smooth[[0, -1]].any() or smooth[:, [0, -1]].any()
-    if smooth.sum() > dark.sum() / 2 or not on_border:
-        return None
-    return *images.median_and_spread(area[smooth]), float(np.median(area[~smooth]))
-
-
-def coherent(binary: np.ndarray) -> np.ndarray:
-    """What of a (H, W) bool array a disc of OPENING px can cover."""
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
-    return cv2.morphologyEx(binary.view(np.uint8), cv2.MORPH_OPEN, disc) > 0
-
-
-def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarray:
-    """The breast in a reduced image and its smoothed copy: the largest component above a grey level.
-
-    Opening cuts labels and tape that touch the breast by a thin bridge. Where the image side cuts the
-    breast off, dark fat may be open to that side: it is closed there before holes are filled. Noise
-    is smoothed away first; the rim that smoothing has pushed outwards is trimmed at the end.
-    """
-    breast = closed_at_chest(images.largest_component(smooth > level))
-    pad = OPENING + 1
-    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    opened = coherent(padded.view(bool))[pad:-pad, pad:-pad]
-    breast = closed_at_chest(images.largest_component(opened))
-    inner = cv2.erode(breast.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1) > 0
-    trimmed = (inner | (breast & (area > level))).astype(np.uint8)
-    opened = cv2.morphologyEx(trimmed, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    return images.largest_component(opened > 0)
-
-
-def closed_at_chest(breast: np.ndarray) -> np.ndarray:
-    """The mask without holes, those included that are open to the side that cuts the breast off."""
-    breast = breast.copy()
-    side = chest_side(breast)
-    rows = np.flatnonzero(breast[:, side])
-    if len(rows):
-        breast[rows[0] : rows[-1] + 1, side] = True
-    contours, _ = cv2.findContours(breast.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(np.zeros(breast.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
 
 
 def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
@@ -539,150 +303,61 @@ def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
     Includes skin line, fat and pectoral muscle; excludes air, labels, markers, tape, frame, padding.
     All False where there is no breast (empty, constant or noise).
     """
-    small = reduce_image(image)
+    small = framing.reduce_image(image)
     return small.enlarged(find_breast(small))
 
 
-def find_breast(small: ReducedImage) -> np.ndarray:
+def find_breast(small: framing.ReducedImage) -> np.ndarray:
     """segment_breast_tissue on the reduced copy: (h, w) bool."""
     area = small.image
     if min(area.shape) < 16:
         return np.zeros(area.shape, bool)
     smooth = cv2.GaussianBlur(area, (0, 0), 1)
-    levels = grey_levels(smooth)
+    levels = anatomy.grey_levels(smooth)
     if levels is None:
         return np.zeros(area.shape, bool)
     air, noise, tissue = levels
-    digital, probe, film = (air + share * (tissue - air) for share in SKIN_LEVELS)
-    breast = breast_above(area, smooth, digital + 2 * noise)
+    digital, probe, film = (air + share * (tissue - air) for share in anatomy.SKIN_LEVELS)
+    breast = anatomy.breast_above(area, smooth, digital + 2 * noise)
     # Digital skin ends in a step: going down to just above air gains hardly any area and keeps thin
     # skin. Film fades into the glow of scattered light, out of which the skin comes some way up.
-    if silhouette_area(breast) > 1.02 * silhouette_area(breast_above(area, smooth, probe + 2 * noise)):
-        breast = breast_above(area, smooth, max(film + noise, FILM_SKIN * tissue))
+    silhouette, probed = (
+        anatomy.silhouette_area(part)
+        for part in (breast, anatomy.breast_above(area, smooth, probe + 2 * noise))
+    )
+    if silhouette > 1.02 * probed:
+        breast = anatomy.breast_above(area, smooth, max(film + noise, anatomy.FILM_SKIN * tissue))
+    breast = anatomy.without_rims(breast)
     if breast.mean() < MIN_BREAST_AREA:
         return np.zeros(area.shape, bool)
-    return without_labels(breast, area)
+    return anatomy.without_labels(breast, area)
 
 
-def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """A breast mask without the labels and markers that touch the skin, where they cover it too.
-
-    What a large disc can't reach sticks out of the breast: nipple, folds, labels. The last are the
-    brightest thing in the image, skin is among the darkest. Their rims share blocks of the reduced
-    copy with what lies beside them; those blocks go as well.
-    """
-
-    pad = LABEL_SIZE
-    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    core = cv2.distanceTransform(padded, cv2.DIST_L2, 5) > LABEL_SIZE / 2
-    reach = cv2.distanceTransform((~core).view(np.uint8), cv2.DIST_L2, 5)
-    body = (reach <= LABEL_SIZE / 2)[pad:-pad, pad:-pad]
-    if not body.any():
-        return body
-    outside = breast & ~body
-    faint, bright = (area > level for level in np.percentile(area[body], LABEL_PERCENTILES))
-    rim = cv2.dilate((bright & ~breast).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    seeds = cv2.connectedComponents(outside.view(np.uint8))[1]
-    labels = np.unique(seeds[outside & bright])
-    if not labels.size:
-        return images.largest_component(breast & ~rim)
-    sticking = np.isin(seeds, labels)
-    # Letters lie apart: closing joins them, and with them those that lie over the breast.
-    gap = np.ones((LABEL_GAP, LABEL_GAP), np.uint8)
-    joined = cv2.morphologyEx((bright | sticking).view(np.uint8), cv2.MORPH_CLOSE, gap)
-    near = cv2.dilate(sticking.view(np.uint8), np.ones((2 * LABEL_SIZE + 1,) * 2, np.uint8))
-    parts = cv2.connectedComponents(cv2.bitwise_and(joined, near))[1]
-    found = np.isin(parts, np.unique(parts[sticking])) & (bright | sticking)
-    strokes = cv2.connectedComponents(faint.view(np.uint8) & near)[1]
-    found |= np.isin(strokes, np.unique(strokes[found & (strokes > 0)]))
-    label = cv2.dilate(found.view(np.uint8), np.ones((9, 9), np.uint8)) > 0
-    return images.largest_component(breast & ~rim & ~label)
-
-
-def chest_side(breast: np.ndarray) -> int:
-    """Column index (0 or -1) of the side that cuts the breast off."""
-    return 0 if breast[:, 0].sum() >= breast[:, -1].sum() else -1
-
-
-def silhouette_area(breast: np.ndarray) -> int:
-    """Area in px between the skin and the chest side, row by row, whatever holes there are."""
-    away = breast if chest_side(breast) == -1 else breast[:, ::-1]
-    return int(np.where(away.any(1), away.shape[1] - away.argmax(1), 0).sum())
-
-
-MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the muscle is sought
-MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
-MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
-CLOSE_UP = 0.97  # share of the image that a breast covers where bright tissue in a corner is no muscle
-# What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
-MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.78, 1.1, 0.04
-
-
-def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray, view: str = "") -> np.ndarray:
     """Pectoral muscle inside a breast mask: (H, W) uint8 or uint16 and bool -> (H, W) bool.
 
-    The muscle is the bright triangle in the upper corner of the chest side on MLO views; its border is
-    the line with the strongest bright-to-dark edge along it (Karssemeijer 1998 fits a line likewise).
-    All False where no line is long, bright and contrasted enough, as on CC views.
+    The muscle is the bright part in the upper corner of the chest side on MLO views; its border is the
+    path of strongest bright-to-dark edges near the best line or arc. `view`: CC has none; on MLO, where
+    there is one, less is asked of it; any other is judged. All False where no border is long, bright
+    and contrasted enough.
     """
-    small = reduce_image(image)
-    breast = images.block_means(mask[small.box].view(np.uint8) * np.uint8(255), small.factor) > 127
-    return small.enlarged(find_muscle(small, breast)) & mask
+    small = framing.reduce_image(image)
+    breast = small.reduced(mask.view(np.uint8) * np.uint8(255)) > 127
+    return small.enlarged(find_muscle(small, breast, view)) & mask
 
 
-def find_muscle(small: ReducedImage, breast: np.ndarray) -> np.ndarray:
+def find_muscle(small: framing.ReducedImage, breast: np.ndarray, view: str = "") -> np.ndarray:
     """segment_pectoral_muscle on the reduced copy: (h, w) bool."""
-    area, nothing = small.image, np.zeros(breast.shape, bool)
-    if not breast.any() or breast.mean() >= CLOSE_UP:
-        return nothing
-    mirrored = chest_side(breast) == -1
-    if mirrored:
-        area, breast = area[:, ::-1], breast[:, ::-1]
-    line = muscle_line(area, breast)
-    if line is None:
-        return nothing
-    height, width = area.shape
-    y, x = np.mgrid[:height, :width]
-    distance = x / line[0] + y / line[1]
-    muscle, beside = breast & (distance < 1), breast & (distance >= 1) & (distance < 1.3)
-    grey = np.median(area[muscle])
-    if (
-        muscle.sum() < MUSCLE_MIN_AREA * breast.sum()
-        or grey < MUSCLE_MIN_GREY * np.median(area[breast])
-        or grey < MUSCLE_MIN_CONTRAST * np.median(area[beside])
-    ):
-        return nothing
-    return np.ascontiguousarray(muscle[:, ::-1] if mirrored else muscle)
-
-
-def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | None:
-    """Where the muscle's border meets the top row and the left column (px), chest side left, or None."""
-    height, width = area.shape
-    if breast[: height // 20 + 1, : width // 20 + 1].mean() < 0.8:
-        return None  # the corner is air: a CC view
-    grey = np.log(area + 0.1 * np.median(area[breast]))
-    grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), MUSCLE_SMOOTHING)
-    slope_x, slope_y = (cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1)))
-    share = np.arange(0.15, 1.0, 0.025)
-    top, left = (axis.ravel() for axis in np.meshgrid(share * width, share * height))
-    large = top * left / 2 >= MUSCLE_MIN_AREA * breast.sum()
-    if not large.any():
-        return None
-    top, left = top[large], left[large]
-    along = np.linspace(0.03, 0.97, 40)
-    x = (top[:, None] * (1 - along)).astype(np.int32)  # (lines, points)
-    y = (left[:, None] * along).astype(np.int32)
-    points = y * width + x
-    length = np.hypot(top, left)
-    normal_x, normal_y = (left / length).astype(np.float32), (top / length).astype(np.float32)
-    edge = -(slope_x.take(points) * normal_x[:, None] + slope_y.take(points) * normal_y[:, None])
-    inside = breast.ravel().take(points)
-    edge *= inside
-    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (inside.mean(1) > 0.5)
-    best = int(score.argmax())
-    if (edge[best] > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
-        return None
-    return float(top[best]), float(left[best])
+    muscle = np.zeros(breast.shape, bool)
+    left, top, width, height = images.bounding_box(breast)
+    if view == "CC" or min(width, height) < 16 or breast.mean() >= anatomy.CLOSE_UP:
+        return muscle
+    # From the chest wall and the upper end of the breast, wherever they lie in the picture.
+    box = slice(top, top + height), slice(left, left + width)
+    turn = -1 if anatomy.chest_side(breast) == -1 else 1
+    area, inner = small.image[box][:, ::turn], breast[box][:, ::turn]
+    muscle[box][:, ::turn] = anatomy.muscle_in(area, inner, known=view == "MLO")
+    return muscle
 
 
 # ---- 4 Tiles ---------------------------------------------------------------------------------------
@@ -1011,14 +686,16 @@ def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]
     return low, max(high, low + 1)
 
 
-def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[str, Any], np.ndarray]:
-    """Segment one mammogram and choose its tiles.
+def extract_image(
+    path: str, spacing_mm: float, config: Config, view: str = ""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Segment one mammogram, whose projection is `view` if known, and choose its tiles.
 
     Returns a record (window, origin, bit depth, spacing, funnel, kept tiles as columns) and the pixels
     of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
     Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
     """
-    image, small = read_and_reduce(path)
+    image, small, margin = read_and_reduce(path, config.polarity)
     size = config.tile_size
     if min(image.shape) < size:
         shape = f"{image.shape[1]} x {image.shape[0]}"
@@ -1027,7 +704,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
     if not breast.any():
         raise ImageReadError(path, "no breast found (empty, all-white or noise)")
     mask = small.enlarged(breast)
-    muscle = small.enlarged(find_muscle(small, breast)) & mask
+    muscle = small.enlarged(find_muscle(small, breast, view)) & mask
     table = score_tiles(image, mask, config, spacing_mm, muscle)
     kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
     low, high = intensity_window(image, mask)
@@ -1042,6 +719,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
         "window": (low, high),
         "bit_depth": images.bit_depth(image, small.brightest),
         "spacing_mm": spacing_mm,
+        "polarity_margin": margin,
         "positions": len(table),
         "rejected": {name: int(counts.get(name, 0)) for name in COLUMNS},
         "rescued": int(is_rescued(table, config).sum()),
@@ -1072,6 +750,8 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
 PIXEL_CODE = (
     (__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),
     (images.__file__, "# ---- Decoding", ""),
+    (framing.__file__, "", ""),
+    (anatomy.__file__, "", ""),
     (caches.__file__, "# ---- Averaged copy", ""),
 )
 
@@ -1084,6 +764,7 @@ def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     return {
         # As floats: 40, typed as a flag, is 40.0.
         "settings": {name: float(getattr(config, name)) for name in names},
+        "polarity": config.polarity,
         "view_margin": VIEW_MARGIN,
         "code": settings.code_version(PIXEL_CODE),
         "files": hashlib.sha256(rows.encode()).hexdigest(),
@@ -1096,7 +777,7 @@ def cache_key(inputs: dict[str, Any]) -> str:
 
 
 def extract_to_file(
-    index: int, path: str, spacing_mm: float, config: Config, folder: str
+    index: int, path: str, spacing_mm: float, config: Config, view: str = "", *, folder: str
 ) -> dict[str, Any]:
     """Extract image number `index` and append its pixels to the folder's file of their depth.
 
@@ -1107,7 +788,7 @@ def extract_to_file(
     cv2.setNumThreads(1)  # one process per core is already running
     extraction.keep_freed_memory()
     try:
-        record, pixels = extract_image(path, spacing_mm, config)
+        record, pixels = extract_image(path, spacing_mm, config, view)
     except ImageReadError as error:
         return {"index": index, "error": error.reason}
     file, dtype = extraction.pixel_file(Path(folder), record["bit_depth"])
@@ -1146,13 +827,20 @@ def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[di
     if config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
         images.note_unknown_spacing(sources, config.pixel_spacing_mm)
     images.note_left_out(sources)
+    # Images of one polarity share a Config.
+    configs = {name: dataclasses.replace(config, polarity=name) for name in CHOICES["polarity"]}
+    given = images.known_polarity(sources, config.polarity)
     jobs = [
-        (index, path, float(mm), config)
-        for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
+        (index, path, float(mm), configs[polarity], view)
+        for index, (path, mm, polarity, view) in enumerate(
+            zip(sources["path"], spacing, given, sources["view"], strict=True)
+        )
     ]
-    return extraction.extract_missing(
+    records = extraction.extract_missing(
         extract_to_file, jobs, journal, config.num_workers, config.progress
     )
+    extraction.note_polarity(sources["image"], [record.get("polarity_margin") for record in records])
+    return records
 
 
 def finish_cache(
@@ -1813,10 +1501,11 @@ def load_sample(index: int, source: pd.Series, config: Config) -> pictures.Sampl
     from byol_mammo import pictures
 
     spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else config.pixel_spacing_mm
-    image = read_mammogram(source["path"])
+    (polarity,) = images.known_polarity(source.to_frame().T, config.polarity)
+    image = read_mammogram(source["path"], polarity)
     mask = segment_breast_tissue(image)
-    muscle = segment_pectoral_muscle(image, mask)
-    table = score_tiles(image, mask, config, spacing)
+    muscle = segment_pectoral_muscle(image, mask, source["view"])
+    table = score_tiles(image, mask, config, spacing, muscle)
     title = f"image {index} {source['laterality']} {source['view']}"
     window = intensity_window(image, mask)
     return pictures.Sample(title, image, mask, muscle, table, window, config.tile_size)

@@ -336,7 +336,7 @@ def test_an_image_without_tiles_takes_no_place_behind_one_that_was_cut_short(tmp
     path, _ = byol_mammo.extraction.pixel_file(tmp_path, 12)
     path.write_bytes(b"cut")
     image = str(tmp_path / "images" / "s0_i0.png")
-    record = mammo.extract_to_file(0, image, 0.3, config, str(tmp_path))
+    record = mammo.extract_to_file(0, image, 0.3, config, folder=str(tmp_path))
     assert record["tiles"]["x"] == []
     assert path.read_bytes() == b"cut"
 
