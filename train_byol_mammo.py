@@ -2081,10 +2081,7 @@ def start_folder(run: Run) -> None:
         f"{run.config.view_side} px views, steps {run.step} to {run.last_step}"
     )
     if np.isin(run.monitor_ids, run.train_ids).any():
-        count = len(run.train_ids)
-        print(
-            f"note: {count} tiles are few: those that watch for collapse are trained on", file=sys.stderr
-        )
+        print(f"monitor   {len(run.monitor_ids)} of these tiles: too few to keep some out of training")
     print(f"tracking  wandb {tracking.wandb_mode(config.wandb_mode)}")
     page = ", report.html tells how it goes" if run.config.report_every else ""
     print(f"run       {run.folder}{page}", flush=True)

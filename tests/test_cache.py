@@ -478,7 +478,7 @@ def test_a_folder_that_fails_to_list_its_images_is_an_error(tmp_path, monkeypatc
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
         return real(folder)
 
-    monkeypatch.setattr(mammo.images.os, "scandir", failing)
+    monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(OSError, match=r"Input/output error.*b"):
         mammo.images.find_images(tmp_path)
 
