@@ -15,7 +15,7 @@ Contents
     1 Configuration    constants, Config                           (flags: byol_mammo/settings.py)
     2 Image            full bit depth, polarity                    (files, decoding: images.py)
     3 Breast mask      frames, labels, skin line, pectoral muscle
-    4 Tiles            grid, speck energy, criteria, one image -> record and pixels
+    4 Tiles            grid, criteria, one image -> record and pixels    (speck energy: specks.py)
     5 Pixel cache      key, parallel extraction, MammogramTiles    (journal: extraction.py, cache.py)
     6 Views            random homographies and photometry, one bilinear gather
     7 Model            BYOL's networks, classification head        (backbones: checkpoints.py)
@@ -74,6 +74,7 @@ from byol_mammo import (
     processes,
     sampling,
     settings,
+    specks,
     targets,
     tracking,
 )
@@ -81,6 +82,7 @@ from byol_mammo.checkpoints import load_backbone  # noqa: F401 - others import i
 from byol_mammo.images import ImageReadError
 from byol_mammo.objectives import Objective, ParameterGroup, feature_std, rankme
 from byol_mammo.settings import MammoError, StoppedError
+from byol_mammo.specks import speck_peaks
 
 if TYPE_CHECKING:  # imported where they are used, so that a run starts sooner
     from byol_mammo import extraction, labels, pictures, report
@@ -687,121 +689,6 @@ def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | N
 # ---- 4 Tiles ---------------------------------------------------------------------------------------
 
 
-SPECK_GRID = 0.17  # mm, pixel of the reduced grid on which specks are sought
-SPECK_SIGMA = 0.13  # mm, scale of the second derivatives: passes specks of 0.1-1 mm, best 0.35 mm
-SPECK_WINDOW = 9.0  # mm, side of the square that sets a peak's scale; wider than a tight group
-SPECK_BLOCK = 4  # grid px, side of the blocks on which that scale and the mask's rim are worked out
-SPECK_MARGIN = 1.0  # mm, rim of the mask where a peak may be the mask's own edge
-SPECK_MIN_STRENGTH = 2.0  # local standard deviations; weaker peaks are noise and left out
-GROUP_SIZE = 5  # specks that make a group (ACR BI-RADS 2013: five within 1 cm, spread up to 2 cm)
-GROUP_RADIUS = 7.5  # mm, from one speck of a group to the others
-GROUP_CANDIDATES = 64  # strongest peaks of a tile that may form groups; bounds the time per tile
-ENERGY_PER_STRENGTH = 0.0090  # energy of a group per local deviation; 0.03 is the median of plain tissue
-
-Peaks = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows (px), columns (px), strengths
-
-
-def curvatures(image: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weaker and mean curvature of float32 (H, W) at scale sigma (px), positive on a bright spot.
-
-    These are the smaller eigenvalue and half the trace of minus the Hessian. Along a line one
-    eigenvalue vanishes, so the smaller one answers to specks and not to vessels, ligaments or the
-    skin's edge (Frangi et al. 1998, turned from vessels to blobs).
-    """
-    smooth = cv2.GaussianBlur(image, (0, 0), sigma)
-    one, bend, slope = (np.array(tap) for tap in ([1.0], [1.0, -2.0, 1.0], [-0.5, 0.0, 0.5]))
-    xx = cv2.sepFilter2D(smooth, cv2.CV_32F, bend, one)
-    yy = cv2.sepFilter2D(smooth, cv2.CV_32F, one, bend)
-    xy = cv2.sepFilter2D(smooth, cv2.CV_32F, slope, slope)
-    mean = cv2.addWeighted(xx, -0.5, yy, -0.5, 0)
-    spread = cv2.magnitude(cv2.addWeighted(xx, 0.5, yy, -0.5, 0), xy)
-    return cv2.subtract(mean, spread), mean
-
-
-def speck_grid(
-    image: np.ndarray, mask: np.ndarray, factor: int
-) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Float32 means over factor x factor px of the mask's bounding box, its mask, and its corner (y, x).
-
-    The box starts at a multiple of the factor, so that a tile and its image share one grid. Averages
-    are taken in 16 bits, all of them in use: what they lose is below the noise of any detector.
-    """
-    x0, y0, width, height = images.bounding_box(mask)
-    top, left = y0 // factor * factor, x0 // factor * factor
-    size = ((x0 + width - left) // factor, (y0 + height - top) // factor)
-    if min(size) == 0:
-        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.uint8), 0, 0
-    box = np.s_[top : top + size[1] * factor, left : left + size[0] * factor]
-    content = image[box]
-    unused = 16 - images.bit_depth(image[box[0]])  # whole rows are read faster than parts of them
-    if unused:
-        content = np.left_shift(content, unused, dtype=np.uint16)
-    small = cv2.resize(content, size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    small *= np.float32(2.0**-unused)
-    inside = cv2.resize(mask[box].view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-    return small, inside, top, left
-
-
-def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
-    """Rows (px), columns (px) and strengths of the speck-like peaks of uint8 or uint16 (H, W).
-
-    A peak is a local maximum of the weaker curvature inside the mask (H, W) bool. Its strength is
-    that curvature over the standard deviation of the mean curvature around it, which cancels gain,
-    offset and noise level, and so bit depth, window and vendor. What varies slowly is worked out per
-    block of SPECK_BLOCK x SPECK_BLOCK px of the reduced grid.
-    """
-    factor = max(1, round(SPECK_GRID / spacing_mm))
-    sigma = SPECK_SIGMA / (spacing_mm * factor)
-    small, inside, top, left = speck_grid(image, mask, factor)
-    if not inside.any():
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-    weaker, mean = curvatures(small, sigma)
-    height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
-    covered, squares = (np.zeros((height * SPECK_BLOCK, width * SPECK_BLOCK), kind) for kind in "Bf")
-    filled = np.s_[: mean.shape[0], : mean.shape[1]]
-    np.multiply(inside, 255, out=covered[filled])
-    cv2.accumulateSquare(mean, squares[filled], inside)
-    squares = cv2.resize(squares, (width, height), interpolation=cv2.INTER_AREA)
-    covered = cv2.resize(covered, (width, height), interpolation=cv2.INTER_AREA)
-    block = spacing_mm * factor * SPECK_BLOCK  # mm
-    window = (max(1, round(SPECK_WINDOW / block)),) * 2
-    area = cv2.boxFilter(covered, cv2.CV_32F, window) / 255
-    variance = cv2.boxFilter(squares, cv2.CV_32F, window) / np.maximum(area, 1e-3)
-    rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
-    whole = (covered == 255).view(np.uint8)
-    inner = cv2.erode(whole, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    # Rounding to grey levels adds to the variance, more so in 8 bits: that share is taken off again,
-    # and the rounding error itself is the floor that keeps 8-bit plateaus from firing.
-    rounding = (images.grey_step(image) / factor) ** 2 / 12
-    impulse = np.zeros((31, 31), np.float32)
-    impulse[15, 15] = 1
-    gain = float((curvatures(impulse, sigma)[1] ** 2).sum())
-    deviation = np.sqrt(np.maximum(variance - rounding * gain, rounding))
-    least = np.where(inner > 0, SPECK_MIN_STRENGTH * deviation, np.float32(np.inf))
-    least = cv2.resize(least, None, fx=SPECK_BLOCK, fy=SPECK_BLOCK, interpolation=cv2.INTER_NEAREST)
-    highest = cv2.dilate(weaker, np.ones((5, 5), np.uint8))
-    strong = weaker >= least[: weaker.shape[0], : weaker.shape[1]]
-    # Several times faster than np.nonzero in two dimensions.
-    ys, xs = np.divmod(np.flatnonzero(strong & (weaker == highest)), weaker.shape[1])
-    strengths = weaker[ys, xs] / deviation[ys // SPECK_BLOCK, xs // SPECK_BLOCK]
-    return ys * factor + top + factor // 2, xs * factor + left + factor // 2, strengths
-
-
-def energy_of_peaks(peaks: Peaks, spacing_mm: float = PIXEL_SPACING_MM) -> float:
-    """Energy of the strongest group among a tile's peaks; formula at frequency_energy."""
-    ys, xs, strengths = peaks
-    if len(strengths) < GROUP_SIZE:
-        return 0.0
-    if len(strengths) > GROUP_CANDIDATES:
-        strongest = np.argpartition(-strengths, GROUP_CANDIDATES)[:GROUP_CANDIDATES]
-        ys, xs, strengths = ys[strongest], xs[strongest], strengths[strongest]
-    apart = (ys[:, None] - ys) ** 2 + (xs[:, None] - xs) ** 2
-    near = apart <= (GROUP_RADIUS / spacing_mm) ** 2
-    weakness = np.where(near, 1 / strengths, np.inf)
-    weakness = np.partition(weakness, GROUP_SIZE - 1, axis=1)[:, :GROUP_SIZE]
-    return ENERGY_PER_STRENGTH * float((GROUP_SIZE / weakness.sum(axis=1)).max())
-
-
 def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> float:
     """How much a tile (H, W) looks as if it held a group of micro-calcifications of 0.1-1 mm.
 
@@ -817,7 +704,7 @@ def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PI
     ENERGY_PER_STRENGTH puts 0.03 at the median of real tissue without a group: half of it goes, and of
     tiles with 5-20 specks of 0.2-0.6 mm at 8-16 local deviations (5-10) 100 % (97 %) stay.
     """
-    return energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
+    return specks.energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
 
 
 @dataclass(frozen=True)
@@ -901,7 +788,7 @@ def score_tiles(
             "breast_ratio": (breast - covered) / size**2,
             "mean_intensity": np.clip(255 * (grey / breast_or_1 - low) / (high - low), 0, 255),
             "non_zero_ratio": filled / breast_or_1,
-            "freq_energy": _tile_energies(peaks, y, x, size, spacing_mm),
+            "freq_energy": specks.tile_energies(peaks, y, x, size, spacing_mm),
         }
     )
     return table.assign(rejected_by=_first_failure(table, config))
@@ -935,19 +822,6 @@ def tile_sums(
     y1, x1 = np.minimum(y1, len(rows) - 1), np.minimum(x1, len(cols) - 1)
     tiles = sums[:, y1, x1] - sums[:, y0, x1] - sums[:, y1, x0] + sums[:, y0, x0]
     return tiles.reshape(len(sums), -1)
-
-
-def _tile_energies(
-    peaks: Peaks, y: np.ndarray, x: np.ndarray, size: int, spacing_mm: float
-) -> np.ndarray:
-    """Energy of each tile from its image's peaks."""
-    rows, columns, strengths = peaks
-    energies = np.zeros(len(y))
-    for index, (top, left) in enumerate(zip(y, x, strict=True)):
-        inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
-        tile_peaks = rows[inside], columns[inside], strengths[inside]
-        energies[index] = energy_of_peaks(tile_peaks, spacing_mm)
-    return energies
 
 
 def failures(table: pd.DataFrame, config: Config) -> pd.DataFrame:
@@ -1071,6 +945,7 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
 PIXEL_CODE = (
     (__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),
     (images.__file__, "# ---- Decoding", ""),
+    (specks.__file__, "", ""),
     (caches.__file__, "# ---- Averaged copy", ""),
 )
 
