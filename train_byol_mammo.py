@@ -15,7 +15,7 @@ Contents
     1 Configuration    constants, Config                           (flags: byol_mammo/settings.py)
     2 Image            full bit depth, polarity                    (files, decoding: images.py)
     3 Breast mask      frames, labels, skin line, pectoral muscle
-    4 Tiles            grid, criteria, one image -> record and pixels    (speck energy: specks.py)
+    4 Tiles            grid, criteria, one image -> its tiles    (scores: specks.py, structure.py)
     5 Pixel cache      key, parallel extraction, MammogramTiles    (journal: extraction.py, cache.py)
     6 Views            random homographies and photometry, one bilinear gather
     7 Model            BYOL's networks, classification head        (backbones: checkpoints.py)
@@ -75,6 +75,7 @@ from byol_mammo import (
     sampling,
     settings,
     specks,
+    structure,
     targets,
     tracking,
 )
@@ -98,6 +99,7 @@ TILE_SIZE = 512  # px, side of a tile
 TILE_STRIDE = 256  # px between tiles; half a tile shows every lesion whole at least once
 MIN_BREAST_RATIO = 0.15  # share of a tile that must be breast; 0 = off
 MIN_FREQ_ENERGY = 0.03  # speck energy a tile must reach (see frequency_energy); 0 = off
+MIN_CONVERGENCE = 0.67  # tiles from here on, as if they held a mass, need no speck energy; 0 = off
 HIGH_FREQ_ENERGY = 0.042  # tiles from here on need no intensity and no non-empty share; 0 = off
 MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bit depth; 0 = off
 MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
@@ -105,6 +107,7 @@ EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscl
 PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
+ENERGY_SHARE = 0.0  # how much energy and convergence decide that draw; 0 = chance, 1 = they alone
 QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run's qc folder
 EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
@@ -172,6 +175,7 @@ class Config:
     tile_stride: int = TILE_STRIDE
     min_breast_ratio: float = MIN_BREAST_RATIO
     min_freq_energy: float = MIN_FREQ_ENERGY
+    min_convergence: float = MIN_CONVERGENCE
     high_freq_energy: float = HIGH_FREQ_ENERGY
     min_tile_intensity: float = MIN_TILE_INTENSITY
     min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
@@ -179,6 +183,7 @@ class Config:
     pixel_spacing_mm: float = PIXEL_SPACING_MM
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
+    energy_share: float = ENERGY_SHARE
     qc_pages: bool = QC_PAGES
     extract_only: bool = EXTRACT_ONLY
     num_workers: int = NUM_WORKERS
@@ -234,10 +239,11 @@ class Config:
 # Bounds that protect from settings which cannot work; batch norm needs two tiles.
 RANGES: dict[str, tuple[float, float]] = {
     "tile_size": (32, 8192), "tile_stride": (8, 8192), "min_breast_ratio": (0, 1),
-    "min_freq_energy": (0, math.inf), "high_freq_energy": (0, math.inf),
+    "min_freq_energy": (0, math.inf), "min_convergence": (0, 1), "high_freq_energy": (0, math.inf),
     "min_tile_intensity": (0, 255), "min_non_zero_pixels": (0, 1),
     "pixel_spacing_mm": images.SPACING_RANGE, "max_tiles": (0, math.inf),
-    "tiles_per_epoch": (0, math.inf), "num_workers": (0, 4096), "view_size": (0, 8192),
+    "tiles_per_epoch": (0, math.inf), "energy_share": (0, 1),
+    "num_workers": (0, 4096), "view_size": (0, 8192),
     "input_dim": (1, 65536),
     "hidden_dim": (1, 65536), "proj_dim": (2, 65536), "momentum_base": (0, 1),
     "batch_size": (2, 65536), "epochs": (1, 1_000_000), "max_steps": (0, math.inf), "lr": (0, 100),
@@ -717,19 +723,28 @@ class Criterion:
     colour: str = "#888888"  # of its mark in pictures
     marker: str = "."
     passes: Callable[[Any, Any], Any] = operator.ge  # (values, threshold); operator.le for "at most"
-    rescued: bool = False  # a tile of HIGH_FREQ_ENERGY need not fulfil it
+    # Column and setting that spare it where a tile reaches both: another way to be kept; 0 = off.
+    spared_by: tuple[str, str] = ("", "")
 
 
+HIGH_ENERGY = ("freq_energy", "high_freq_energy")  # specks may lie in dark fat or at the skin's edge
 # In the order in which tiles are judged. Scoring, rejection, cache key, tables and pictures follow it.
 CRITERIA = (
     Criterion("breast_ratio", "min_breast_ratio", "too little breast", "#999999", "x"),
-    Criterion("mean_intensity", "min_tile_intensity", "too dark", "#cc79a7", "v", rescued=True),
     Criterion(
-        "non_zero_ratio", "min_non_zero_pixels", "too many empty pixels", "#d55e00", "D", rescued=True
+        "mean_intensity", "min_tile_intensity", "too dark", "#cc79a7", "v", spared_by=HIGH_ENERGY
     ),
-    Criterion("freq_energy", "min_freq_energy", "too little fine detail", "#f0e442", "+"),
-)
+    Criterion(
+        "non_zero_ratio", "min_non_zero_pixels", "too many empty pixels", "#d55e00", "D",
+        spared_by=HIGH_ENERGY,
+    ),
+    Criterion(
+        "freq_energy", "min_freq_energy", "too little structure", "#f0e442", "+",
+        spared_by=("convergence", "min_convergence"),
+    ),
+)  # fmt: skip
 COLUMNS = [criterion.column for criterion in CRITERIA]
+SCORES = list(dict.fromkeys([*COLUMNS, *(c.spared_by[0] for c in CRITERIA if c.spared_by[0])]))
 
 
 def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
@@ -755,6 +770,7 @@ def score_tiles(
     mean_intensity    mean of the tile's breast pixels in the image's window, 0-255
     non_zero_ratio    share of the tile's breast pixels that are not 0
     freq_energy       see frequency_energy
+    convergence       strongest convergence at the scale of masses, see structure.convergence
     rejected_by       the first criterion that the tile fails; '' = kept
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
     and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
@@ -770,7 +786,8 @@ def score_tiles(
     elif muscle is None:
         muscle = segment_pectoral_muscle(image, mask)
     spacing_mm = spacing_mm or config.pixel_spacing_mm
-    peaks = speck_peaks(image, mask, spacing_mm)
+    reduced = specks.speck_grid(image, mask, spacing_mm)
+    peaks = speck_peaks(image, mask, spacing_mm, reduced)
 
     def layers(band: tuple[slice, slice]) -> list[tuple[np.ndarray, Callable[[np.ndarray], float]]]:
         inside = mask[band].view(np.uint8)
@@ -789,6 +806,7 @@ def score_tiles(
             "mean_intensity": np.clip(255 * (grey / breast_or_1 - low) / (high - low), 0, 255),
             "non_zero_ratio": filled / breast_or_1,
             "freq_energy": specks.tile_energies(peaks, y, x, size, spacing_mm),
+            "convergence": structure.tile_convergence(reduced, muscle, y, x, size, spacing_mm),
         }
     )
     return table.assign(rejected_by=_first_failure(table, config))
@@ -824,33 +842,28 @@ def tile_sums(
     return tiles.reshape(len(sums), -1)
 
 
-def failures(table: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Which tiles of score_tiles fail each of CRITERIA by itself: bool, a column each."""
-    return pd.DataFrame(
-        {c.column: ~c.passes(table[c.column], getattr(config, c.setting)) for c in CRITERIA}
-    )
+def failures(table: pd.DataFrame, config: Config) -> dict[str, np.ndarray]:
+    """Which tiles of score_tiles fail each of CRITERIA by itself: (N,) bool by column."""
+    return {
+        c.column: ~c.passes(table[c.column].to_numpy(), getattr(config, c.setting)) for c in CRITERIA
+    }
 
 
 def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
-    """The first criterion that each tile fails, '' where it fails none.
-
-    Specks may lie in dark fat or at the skin's edge: a tile of high energy is kept there (`is_rescued`).
-    """
+    """The first criterion that each tile fails and is not spared, '' where there is none."""
     failed = failures(table, config)
     # A tile without breast is of no use even where every threshold is 0.
-    failed["breast_ratio"] |= table["breast_ratio"] == 0
-    if config.high_freq_energy:
-        high = table["freq_energy"] >= config.high_freq_energy
-        for criterion in CRITERIA:
-            if criterion.rescued:
-                failed[criterion.column] &= ~high
+    failed["breast_ratio"] |= table["breast_ratio"].to_numpy() == 0
+    for criterion in CRITERIA:
+        column, setting = criterion.spared_by
+        if setting and getattr(config, setting):
+            failed[criterion.column] &= table[column].to_numpy() < getattr(config, setting)
     return np.select([failed[name] for name in COLUMNS], COLUMNS, default="")
 
 
 def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
-    """Which tiles of score_tiles are kept for their high energy alone."""
-    rescued = [criterion.column for criterion in CRITERIA if criterion.rescued]
-    return (table["rejected_by"] == "") & failures(table, config)[rescued].any(axis=1)
+    """Which tiles of score_tiles are kept although they fail a criterion, as they are spared it."""
+    return (table["rejected_by"] == "") & np.any(list(failures(table, config).values()), axis=0)
 
 
 def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
@@ -861,8 +874,8 @@ def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
         if record.get("tiles", {}).get("x")
     ]
     if not frames:
-        return pd.DataFrame(columns=["image", "x", "y", *COLUMNS])
-    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *COLUMNS]]
+        return pd.DataFrame(columns=["image", "x", "y", *SCORES])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *SCORES]]
     if config.max_tiles and len(tiles) > config.max_tiles:
         rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
         order = np.lexsort((-tiles["freq_energy"], rank))
@@ -946,14 +959,15 @@ PIXEL_CODE = (
     (__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),
     (images.__file__, "# ---- Decoding", ""),
     (specks.__file__, "", ""),
+    (structure.__file__, "", ""),
     (caches.__file__, "# ---- Averaged copy", ""),
 )
 
 
 def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
-    names = "tile_size tile_stride high_freq_energy exclude_pectoral pixel_spacing_mm max_tiles".split()
-    names += [criterion.setting for criterion in CRITERIA]
+    names = "tile_size tile_stride exclude_pectoral pixel_spacing_mm max_tiles".split()
+    names += [name for c in CRITERIA for name in (c.setting, c.spared_by[1]) if name]
     rows = sources.drop(columns="path").to_csv(index=False)
     return {
         # As floats: 40, typed as a flag, is 40.0.
@@ -1901,8 +1915,9 @@ def batches(run: Run) -> Iterator[tuple[np.ndarray, MammogramTiles | None]]:
     """
     config, batch, size = run.config, run.config.batch_size, run.ranks.world_size
     epoch, first = divmod(run.step, run.steps_per_epoch)
-    image_row, count = run.tiles.table["image"].to_numpy(), config.tiles_per_epoch
-    order = sampling.epoch_order(image_row, run.train_ids, count, config.seed, epoch)
+    order = sampling.epoch_order(
+        run.tiles.table, run.train_ids, config.tiles_per_epoch, config.seed, epoch, config.energy_share
+    )
     steps = range(first * size + run.ranks.rank, run.steps_per_epoch * size, size)
     ids = [order[step * batch : (step + 1) * batch] for step in steps]
     if run.tiles.pixels.device == run.device:

@@ -140,10 +140,13 @@ def tile_energies(
     peaks: Peaks, y: np.ndarray, x: np.ndarray, size: int, spacing_mm: float
 ) -> np.ndarray:
     """Energy of each tile from its image's peaks."""
-    rows, columns, strengths = peaks
+    rows, columns, strengths = peaks  # from top to bottom
     energies = np.zeros(len(y))
-    for index, (top, left) in enumerate(zip(y, x, strict=True)):
-        inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
+    first, last = np.searchsorted(rows, [y, y + size])
+    for index, (start, stop, left) in enumerate(zip(first, last, x, strict=True)):
+        inside = start + np.flatnonzero(
+            (columns[start:stop] >= left) & (columns[start:stop] < left + size)
+        )
         tile_peaks = rows[inside], columns[inside], strengths[inside]
         energies[index] = energy_of_peaks(tile_peaks, spacing_mm)
     return energies
