@@ -190,10 +190,11 @@ def draw_tiles(samples: list[Sample], outcomes: Sequence[Outcome], path: Path) -
     tables = [sample.table.assign(number=number) for number, sample in enumerate(samples)]
     table = pd.concat(tables, ignore_index=True)
     kept = table[table["rejected_by"] == ""]
-    specks, masses = (kept.sort_values(name)[::-1] for name in ("freq_energy", "convergence"))
+    specks = in_turn(kept.sort_values("freq_energy", ascending=False), "number")[:3]
+    others = kept.drop(specks.index).sort_values("convergence", ascending=False)
     lost = table[(table["rejected_by"] != "") & (table["breast_ratio"] > 0)]
     lost = in_turn(lost.sort_values("breast_ratio", ascending=False), "rejected_by")
-    rows = {0: in_turn(specks, "number")[:3], 3: in_turn(masses, "number")[:3], 6: lost[:6]}
+    rows = {0: specks, 3: in_turn(others, "number")[:3], 6: lost[:6]}
     figure, panels = panel_grid(12, 3, 2.35)
     for axes in panels:
         axes.set_axis_off()
@@ -207,7 +208,7 @@ def draw_tiles(samples: list[Sample], outcomes: Sequence[Outcome], path: Path) -
                 failed = next(outcome for outcome in outcomes if outcome.column == reason)
                 text = f"{failed.title}\n{tile[reason]:.3g} of {failed.threshold:g}"
                 other, bar = failed.spared_by
-                text += f", {tile[other]:.3g} of {bar:g}" if bar else ""
+                text += f"\n{other} {tile[other]:.3g} of {bar:g}" if bar else ""
             show_grey(axes, masked, text, *sample.window)
     figure.suptitle("Kept: highest energy, then convergence. Below: rejected", fontsize=11)
     save_figure(figure, path)
