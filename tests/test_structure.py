@@ -91,6 +91,19 @@ def test_a_mass_in_the_muscle_keeps_none():
     assert (score(image, mask, muscle)["rejected_by"] != "").all()
 
 
+def test_air_and_skin_count_for_nothing():
+    image, mask = tissue(0.02)
+    lit = np.where(mask, image, 60_000)
+    scores = [score(grey, mask)["convergence"] for grey in (image, lit)]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+    gradients, factor = structure.unit_gradients(image.astype(np.float32), mask.view(np.uint8), MM)
+    from_skin = cv2.distanceTransform(np.pad(mask, 1, "edge").view(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    counts = np.kron(gradients[2], np.ones((factor, factor))) > 0
+    assert from_skin[counts].min() * MM >= structure.SKIN - factor * MM
+    assert (gradients[:2, gradients[2] == 0] == 0).all()
+    assert counts[:, :factor].any()  # the image's side is no skin
+
+
 @pytest.mark.parametrize("kind", ["mass", "spiculated_mass"])
 def test_masses_of_phantoms_converge(kind):
     """Against the same phantom without: its tissue has knots of strands of its own."""
