@@ -19,7 +19,7 @@ Contents
     5 Pixel cache      key, parallel extraction, MammogramTiles    (journal: extraction.py, cache.py)
     6 Views            random homographies and photometry, one bilinear gather
     7 Model            BYOL's networks, classification head        (backbones: checkpoints.py)
-    8 Objective        BYOL's loss, frequency target, optimiser    (objectives.py, targets.py, lars.py)
+    8 Objective        BYOL's loss, heads for targets, optimiser    (objectives.py, targets.py, lars.py)
     9 Checkpoint       what a run saves, how it resumes            (writing, reading: checkpoints.py)
     10 Monitoring      feature std, RankMe, pictures, report       (labels.py, pictures.py, report.py)
     11 Training        the step, the epoch, the run                (processes.py, device.py, tracking.py)
@@ -126,7 +126,8 @@ OPTIMIZER = "adamw"  # adamw, or lars for batches of thousands (--lr 0.025 --wei
 WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
 WEIGHT_DECAY = 1e-4  # weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
-FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see Objective); 0 = plain BYOL
+FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target, for specks; 0 = off
+STRUCTURE_LOSS_WEIGHT = 0.0  # weight of the structure target, for the scale of masses; 0 = off
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
 PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
@@ -203,6 +204,7 @@ class Config:
     weight_decay: float = WEIGHT_DECAY
     monitor_tiles: int = MONITOR_TILES
     freq_loss_weight: float = FREQ_LOSS_WEIGHT
+    structure_loss_weight: float = STRUCTURE_LOSS_WEIGHT
     labels: str = LABELS
     probe_every: int = PROBE_EVERY
     checkpoint_every: int = CHECKPOINT_EVERY
@@ -248,7 +250,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "hidden_dim": (1, 65536), "proj_dim": (2, 65536), "momentum_base": (0, 1),
     "batch_size": (2, 65536), "epochs": (1, 1_000_000), "max_steps": (0, math.inf), "lr": (0, 100),
     "warmup_epochs": (0, math.inf), "weight_decay": (0, 10), "monitor_tiles": (2, 65536),
-    "freq_loss_weight": (0, 1000), "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
+    "freq_loss_weight": (0, 1000), "structure_loss_weight": (0, 1000),
+    "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf), "log_every": (1, math.inf), "report_every": (0, math.inf),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip
@@ -1503,73 +1506,70 @@ class BYOL(Objective):
         return self.model.projection_head(features)
 
 
-class SpeckBYOL(BYOL):
-    """BYOL, and the frequency target beside it: a linear head finds each cell's specks.
+class TargetBYOL(BYOL):
+    """BYOL, and heads beside it that tell from each view's feature map what the sharp view holds.
 
-    Its loss is the squared error, summed over the quantities, with which the head predicts the
-    standardised speck_targets of each view from its feature map; it starts near SPECK_QUANTITIES.
+    See byol_mammo/targets.py: SpeckHead for specks, StructureHead for the scale of masses.
     """
 
     curves: ClassVar[dict[str, str]] = {
         "loss": BYOL.curves["loss"],
-        "freq_loss": f"frequency loss (starts near {targets.SPECK_QUANTITIES})",
+        **{head.metric: head.title for head in (targets.SpeckHead, targets.StructureHead)},
         "momentum": BYOL.curves["momentum"],
     }
-    taps: Tensor
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
-        self, model: MammogramBYOL, sample: Tensor, input_dim: int, weight: float, momentum_base: float
+        self, model: MammogramBYOL, heads: Sequence[tuple[targets.Head, float]], momentum_base: float
     ) -> None:
-        """`sample` (N, 1, S, S): sharp plain views, which scale the quantities."""
+        """`heads` and the weights of their losses."""
         super().__init__(model, momentum_base)
-        self.weight = weight
-        self.speck_head = nn.Conv2d(input_dim, targets.SPECK_QUANTITIES, 1)  # starts at zero
-        for parameter in self.speck_head.parameters():
-            nn.init.zeros_(parameter)
-        self.register_buffer("taps", torch.tensor(targets.SPECK_TAPS), persistent=False)
-        quantities = torch.cat([targets.speck_targets(part, self.taps) for part in sample.split(32)])
-        deviation = quantities.std((0, 2, 3), keepdim=True).clamp_min(0.05)
-        self.register_buffer("mean", quantities.mean((0, 2, 3), True), persistent=False)
-        self.register_buffer("deviation", deviation, persistent=False)
+        self.weights = {head.name: weight for head, weight in heads}
+        for head, _ in heads:
+            self.add_module(head.name, head)
+
+    @property
+    def heads(self) -> list[targets.Head]:
+        """The heads, which decay no more than a bias does."""
+        return [getattr(self, name) for name in self.weights]
 
     def trained(self) -> list[ParameterGroup]:
-        """The online network and the head, which decays no more than a bias does."""
-        return [*super().trained(), ParameterGroup([self.speck_head], decays=False)]
+        """The online network and the heads."""
+        return [*super().trained(), ParameterGroup([*self.heads], decays=False)]
 
     def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
-        """BYOL's loss plus the weighted frequency loss."""
+        """BYOL's loss plus the weighted losses of the heads, each a mean over the views."""
         maps = [self.model.feature_map(view.image) for view in views]
         loss, metrics = self.byol_loss(views, [found.mean((2, 3)) for found in maps])
-        errors = [
-            F.mse_loss(self.speck_head(found).float(), self.targets(view))
-            for found, view in zip(maps, views, strict=True)
-        ]
-        freq_loss = targets.SPECK_QUANTITIES * (errors[0] + errors[1]) / 2
-        return loss + self.weight * freq_loss, {**metrics, "freq_loss": freq_loss.detach()}
-
-    @torch.no_grad()
-    def targets(self, view: View) -> Tensor:
-        """Standardised speck_targets (B, SPECK_QUANTITIES, S/32, S/32), in fp32 also under autocast."""
-        with torch.autocast(view.sharp.device.type, enabled=False):
-            return (targets.speck_targets(view.sharp, self.taps) - self.mean) / self.deviation
+        for head in self.heads:
+            errors = [head.loss(found, view.sharp) for found, view in zip(maps, views, strict=True)]
+            error = (errors[0] + errors[1]) / 2
+            loss = loss + self.weights[head.name] * error
+            metrics[head.metric] = error.detach()
+        return loss, metrics
 
 
-SPECK_SAMPLE = 256  # tiles that scale the quantities of speck_targets
+TARGET_SAMPLE = 256  # tiles that scale what the heads are asked for
 
 
 def build_objective(
     model: MammogramBYOL, config: Config, tiles: MammogramTiles, train_ids: np.ndarray
 ) -> Objective:
     """The objective that the settings ask for, on the CPU."""
-    if not config.freq_loss_weight:
+    if not config.freq_loss_weight and not config.structure_loss_weight:
         return BYOL(model, config.momentum_base)
-    ids = train_ids[:: -(-len(train_ids) // SPECK_SAMPLE)]
+    ids = train_ids[:: -(-len(train_ids) // TARGET_SAMPLE)]
     parts = np.array_split(ids, -(-len(ids) // 32))
     views = [make_view(tiles, part, PLAIN_VIEW, config.view_side) for part in parts]
     sample = torch.cat([view.sharp.cpu() for view in views])
-    return SpeckBYOL(model, sample, config.input_dim, config.freq_loss_weight, config.momentum_base)
+    heads: list[tuple[targets.Head, float]] = []
+    if config.freq_loss_weight:
+        heads.append((targets.SpeckHead(sample, config.input_dim), config.freq_loss_weight))
+    if config.structure_loss_weight:
+        # One scale for all images, whose detectors differ by less than masses do.
+        step_mm = float(tiles.images["spacing_mm"].median()) * config.tile_size / config.view_side
+        head = targets.StructureHead(sample, config.input_dim, step_mm)
+        heads.append((head, config.structure_loss_weight))
+    return TargetBYOL(model, heads, config.momentum_base)
 
 
 def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimizer:
@@ -1605,7 +1605,7 @@ def learning_rate(
 # ---- 9 Checkpoint ----------------------------------------------------------------------------------
 
 # A resumed run says so where this code is not what the run began with.
-LEAVES = ("device.py", "lars.py", "objectives.py", "sampling.py", "targets.py")
+LEAVES = ("device.py", "lars.py", "objectives.py", "sampling.py", "structure.py", "targets.py")
 TRAINING_CODE = (
     (__file__, "# ---- 6 Views", "# ---- 12 Entry"),
     *((Path(files.__file__).with_name(leaf), "", "") for leaf in LEAVES),
@@ -1676,7 +1676,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (  # and those of the objective, see Objective.curves
     "step epoch loss lr momentum feature_std tiles_per_s batches_per_s seconds_left breast_ratio "
-    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss monitor_auroc "
+    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss structure_loss "
+    "monitor_auroc "
     "monitor_auroc_mass monitor_auroc_calcification"
 ).split()
 

@@ -264,7 +264,7 @@ def draw_embedding(features: Tensor, tiles: pd.DataFrame, views: np.ndarray, pat
     unit, values, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
     x, y = (unit[:, :2] * values[:2]).T.tolist()
     share = values**2 / (values**2).sum().clamp_min(1e-12)
-    known = views.astype(bool).any()
+    known = bool(views.astype(bool).any())
     names = {
         "mean_intensity": "mean grey (0-255)",
         "freq_energy": "speck energy",

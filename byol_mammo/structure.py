@@ -17,7 +17,7 @@ import numpy as np
 
 from byol_mammo import specks
 
-GRID = 0.5  # mm, pixel of the reduced grid that gradients are taken on; maps have half as many
+GRID = 0.5  # mm, pixel of the reduced grid that gradients are taken on; maps have pixels twice as wide
 SMOOTHING = 0.65  # mm, sigma before gradients are taken, as grain has some of its own
 SKIN = 2.5  # mm from the skin line within which nothing counts: the skin is a structure of its own
 RADII = (5.0, 7.0)  # mm, of the discs whose strongest convergence is a tile's
@@ -34,20 +34,26 @@ def disc_kernels(radius: float) -> np.ndarray:
     return (-np.stack([x, y]) * inside / np.maximum(distance, 1) / inside.sum()).astype(np.float32)
 
 
+def reductions(step_mm: float) -> tuple[int, int]:
+    """How many px of `step_mm` make one of about GRID, and how many of those one of a map."""
+    factor = max(1, round(GRID / step_mm))
+    return factor, max(1, round(2 * GRID / (step_mm * factor)))
+
+
 def unit_gradients(grey: np.ndarray, inside: np.ndarray, step_mm: float) -> tuple[np.ndarray, int]:
-    """Directions in which grey rises, on a grid of about twice GRID: (3, h, w) float32, and its factor.
+    """Directions in which grey rises, on the grid of the maps: (3, h, w) float32, and its factor.
 
     `grey` (H, W) float32 with px of `step_mm`, `inside` (H, W) uint8, 1 in the breast. The parts are the
     means of x and y of unit vectors, and 1 where they count: SKIN away from the skin line, else all are
     0. factor x factor px of `grey` make one of the grid; what is left over at the end goes. Air is
     filled with the breast's mean, lest the step at the skin outweigh what lies beside it.
     """
-    factor = max(1, round(GRID / step_mm))
-    height, width = (length // (2 * factor) for length in grey.shape)
+    factor, pool = reductions(step_mm)
+    height, width = (length // (pool * factor) for length in grey.shape)
     if not height or not width or not inside.any():
-        return np.zeros((3, height, width), np.float32), 2 * factor
-    whole = np.s_[: 2 * factor * height, : 2 * factor * width]
-    size, half = (2 * width, 2 * height), (width, height)
+        return np.zeros((3, height, width), np.float32), pool * factor
+    whole = np.s_[: pool * factor * height, : pool * factor * width]
+    size, coarse = (pool * width, pool * height), (width, height)
     tissue = cv2.resize(cv2.copyTo(grey[whole], inside[whole]), size, interpolation=cv2.INTER_AREA)
     cover = cv2.resize(inside[whole] * np.uint8(255), size, interpolation=cv2.INTER_AREA) / np.float32(
         255
@@ -58,12 +64,12 @@ def unit_gradients(grey: np.ndarray, inside: np.ndarray, step_mm: float) -> tupl
     smooth = cv2.GaussianBlur(tissue + (1 - cover) * mean, (side, side), sigma)
     x, y = cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
     steepness = cv2.magnitude(x, y) + 1e-5 * mean + np.float32(1e-12)  # rounding is no gradient
-    margin = 2 * max(1, round(SKIN / (2 * step_mm * factor))) + 1
-    covered = cv2.resize(cover, half, interpolation=cv2.INTER_AREA) > 0.5
+    margin = 2 * max(1, round(SKIN / (pool * step_mm * factor))) + 1
+    covered = cv2.resize(cover, coarse, interpolation=cv2.INTER_AREA) > 0.5
     # Beyond the image lies tissue, not skin: erosion takes nothing away there.
     counts = cv2.erode(covered.view(np.uint8), np.ones((margin, margin), np.uint8))
-    parts = [cv2.resize(each / steepness, half, interpolation=cv2.INTER_AREA) for each in (x, y)]
-    return np.stack([*parts, np.ones(counts.shape, np.float32)]) * counts, 2 * factor
+    parts = [cv2.resize(each / steepness, coarse, interpolation=cv2.INTER_AREA) for each in (x, y)]
+    return np.stack([*parts, np.ones(counts.shape, np.float32)]) * counts, pool * factor
 
 
 def convergence(gradients: np.ndarray, step_mm: float, radii: Sequence[float] = RADII) -> np.ndarray:

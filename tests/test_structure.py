@@ -1,13 +1,15 @@
-"""Convergence: what it is, which tiles it keeps, and what doesn't change it."""
+"""Convergence and blobs: what they are, which tiles they keep, what they ask of a network."""
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from test_training import open_run
 
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
-from byol_mammo import specks, structure
+from byol_mammo import specks, structure, targets
 
 MM = 0.25  # mm per px of the images here
 CONFIG = mammo.Config(
@@ -180,3 +182,85 @@ def test_masses_of_real_films_keep_a_tile_and_not_all_tissue_is_kept(real):
     assert len(kept) >= 25
     assert np.mean(kept) >= 0.95
     assert (pd.concat(tables)["rejected_by"] == "").mean() <= 0.82
+
+
+# ---- As a training target --------------------------------------------------------------------------
+
+
+def as_view(image, size=256, top=128):
+    """A square part of an image at its left side as a sharp view (1, 1, size, size)."""
+    part = image[top : top + size, :size].astype(np.float32) / np.iinfo(image.dtype).max
+    return torch.from_numpy(part)[None, None]
+
+
+@pytest.mark.parametrize("step_mm", [0.085, 0.17, MM, 0.34])
+def test_the_target_is_the_tiles_convergence(step_mm):
+    image, _ = tissue(0.05)
+    for top in (128, 0):  # all tissue, and with skin and air
+        sharp = as_view(image, top=top)
+        grey = sharp[0, 0].numpy()
+        gradients, factor = structure.unit_gradients(grey, (grey > 0).view(np.uint8), step_mm)
+        maps = targets.StructureMaps(256, step_mm)
+        found = maps(sharp)[0].numpy()
+        for index, radius in enumerate(targets.DISC_RADII):
+            expected = structure.convergence(gradients, factor * step_mm, (radius,))
+            expected = np.where(maps.counts[0, index], expected, 0)
+            np.testing.assert_allclose(found[index], expected, atol=2e-3)
+
+
+def test_the_column_is_the_strongest_target_of_a_tile():
+    image, _ = tissue(0.05)
+    tile = image[160:288, 60:188]
+    table = score(tile, np.ones(tile.shape, bool))
+    maps = targets.StructureMaps(128, MM)(torch.from_numpy(tile / np.float32(65535))[None, None])
+    discs = [targets.DISC_RADII.index(radius) for radius in structure.RADII]
+    assert float(maps[0, discs].max()) == pytest.approx(table["convergence"].iloc[0], abs=0.01)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_blobs_tell_bright_from_dark_and_fine_from_coarse(sign):
+    y, x = np.mgrid[:256, :256]
+    for index, sigma in enumerate(targets.BLOB_SIGMAS):
+        spot = np.exp(-((y - 128) ** 2 + (x - 96) ** 2) * MM**2 / (2 * sigma**2))
+        sharp = torch.from_numpy((0.5 + 0.1 * sign * spot).astype(np.float32))[None, None]
+        maps = targets.StructureMaps(256, MM)(sharp)[0, len(targets.DISC_RADII) :]
+        bright, dark = maps.chunk(2)
+        found = bright if sign > 0 else dark
+        strongest = found.amax((1, 2))
+        # The response of a difference of Gaussians is largest for a spot of about its own width.
+        assert abs(int(strongest.argmax()) - index) <= 1
+        place = divmod(int(found[strongest.argmax()].argmax()), found.shape[-1])
+        assert np.hypot(*(np.array(place) - np.array([128, 96]) * found.shape[-1] / 256)) <= 1.5
+        torch.testing.assert_close(bright, -dark)
+
+
+def test_neither_gain_nor_air_change_the_target():
+    image, mask = tissue(0.05)
+    maps = targets.StructureMaps(256, MM)
+    plain = maps(as_view(image, top=0))
+    torch.testing.assert_close(maps(1.3 * as_view(image, top=0)), plain, atol=0.02, rtol=0)
+    nothing = maps(torch.zeros(2, 1, 256, 256))  # air alone
+    assert (nothing == 0).all()
+    skin = cv2.distanceTransform(mask[:256, :256].view(np.uint8), cv2.DIST_L2, 5) * MM < 1.5
+    size = plain.shape[-1]
+    at_skin = cv2.resize(skin.view(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST) > 0
+    assert (plain[:, :, torch.from_numpy(at_skin)] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("side", "step_mm", "cells"), [(512, 0.085, [5, 3]), (128, 0.34, [4, 3]), (32, 1.2, [1])]
+)
+def test_cells_are_about_9_and_17_mm_and_no_finer_than_the_features(side, step_mm, cells):
+    head = targets.StructureHead(torch.rand(3, 1, side, side), 8, step_mm)
+    assert head.cells == cells
+    features = -(-side // 32)
+    told = head(torch.rand(2, 8, features, features))
+    wanted = head.targets(torch.rand(2, 1, side, side))
+    assert [t.shape for t in told] == [t.shape for t in wanted]
+    assert [t.shape[-1] for t in told] == cells
+
+
+def test_views_too_small_for_masses_are_refused(archive):
+    flags = ("--structure_loss_weight", "1", "--pixel_spacing_mm", "0.05", "--run_name", "small")
+    with pytest.raises(mammo.MammoError, match=r"views of 6 mm have no room .* raise --tile_size"):
+        open_run(archive, *flags)
