@@ -156,15 +156,18 @@ class StructureMaps(nn.Module):
         """Maps of (B, 1, S, S) float32."""
         length = self.pool * self.factor * self.blurs.shape[-1]
         sharp = sharp[:, :, :length, :length]
-        tissue, cover = (F.avg_pool2d(x, self.factor) for x in (sharp, (sharp > 0).to(sharp.dtype)))
+        tissue, cover = sharp, (sharp > 0).to(sharp.dtype)
+        if self.factor > 1:
+            tissue, cover = (F.avg_pool2d(x, self.factor) for x in (tissue, cover))
         area = cover.sum((1, 2, 3), keepdim=True).clamp_min(1)
         mean = tissue.sum((1, 2, 3), keepdim=True) / area
-        filled = tissue + (1 - cover) * mean
+        # Air is filled with the mean of the tissue, which is taken off: small numbers lose less in TF32.
+        filled = tissue - cover * mean
         bare = (F.avg_pool2d(cover, self.pool) <= 0.5).to(sharp.dtype)
         side = 2 * self.margin + 1
         counts = F.max_pool2d(bare, side, stride=1, padding=self.margin) == 0
-        spread = (((filled - mean) ** 2).sum((1, 2, 3), keepdim=True) / area).sqrt() + 1e-3
-        blobs = self.blobs(F.avg_pool2d(filled - mean, self.pool)) / spread
+        spread = ((filled**2).sum((1, 2, 3), keepdim=True) / area).sqrt() + 1e-3
+        blobs = self.blobs(F.avg_pool2d(filled, self.pool)) / spread
         gradients = F.avg_pool2d(self.unit_gradients(filled, mean), self.pool) * counts
         discs = [self.get_buffer(f"disc{index}") for index in range(len(DISC_RADII))]
         converging = torch.cat([F.conv2d(gradients, disc, padding="same") for disc in discs], dim=1)
@@ -181,12 +184,13 @@ class StructureMaps(nn.Module):
         x, y = right - left, below - above
         x = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
         y = y[..., :-2] + 2 * y[..., 1:-1] + y[..., 2:]
-        both = torch.cat([x, y], dim=1)
-        return both / (both.norm(dim=1, keepdim=True) + 1e-5 * mean + 1e-12)
+        steepness = torch.hypot(x, y) + 1e-5 * mean + 1e-12
+        return torch.cat([x / steepness, y / steepness], dim=1)
 
     def blobs(self, grey: Tensor) -> Tensor:
         """Differences of Gaussians of (B, 1, h, w): (B, len(BLOB_SIGMAS), h, w)."""
-        blurred = self.blurs @ grey @ self.blurs.transpose(1, 2)
+        down = (self.blurs.flatten(0, 1) @ grey[:, 0]).unflatten(1, self.blurs.shape[:2])
+        blurred = down @ self.blurs.transpose(1, 2)
         return blurred[:, ::2] - blurred[:, 1::2]
 
 
