@@ -225,7 +225,7 @@ def spoilt(image: np.ndarray, breast: np.ndarray) -> dict[str, tuple[np.ndarray,
     """An image and its mask with additions that the mask must not change for, and cut to close-ups."""
     rng, top = np.random.default_rng(0), 2 ** image_files.bit_depth(image) - 1
     height, width = image.shape
-    chest_left = mammo.chest_side(breast) == 0
+    chest_left = mammo.anatomy.chest_side(breast) == 0
 
     def covered(area: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
         changed = image.copy()

@@ -15,11 +15,11 @@ Contents
     1 Configuration    constants, Config                           (flags: byol_mammo/settings.py)
     2 Image            full bit depth, polarity                    (files, decoding: images.py)
     3 Breast mask      frames, labels, skin line, pectoral muscle
-    4 Tiles            grid, speck energy, criteria, one image -> record and pixels
+    4 Tiles            grid, criteria, one image -> its tiles    (scores: specks.py, structure.py)
     5 Pixel cache      key, parallel extraction, MammogramTiles    (journal: extraction.py, cache.py)
     6 Views            random homographies and photometry, one bilinear gather
     7 Model            BYOL's networks, classification head        (backbones: checkpoints.py)
-    8 Objective        BYOL's loss, frequency target, optimiser    (objectives.py, targets.py, lars.py)
+    8 Objective        BYOL's loss, heads for targets, optimiser    (objectives.py, targets.py, lars.py)
     9 Checkpoint       what a run saves, how it resumes            (writing, reading: checkpoints.py)
     10 Monitoring      feature std, RankMe, pictures, report       (labels.py, pictures.py, report.py)
     11 Training        the step, the epoch, the run                (processes.py, device.py, tracking.py)
@@ -64,14 +64,18 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from byol_mammo import (
+    anatomy,
     cache as caches,
     checkpoints,
     device as devices,
     files,
+    framing,
     images,
     processes,
     sampling,
     settings,
+    specks,
+    structure,
     targets,
     tracking,
 )
@@ -79,6 +83,7 @@ from byol_mammo.checkpoints import load_backbone  # noqa: F401 - others import i
 from byol_mammo.images import ImageReadError
 from byol_mammo.objectives import Objective, ParameterGroup, feature_std, rankme
 from byol_mammo.settings import MammoError, StoppedError
+from byol_mammo.specks import speck_peaks
 
 if TYPE_CHECKING:  # imported where they are used, so that a run starts sooner
     from byol_mammo import extraction, labels, pictures, report
@@ -94,13 +99,16 @@ TILE_SIZE = 512  # px, side of a tile
 TILE_STRIDE = 256  # px between tiles; half a tile shows every lesion whole at least once
 MIN_BREAST_RATIO = 0.15  # share of a tile that must be breast; 0 = off
 MIN_FREQ_ENERGY = 0.03  # speck energy a tile must reach (see frequency_energy); 0 = off
+MIN_CONVERGENCE = 0.67  # tiles from here on, as if they held a mass, need no speck energy; 0 = off
 HIGH_FREQ_ENERGY = 0.042  # tiles from here on need no intensity and no non-empty share; 0 = off
 MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bit depth; 0 = off
 MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
 EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscle
 PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
+POLARITY = "auto"  # auto, as_is or inverted; auto = as manifest.csv says, else as the image looks
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
+ENERGY_SHARE = 0.0  # how much energy and convergence decide that draw; 0 = chance, 1 = they alone
 QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run's qc folder
 EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
@@ -119,7 +127,8 @@ OPTIMIZER = "adamw"  # adamw, or lars for batches of thousands (--lr 0.025 --wei
 WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
 WEIGHT_DECAY = 1e-4  # weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
-FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see Objective); 0 = plain BYOL
+FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target, for specks; 0 = off
+STRUCTURE_LOSS_WEIGHT = 0.0  # weight of the structure target, for the scale of masses; 0 = off
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
 PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
@@ -141,7 +150,8 @@ WANDB_MODE = "auto"  # auto, online, offline or disabled; auto = online only whe
 WANDB_PROJECT = "byol-mammo"  # wandb project
 
 CHOICES = {
-    "backbone": ("resnet18", "resnet34", "resnet50"),
+    "polarity": ("auto", "as_is", "inverted"),
+    "backbone": ("resnet18_slim", "resnet18", "resnet34", "resnet50"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "lars"),
     "on_collapse": ("warn", "stop"),
@@ -170,13 +180,16 @@ class Config:
     tile_stride: int = TILE_STRIDE
     min_breast_ratio: float = MIN_BREAST_RATIO
     min_freq_energy: float = MIN_FREQ_ENERGY
+    min_convergence: float = MIN_CONVERGENCE
     high_freq_energy: float = HIGH_FREQ_ENERGY
     min_tile_intensity: float = MIN_TILE_INTENSITY
     min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
     exclude_pectoral: bool = EXCLUDE_PECTORAL
     pixel_spacing_mm: float = PIXEL_SPACING_MM
+    polarity: str = POLARITY
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
+    energy_share: float = ENERGY_SHARE
     qc_pages: bool = QC_PAGES
     extract_only: bool = EXTRACT_ONLY
     num_workers: int = NUM_WORKERS
@@ -196,6 +209,7 @@ class Config:
     weight_decay: float = WEIGHT_DECAY
     monitor_tiles: int = MONITOR_TILES
     freq_loss_weight: float = FREQ_LOSS_WEIGHT
+    structure_loss_weight: float = STRUCTURE_LOSS_WEIGHT
     labels: str = LABELS
     probe_every: int = PROBE_EVERY
     checkpoint_every: int = CHECKPOINT_EVERY
@@ -233,15 +247,17 @@ class Config:
 # Bounds that protect from settings which cannot work; batch norm needs two tiles.
 RANGES: dict[str, tuple[float, float]] = {
     "tile_size": (32, 8192), "tile_stride": (8, 8192), "min_breast_ratio": (0, 1),
-    "min_freq_energy": (0, math.inf), "high_freq_energy": (0, math.inf),
+    "min_freq_energy": (0, math.inf), "min_convergence": (0, 1), "high_freq_energy": (0, math.inf),
     "min_tile_intensity": (0, 255), "min_non_zero_pixels": (0, 1),
     "pixel_spacing_mm": images.SPACING_RANGE, "max_tiles": (0, math.inf),
-    "tiles_per_epoch": (0, math.inf), "num_workers": (0, 4096), "view_size": (0, 8192),
+    "tiles_per_epoch": (0, math.inf), "energy_share": (0, 1),
+    "num_workers": (0, 4096), "view_size": (0, 8192),
     "input_dim": (1, 65536),
     "hidden_dim": (1, 65536), "proj_dim": (2, 65536), "momentum_base": (0, 1),
     "batch_size": (2, 65536), "epochs": (1, 1_000_000), "max_steps": (0, math.inf), "lr": (0, 100),
     "warmup_epochs": (0, math.inf), "weight_decay": (0, 10), "monitor_tiles": (2, 65536),
-    "freq_loss_weight": (0, 1000), "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
+    "freq_loss_weight": (0, 1000), "structure_loss_weight": (0, 1000),
+    "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf), "log_every": (1, math.inf), "report_every": (0, math.inf),
     "peer_timeout": (0, math.inf), "seed": (0, 2**63 - 1),
 }  # fmt: skip
@@ -256,281 +272,40 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
 # ---- 2 Image ---------------------------------------------------------------------------------------
 
 
-def read_mammogram(path: str | Path) -> np.ndarray:
+def read_mammogram(path: str | Path, polarity: str = "auto") -> np.ndarray:
     """Read a mammogram: (H, W) uint8 or uint16 at full bit depth, breast bright on dark, not clipped.
 
-    Grey stored as RGB loses its copies, an alpha channel is dropped, MONOCHROME1-like images are
-    inverted within their bit depth. Raises ImageReadError naming file and reason.
+    Grey stored as RGB loses its copies, an alpha channel is dropped. A negative (MONOCHROME1-like) is
+    inverted within its bit depth: what `polarity` says, as_is or inverted; auto asks the votes of
+    `framing.polarity_votes`. Raises ImageReadError naming file and reason.
     """
-    return read_and_reduce(path)[0]
+    return read_and_reduce(path, polarity)[0]
 
 
-def read_and_reduce(path: str | Path) -> tuple[np.ndarray, ReducedImage]:
-    """read_mammogram, and the reduced copy that polarity was judged by."""
+def read_and_reduce(
+    path: str | Path, polarity: str = "auto"
+) -> tuple[np.ndarray, framing.ReducedImage, float]:
+    """read_mammogram, its reduced copy, and the margin of the vote, negative where it was inverted.
+
+    The margin is 1 or -1 where `polarity` was given, and close below framing.CLOSE_VOTE.
+    """
     image = images.decode(path)
-    small = reduce_image(image)
-    if air_is_bright(small):
-        image = (2 ** images.bit_depth(image, small.brightest) - 1) - image
-        small = reduce_image(image)
-    return image, small
+    content = framing.content_of(image)
+    if polarity == "auto":
+        margin = framing.polarity_margin(framing.polarity_votes(content))
+    else:
+        margin = -1.0 if polarity == "inverted" else 1.0
+    if margin < -framing.MIN_INVERTED:
+        image = (2 ** images.bit_depth(image, content.brightest) - 1) - image
+        content = framing.content_of(image)
+    return image, framing.picture_of(content), margin
 
 
 # ---- 3 Breast mask ---------------------------------------------------------------------------------
 # Levels of rejection: padding, frames and strips along the sides, then the air's grey level, then
 # components, then the skin line. Most work on a reduced copy: a skin line is smooth over millimetres.
 
-SEGMENT_SIDE = 560  # px, longest side of the reduced copy
-FLAT_SPAN = 0.004  # share of the grey range within which a border row or column counts as constant
-STRIP_DEPTH = 0.1  # share of the image within which a bright strip along a side ends
-STRIP_STEP = 0.12  # share of the grey range by which it is brighter than what it borders on
-# Where the skin line is sought, share of the way from air to the breast's median: digital, probe, film.
-SKIN_LEVELS = (0.02, 0.11, 0.08)
-FILM_SKIN = 0.16  # grey of the skin line on film, at least, as a share of the breast's median
-OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge
-LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
-LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
-LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
-UNEVEN_AIR = 0.02  # noise of air above which it may be fat, share of the way to the breast's median
-FAT_ROUGHNESS = 0.04  # what grey differs by within 3 px of fat, share of the way from air to the median
-MIN_SMOOTH_AIR = 0.005  # share of the image below which what is smoother than fat is no air
 MIN_BREAST_AREA = 0.03  # share of the image below which a component is a label, not a breast
-
-
-@dataclass(frozen=True)
-class ReducedImage:
-    """A mammogram without its padding, averaged to few pixels: what polarity and masks are found on."""
-
-    image: np.ndarray  # (h, w) float32 block means
-    box: tuple[slice, slice]  # rows and columns of the image that hold the content
-    factor: int  # side of a block in px of the image
-    shape: tuple[int, int]  # of the image
-    brightest: int  # grey level in the image
-
-    def enlarged(self, mask: np.ndarray) -> np.ndarray:
-        """A bool mask of `image` at the original's shape (H, W), its border interpolated."""
-        full = np.zeros(self.shape, bool)
-        left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
-        if not width:
-            return full
-        # One block more on each side, where the border is interpolated.
-        rows = slice(max(0, top - 1), min(mask.shape[0], top + height + 1))
-        cols = slice(max(0, left - 1), min(mask.shape[1], left + width + 1))
-        part = mask[rows, cols].view(np.uint8) * np.uint8(255)
-        size = (part.shape[1] * self.factor, part.shape[0] * self.factor)
-        grown = cv2.resize(part, size, interpolation=cv2.INTER_LINEAR)
-        # Rows and columns that made no whole block follow their neighbours.
-        inner = full[self.box]
-        y1 = inner.shape[0] if rows.stop == mask.shape[0] else rows.stop * self.factor
-        x1 = inner.shape[1] if cols.stop == mask.shape[1] else cols.stop * self.factor
-        target = inner[rows.start * self.factor : y1, cols.start * self.factor : x1]
-        if grown.shape != target.shape:
-            rest = (0, target.shape[0] - size[1], 0, target.shape[1] - size[0])
-            grown = cv2.copyMakeBorder(grown, *rest, cv2.BORDER_REPLICATE)
-        np.greater(grown, 127, out=target)
-        return full
-
-
-def reduce_image(image: np.ndarray) -> ReducedImage:
-    """Reduce an image (H, W) uint8 or uint16 so that its long side is at most SEGMENT_SIDE px."""
-    darkest, brightest = (int(level) for level in cv2.minMaxLoc(image)[:2])
-    box = content_box(image, darkest, brightest)
-    longest = max(1, *image[box].shape)
-    factor = 2 ** max(0, math.ceil(math.log2(longest / SEGMENT_SIDE)))
-    area = images.block_means(image[box], factor)
-
-    def pixels(side: slice, blocks: slice, count: int) -> slice:
-        stop = side.stop if blocks.stop == count else side.start + blocks.stop * factor
-        return slice(side.start + blocks.start * factor, stop)
-
-    for width_of in (dark_padding, bright_strip):
-        inner = inner_part(area, width_of)
-        box = pixels(box[0], inner[0], area.shape[0]), pixels(box[1], inner[1], area.shape[1])
-        area = area[inner]
-    return ReducedImage(np.ascontiguousarray(area), box, factor, image.shape, brightest)
-
-
-def content_box(image: np.ndarray, darkest: int, brightest: int) -> tuple[slice, slice]:
-    """Rows and columns left when border lines of one grey brighter than air (padding, frames) go."""
-    tolerance = FLAT_SPAN * (brightest - darkest)
-
-    def is_padding(line: np.ndarray) -> bool:
-        low, high = int(line.min()), int(line.max())
-        return high - low <= tolerance < low - darkest
-
-    top, bottom, left, right = 0, image.shape[0], 0, image.shape[1]
-    peeling = True
-    while peeling and top < bottom and left < right:
-        area = image[top:bottom, left:right]
-        peel = [is_padding(line) for line in (area[0], area[-1], area[:, 0], area[:, -1])]
-        top, bottom, left, right = top + peel[0], bottom - peel[1], left + peel[2], right - peel[3]
-        peeling = any(peel)
-    return slice(top, max(top, bottom)), slice(left, max(left, right))
-
-
-def inner_part(area: np.ndarray, width_of: Callable[[np.ndarray], int]) -> tuple[slice, slice]:
-    """Rows and columns of a reduced image left when as many lines go on each side as `width_of` says.
-
-    All of them where fewer than 16 were left.
-    """
-    height, width = area.shape
-    if min(area.shape) >= 16:
-        inwards = (area, area[::-1], area.T, area.T[::-1])
-        top, bottom, left, right = (width_of(lines) for lines in inwards)
-        if min(height - top - bottom, width - left - right) >= 16:
-            return slice(top, height - bottom), slice(left, width - right)
-    return slice(0, height), slice(0, width)
-
-
-def dark_padding(lines: np.ndarray) -> int:
-    """How many of the first lines of a reduced image are padding of its darkest grey level.
-
-    Film, or a breast that the border cut off, ends there in a straight line; at the skin air begins.
-    """
-    filled = lines > lines.min() + FLAT_SPAN * np.ptp(lines)
-    first = int(filled.any(1).argmax())
-    straight = first > 0 and filled[first, filled.any(0)].mean() > 0.5
-    return first + 1 if straight else 0  # padding and image share a line of blocks
-
-
-def bright_strip(lines: np.ndarray) -> int:
-    """How many of the first lines of a reduced image belong to a bright strip along that side.
-
-    Film edges, tape and noisy frames end in a step along the whole side. Tissue that the border cuts
-    off doesn't, nor does the air beside it: the darker half of the inner line tells.
-    """
-    span = np.ptp(lines)
-    border = np.sort(lines[0])
-    if not span or border[len(border) // 4] < lines.min() + STRIP_STEP * span:
-        return 0  # air, as along most sides
-
-    def steps_down(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-        darker = np.argsort(inner, axis=1)[:, : inner.shape[1] // 2]
-        return np.median(np.take_along_axis(outer - inner, darker, axis=1), axis=1) / span
-
-    depth = math.ceil(STRIP_DEPTH * len(lines))
-    ends = np.flatnonzero(steps_down(lines[:depth], lines[2 : depth + 2]) > STRIP_STEP)
-    if not len(ends):
-        return 0
-    # The next line goes as well where strip and image share its blocks.
-    width = int(ends[-1]) + 1
-    shared = steps_down(lines[width : width + 1], lines[width + 1 : width + 2])[0] > STRIP_STEP / 10
-    return width + int(shared)
-
-
-def air_is_bright(small: ReducedImage) -> bool:
-    """Whether the image is MONOCHROME1-like: its brightest fifth is smoother than its darkest.
-
-    Air is smooth and lies along the border, tissue is neither; a saturated implant is smooth too, so
-    the border decides where both ends are equally smooth.
-    """
-    inner = inner_part(-small.image, bright_strip)  # those of a negative are dark
-    area = small.image[inner]
-    if min(area.shape) < 16:
-        return False
-    spans = [np.ptp(area, axis=axis) > FLAT_SPAN * np.ptp(area) for axis in (1, 0)]
-    area = area[np.ix_(*spans)]  # without rows and columns of air alone
-    if min(area.shape) < 16:
-        return False
-    gradient = cv2.morphologyEx(area, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    border = np.ones(area.shape, bool)
-    border[2:-2, 2:-2] = False
-    low, high = np.percentile(area, (20, 80))
-    dark, bright = area <= low, area >= high
-    roughness = np.median(gradient[bright]), np.median(gradient[dark])
-    on_border = bright[border].mean(), dark[border].mean()
-    if on_border[0] < 0.1:
-        return False
-    return bool(
-        roughness[0] < roughness[1] or (roughness[0] == roughness[1] and on_border[0] > on_border[1])
-    )
-
-
-def grey_levels(area: np.ndarray) -> tuple[float, float, float] | None:
-    """Air, its noise, and the median of the breast in a smoothed reduced image without padding.
-
-    The lowest of three Otsu classes holds air and its fog (Liao et al. 2001); the air proper is what of
-    it lies away from the largest bright component. None where nothing is coherent, as in noise.
-    """
-    from skimage.filters import threshold_multiotsu  # here: a run that finds its cache starts sooner
-
-    try:
-        lower = float(threshold_multiotsu(area, classes=3)[0])
-    except ValueError:  # fewer than three grey levels
-        return None
-    dark = area <= lower
-    if coherent(dark).sum() < 0.2 * dark.sum():
-        return None
-    core = images.largest_component(~dark)
-    reach = max(3, max(area.shape) // 20) | 1
-    near = cv2.dilate(core.astype(np.uint8), np.ones((reach, reach), np.uint8)) > 0
-    air = dark & ~near
-    if air.mean() < 0.002:
-        air = area <= np.percentile(area, 2)
-    level, noise = images.median_and_spread(area[air])
-    tissue = float(np.median(area[core]))
-    levels, contrast = (level, noise, tissue), tissue - level
-    if noise <= UNEVEN_AIR * contrast:
-        return levels
-    return levels_amid_fat(area, dark, FAT_ROUGHNESS * contrast) or levels
-
-
-def levels_amid_fat(
-    area: np.ndarray, dark: np.ndarray, roughness: float
-) -> tuple[float, float, float] | None:
-    """grey_levels where the breast nearly fills the image and its `dark` part is mostly fat, else None.
-
-    Fat is rough, air is smooth; without any smooth part all is breast, and air far below it. Fog is
-    smooth too: on film most of the dark part is, and what is darker than fog is a frame. Noise is rough
-    pixel by pixel, fat is so in its shapes.
-    """
-    kernel = np.ones((3, 3), np.uint8)
-    shapes = cv2.morphologyEx(cv2.GaussianBlur(area, (0, 0), 4), cv2.MORPH_GRADIENT, kernel)
-    grain = images.median_and_spread((area - cv2.GaussianBlur(area, (0, 0), 1.5))[dark])[1]
-    if np.median(shapes[dark]) < grain:
-        return None
-    smooth = coherent(dark & (cv2.morphologyEx(area, cv2.MORPH_GRADIENT, kernel) < roughness))
-    if smooth.mean() < MIN_SMOOTH_AIR:
-        tissue = float(np.median(area))
-        return 2 * float(area.min()) - tissue, 0.0, tissue
-    on_border = smooth[[0, -1]].any() or smooth[:, [0, -1]].any()
-    if smooth.sum() > dark.sum() / 2 or not on_border:
-        return None
-    return *images.median_and_spread(area[smooth]), float(np.median(area[~smooth]))
-
-
-def coherent(binary: np.ndarray) -> np.ndarray:
-    """What of a (H, W) bool array a disc of OPENING px can cover."""
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (OPENING, OPENING))
-    return cv2.morphologyEx(binary.view(np.uint8), cv2.MORPH_OPEN, disc) > 0
-
-
-def breast_above(area: np.ndarray, smooth: np.ndarray, level: float) -> np.ndarray:
-    """The breast in a reduced image and its smoothed copy: the largest component above a grey level.
-
-    Opening cuts labels and tape that touch the breast by a thin bridge. Where the image side cuts the
-    breast off, dark fat may be open to that side: it is closed there before holes are filled. Noise
-    is smoothed away first; the rim that smoothing has pushed outwards is trimmed at the end.
-    """
-    breast = closed_at_chest(images.largest_component(smooth > level))
-    pad = OPENING + 1
-    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    opened = coherent(padded.view(bool))[pad:-pad, pad:-pad]
-    breast = closed_at_chest(images.largest_component(opened))
-    inner = cv2.erode(breast.astype(np.uint8), np.ones((5, 5), np.uint8), borderValue=1) > 0
-    trimmed = (inner | (breast & (area > level))).astype(np.uint8)
-    opened = cv2.morphologyEx(trimmed, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    return images.largest_component(opened > 0)
-
-
-def closed_at_chest(breast: np.ndarray) -> np.ndarray:
-    """The mask without holes, those included that are open to the side that cuts the breast off."""
-    breast = breast.copy()
-    side = chest_side(breast)
-    rows = np.flatnonzero(breast[:, side])
-    if len(rows):
-        breast[rows[0] : rows[-1] + 1, side] = True
-    contours, _ = cv2.findContours(breast.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(np.zeros(breast.shape, np.uint8), contours, -1, 1, cv2.FILLED) > 0
 
 
 def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
@@ -539,268 +314,64 @@ def segment_breast_tissue(image: np.ndarray) -> np.ndarray:
     Includes skin line, fat and pectoral muscle; excludes air, labels, markers, tape, frame, padding.
     All False where there is no breast (empty, constant or noise).
     """
-    small = reduce_image(image)
+    small = framing.reduce_image(image)
     return small.enlarged(find_breast(small))
 
 
-def find_breast(small: ReducedImage) -> np.ndarray:
+def find_breast(small: framing.ReducedImage) -> np.ndarray:
     """segment_breast_tissue on the reduced copy: (h, w) bool."""
     area = small.image
     if min(area.shape) < 16:
         return np.zeros(area.shape, bool)
     smooth = cv2.GaussianBlur(area, (0, 0), 1)
-    levels = grey_levels(smooth)
+    levels = anatomy.grey_levels(smooth)
     if levels is None:
         return np.zeros(area.shape, bool)
     air, noise, tissue = levels
-    digital, probe, film = (air + share * (tissue - air) for share in SKIN_LEVELS)
-    breast = breast_above(area, smooth, digital + 2 * noise)
+    digital, probe, film = (air + share * (tissue - air) for share in anatomy.SKIN_LEVELS)
+    breast = anatomy.breast_above(area, smooth, digital + 2 * noise)
     # Digital skin ends in a step: going down to just above air gains hardly any area and keeps thin
     # skin. Film fades into the glow of scattered light, out of which the skin comes some way up.
-    if silhouette_area(breast) > 1.02 * silhouette_area(breast_above(area, smooth, probe + 2 * noise)):
-        breast = breast_above(area, smooth, max(film + noise, FILM_SKIN * tissue))
+    silhouette, probed = (
+        anatomy.silhouette_area(part)
+        for part in (breast, anatomy.breast_above(area, smooth, probe + 2 * noise))
+    )
+    if silhouette > 1.02 * probed:
+        breast = anatomy.breast_above(area, smooth, max(film + noise, anatomy.FILM_SKIN * tissue))
+    breast = anatomy.without_rims(breast)
     if breast.mean() < MIN_BREAST_AREA:
         return np.zeros(area.shape, bool)
-    return without_labels(breast, area)
+    return anatomy.without_labels(breast, area)
 
 
-def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """A breast mask without the labels and markers that touch the skin, where they cover it too.
-
-    What a large disc can't reach sticks out of the breast: nipple, folds, labels. The last are the
-    brightest thing in the image, skin is among the darkest. Their rims share blocks of the reduced
-    copy with what lies beside them; those blocks go as well.
-    """
-
-    pad = LABEL_SIZE
-    padded = cv2.copyMakeBorder(breast.view(np.uint8), pad, pad, pad, pad, cv2.BORDER_REPLICATE)
-    core = cv2.distanceTransform(padded, cv2.DIST_L2, 5) > LABEL_SIZE / 2
-    reach = cv2.distanceTransform((~core).view(np.uint8), cv2.DIST_L2, 5)
-    body = (reach <= LABEL_SIZE / 2)[pad:-pad, pad:-pad]
-    if not body.any():
-        return body
-    outside = breast & ~body
-    faint, bright = (area > level for level in np.percentile(area[body], LABEL_PERCENTILES))
-    rim = cv2.dilate((bright & ~breast).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    seeds = cv2.connectedComponents(outside.view(np.uint8))[1]
-    labels = np.unique(seeds[outside & bright])
-    if not labels.size:
-        return images.largest_component(breast & ~rim)
-    sticking = np.isin(seeds, labels)
-    # Letters lie apart: closing joins them, and with them those that lie over the breast.
-    gap = np.ones((LABEL_GAP, LABEL_GAP), np.uint8)
-    joined = cv2.morphologyEx((bright | sticking).view(np.uint8), cv2.MORPH_CLOSE, gap)
-    near = cv2.dilate(sticking.view(np.uint8), np.ones((2 * LABEL_SIZE + 1,) * 2, np.uint8))
-    parts = cv2.connectedComponents(cv2.bitwise_and(joined, near))[1]
-    found = np.isin(parts, np.unique(parts[sticking])) & (bright | sticking)
-    strokes = cv2.connectedComponents(faint.view(np.uint8) & near)[1]
-    found |= np.isin(strokes, np.unique(strokes[found & (strokes > 0)]))
-    label = cv2.dilate(found.view(np.uint8), np.ones((9, 9), np.uint8)) > 0
-    return images.largest_component(breast & ~rim & ~label)
-
-
-def chest_side(breast: np.ndarray) -> int:
-    """Column index (0 or -1) of the side that cuts the breast off."""
-    return 0 if breast[:, 0].sum() >= breast[:, -1].sum() else -1
-
-
-def silhouette_area(breast: np.ndarray) -> int:
-    """Area in px between the skin and the chest side, row by row, whatever holes there are."""
-    away = breast if chest_side(breast) == -1 else breast[:, ::-1]
-    return int(np.where(away.any(1), away.shape[1] - away.argmax(1), 0).sum())
-
-
-MUSCLE_SMOOTHING = 3  # px of the reduced copy, sigma before the border of the muscle is sought
-MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a long weak border
-MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
-CLOSE_UP = 0.97  # share of the image that a breast covers where bright tissue in a corner is no muscle
-# What tells a muscle from a bright streak of a CC view: border share, brightness, contrast, area.
-MUSCLE_MIN_BORDER, MUSCLE_MIN_GREY, MUSCLE_MIN_CONTRAST, MUSCLE_MIN_AREA = 0.70, 0.78, 1.1, 0.04
-
-
-def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray, view: str = "") -> np.ndarray:
     """Pectoral muscle inside a breast mask: (H, W) uint8 or uint16 and bool -> (H, W) bool.
 
-    The muscle is the bright triangle in the upper corner of the chest side on MLO views; its border is
-    the line with the strongest bright-to-dark edge along it (Karssemeijer 1998 fits a line likewise).
-    All False where no line is long, bright and contrasted enough, as on CC views.
+    The muscle is the bright part in the upper corner of the chest side on MLO views; its border is the
+    path of strongest bright-to-dark edges near the best line or arc. `view`: CC has none; on MLO, where
+    there is one, less is asked of it; any other is judged. All False where no border is long, bright
+    and contrasted enough.
     """
-    small = reduce_image(image)
-    breast = images.block_means(mask[small.box].view(np.uint8) * np.uint8(255), small.factor) > 127
-    return small.enlarged(find_muscle(small, breast)) & mask
+    small = framing.reduce_image(image)
+    breast = small.reduced(mask.view(np.uint8) * np.uint8(255)) > 127
+    return small.enlarged(find_muscle(small, breast, view)) & mask
 
 
-def find_muscle(small: ReducedImage, breast: np.ndarray) -> np.ndarray:
+def find_muscle(small: framing.ReducedImage, breast: np.ndarray, view: str = "") -> np.ndarray:
     """segment_pectoral_muscle on the reduced copy: (h, w) bool."""
-    area, nothing = small.image, np.zeros(breast.shape, bool)
-    if not breast.any() or breast.mean() >= CLOSE_UP:
-        return nothing
-    mirrored = chest_side(breast) == -1
-    if mirrored:
-        area, breast = area[:, ::-1], breast[:, ::-1]
-    line = muscle_line(area, breast)
-    if line is None:
-        return nothing
-    height, width = area.shape
-    y, x = np.mgrid[:height, :width]
-    distance = x / line[0] + y / line[1]
-    muscle, beside = breast & (distance < 1), breast & (distance >= 1) & (distance < 1.3)
-    grey = np.median(area[muscle])
-    if (
-        muscle.sum() < MUSCLE_MIN_AREA * breast.sum()
-        or grey < MUSCLE_MIN_GREY * np.median(area[breast])
-        or grey < MUSCLE_MIN_CONTRAST * np.median(area[beside])
-    ):
-        return nothing
-    return np.ascontiguousarray(muscle[:, ::-1] if mirrored else muscle)
-
-
-def muscle_line(area: np.ndarray, breast: np.ndarray) -> tuple[float, float] | None:
-    """Where the muscle's border meets the top row and the left column (px), chest side left, or None."""
-    height, width = area.shape
-    if breast[: height // 20 + 1, : width // 20 + 1].mean() < 0.8:
-        return None  # the corner is air: a CC view
-    grey = np.log(area + 0.1 * np.median(area[breast]))
-    grey = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), MUSCLE_SMOOTHING)
-    slope_x, slope_y = (cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1)))
-    share = np.arange(0.15, 1.0, 0.025)
-    top, left = (axis.ravel() for axis in np.meshgrid(share * width, share * height))
-    large = top * left / 2 >= MUSCLE_MIN_AREA * breast.sum()
-    if not large.any():
-        return None
-    top, left = top[large], left[large]
-    along = np.linspace(0.03, 0.97, 40)
-    x = (top[:, None] * (1 - along)).astype(np.int32)  # (lines, points)
-    y = (left[:, None] * along).astype(np.int32)
-    points = y * width + x
-    length = np.hypot(top, left)
-    normal_x, normal_y = (left / length).astype(np.float32), (top / length).astype(np.float32)
-    edge = -(slope_x.take(points) * normal_x[:, None] + slope_y.take(points) * normal_y[:, None])
-    inside = breast.ravel().take(points)
-    edge *= inside
-    score = np.minimum(edge, MUSCLE_EDGE_CAP).mean(1) * (inside.mean(1) > 0.5)
-    best = int(score.argmax())
-    if (edge[best] > MUSCLE_MIN_EDGE).mean() < MUSCLE_MIN_BORDER:
-        return None
-    return float(top[best]), float(left[best])
+    muscle = np.zeros(breast.shape, bool)
+    left, top, width, height = images.bounding_box(breast)
+    if view == "CC" or min(width, height) < 16 or breast.mean() >= anatomy.CLOSE_UP:
+        return muscle
+    # From the chest wall and the upper end of the breast, wherever they lie in the picture.
+    box = slice(top, top + height), slice(left, left + width)
+    turn = -1 if anatomy.chest_side(breast) == -1 else 1
+    area, inner = small.image[box][:, ::turn], breast[box][:, ::turn]
+    muscle[box][:, ::turn] = anatomy.muscle_in(area, inner, known=view == "MLO")
+    return muscle
 
 
 # ---- 4 Tiles ---------------------------------------------------------------------------------------
-
-
-SPECK_GRID = 0.17  # mm, pixel of the reduced grid on which specks are sought
-SPECK_SIGMA = 0.13  # mm, scale of the second derivatives: passes specks of 0.1-1 mm, best 0.35 mm
-SPECK_WINDOW = 9.0  # mm, side of the square that sets a peak's scale; wider than a tight group
-SPECK_BLOCK = 4  # grid px, side of the blocks on which that scale and the mask's rim are worked out
-SPECK_MARGIN = 1.0  # mm, rim of the mask where a peak may be the mask's own edge
-SPECK_MIN_STRENGTH = 2.0  # local standard deviations; weaker peaks are noise and left out
-GROUP_SIZE = 5  # specks that make a group (ACR BI-RADS 2013: five within 1 cm, spread up to 2 cm)
-GROUP_RADIUS = 7.5  # mm, from one speck of a group to the others
-GROUP_CANDIDATES = 64  # strongest peaks of a tile that may form groups; bounds the time per tile
-ENERGY_PER_STRENGTH = 0.0090  # energy of a group per local deviation; 0.03 is the median of plain tissue
-
-Peaks = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows (px), columns (px), strengths
-
-
-def curvatures(image: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weaker and mean curvature of float32 (H, W) at scale sigma (px), positive on a bright spot.
-
-    These are the smaller eigenvalue and half the trace of minus the Hessian. Along a line one
-    eigenvalue vanishes, so the smaller one answers to specks and not to vessels, ligaments or the
-    skin's edge (Frangi et al. 1998, turned from vessels to blobs).
-    """
-    smooth = cv2.GaussianBlur(image, (0, 0), sigma)
-    one, bend, slope = (np.array(tap) for tap in ([1.0], [1.0, -2.0, 1.0], [-0.5, 0.0, 0.5]))
-    xx = cv2.sepFilter2D(smooth, cv2.CV_32F, bend, one)
-    yy = cv2.sepFilter2D(smooth, cv2.CV_32F, one, bend)
-    xy = cv2.sepFilter2D(smooth, cv2.CV_32F, slope, slope)
-    mean = cv2.addWeighted(xx, -0.5, yy, -0.5, 0)
-    spread = cv2.magnitude(cv2.addWeighted(xx, 0.5, yy, -0.5, 0), xy)
-    return cv2.subtract(mean, spread), mean
-
-
-def speck_grid(
-    image: np.ndarray, mask: np.ndarray, factor: int
-) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Float32 means over factor x factor px of the mask's bounding box, its mask, and its corner (y, x).
-
-    The box starts at a multiple of the factor, so that a tile and its image share one grid. Averages
-    are taken in 16 bits, all of them in use: what they lose is below the noise of any detector.
-    """
-    x0, y0, width, height = images.bounding_box(mask)
-    top, left = y0 // factor * factor, x0 // factor * factor
-    size = ((x0 + width - left) // factor, (y0 + height - top) // factor)
-    if min(size) == 0:
-        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.uint8), 0, 0
-    box = np.s_[top : top + size[1] * factor, left : left + size[0] * factor]
-    content = image[box]
-    unused = 16 - images.bit_depth(image[box[0]])  # whole rows are read faster than parts of them
-    if unused:
-        content = np.left_shift(content, unused, dtype=np.uint16)
-    small = cv2.resize(content, size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    small *= np.float32(2.0**-unused)
-    inside = cv2.resize(mask[box].view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-    return small, inside, top, left
-
-
-def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
-    """Rows (px), columns (px) and strengths of the speck-like peaks of uint8 or uint16 (H, W).
-
-    A peak is a local maximum of the weaker curvature inside the mask (H, W) bool. Its strength is
-    that curvature over the standard deviation of the mean curvature around it, which cancels gain,
-    offset and noise level, and so bit depth, window and vendor. What varies slowly is worked out per
-    block of SPECK_BLOCK x SPECK_BLOCK px of the reduced grid.
-    """
-    factor = max(1, round(SPECK_GRID / spacing_mm))
-    sigma = SPECK_SIGMA / (spacing_mm * factor)
-    small, inside, top, left = speck_grid(image, mask, factor)
-    if not inside.any():
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-    weaker, mean = curvatures(small, sigma)
-    height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
-    covered, squares = (np.zeros((height * SPECK_BLOCK, width * SPECK_BLOCK), kind) for kind in "Bf")
-    filled = np.s_[: mean.shape[0], : mean.shape[1]]
-    np.multiply(inside, 255, out=covered[filled])
-    cv2.accumulateSquare(mean, squares[filled], inside)
-    squares = cv2.resize(squares, (width, height), interpolation=cv2.INTER_AREA)
-    covered = cv2.resize(covered, (width, height), interpolation=cv2.INTER_AREA)
-    block = spacing_mm * factor * SPECK_BLOCK  # mm
-    window = (max(1, round(SPECK_WINDOW / block)),) * 2
-    area = cv2.boxFilter(covered, cv2.CV_32F, window) / 255
-    variance = cv2.boxFilter(squares, cv2.CV_32F, window) / np.maximum(area, 1e-3)
-    rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
-    whole = (covered == 255).view(np.uint8)
-    inner = cv2.erode(whole, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    # Rounding to grey levels adds to the variance, more so in 8 bits: that share is taken off again,
-    # and the rounding error itself is the floor that keeps 8-bit plateaus from firing.
-    rounding = (images.grey_step(image) / factor) ** 2 / 12
-    impulse = np.zeros((31, 31), np.float32)
-    impulse[15, 15] = 1
-    gain = float((curvatures(impulse, sigma)[1] ** 2).sum())
-    deviation = np.sqrt(np.maximum(variance - rounding * gain, rounding))
-    least = np.where(inner > 0, SPECK_MIN_STRENGTH * deviation, np.float32(np.inf))
-    least = cv2.resize(least, None, fx=SPECK_BLOCK, fy=SPECK_BLOCK, interpolation=cv2.INTER_NEAREST)
-    highest = cv2.dilate(weaker, np.ones((5, 5), np.uint8))
-    strong = weaker >= least[: weaker.shape[0], : weaker.shape[1]]
-    # Several times faster than np.nonzero in two dimensions.
-    ys, xs = np.divmod(np.flatnonzero(strong & (weaker == highest)), weaker.shape[1])
-    strengths = weaker[ys, xs] / deviation[ys // SPECK_BLOCK, xs // SPECK_BLOCK]
-    return ys * factor + top + factor // 2, xs * factor + left + factor // 2, strengths
-
-
-def energy_of_peaks(peaks: Peaks, spacing_mm: float = PIXEL_SPACING_MM) -> float:
-    """Energy of the strongest group among a tile's peaks; formula at frequency_energy."""
-    ys, xs, strengths = peaks
-    if len(strengths) < GROUP_SIZE:
-        return 0.0
-    if len(strengths) > GROUP_CANDIDATES:
-        strongest = np.argpartition(-strengths, GROUP_CANDIDATES)[:GROUP_CANDIDATES]
-        ys, xs, strengths = ys[strongest], xs[strongest], strengths[strongest]
-    apart = (ys[:, None] - ys) ** 2 + (xs[:, None] - xs) ** 2
-    near = apart <= (GROUP_RADIUS / spacing_mm) ** 2
-    weakness = np.where(near, 1 / strengths, np.inf)
-    weakness = np.partition(weakness, GROUP_SIZE - 1, axis=1)[:, :GROUP_SIZE]
-    return ENERGY_PER_STRENGTH * float((GROUP_SIZE / weakness.sum(axis=1)).max())
 
 
 def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> float:
@@ -818,7 +389,7 @@ def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PI
     ENERGY_PER_STRENGTH puts 0.03 at the median of real tissue without a group: half of it goes, and of
     tiles with 5-20 specks of 0.2-0.6 mm at 8-16 local deviations (5-10) 100 % (97 %) stay.
     """
-    return energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
+    return specks.energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
 
 
 @dataclass(frozen=True)
@@ -831,19 +402,28 @@ class Criterion:
     colour: str = "#888888"  # of its mark in pictures
     marker: str = "."
     passes: Callable[[Any, Any], Any] = operator.ge  # (values, threshold); operator.le for "at most"
-    rescued: bool = False  # a tile of HIGH_FREQ_ENERGY need not fulfil it
+    # Column and setting that spare it where a tile reaches both: another way to be kept; 0 = off.
+    spared_by: tuple[str, str] = ("", "")
 
 
+HIGH_ENERGY = ("freq_energy", "high_freq_energy")  # specks may lie in dark fat or at the skin's edge
 # In the order in which tiles are judged. Scoring, rejection, cache key, tables and pictures follow it.
 CRITERIA = (
     Criterion("breast_ratio", "min_breast_ratio", "too little breast", "#999999", "x"),
-    Criterion("mean_intensity", "min_tile_intensity", "too dark", "#cc79a7", "v", rescued=True),
     Criterion(
-        "non_zero_ratio", "min_non_zero_pixels", "too many empty pixels", "#d55e00", "D", rescued=True
+        "mean_intensity", "min_tile_intensity", "too dark", "#cc79a7", "v", spared_by=HIGH_ENERGY
     ),
-    Criterion("freq_energy", "min_freq_energy", "too little fine detail", "#f0e442", "+"),
-)
+    Criterion(
+        "non_zero_ratio", "min_non_zero_pixels", "too many empty pixels", "#d55e00", "D",
+        spared_by=HIGH_ENERGY,
+    ),
+    Criterion(
+        "freq_energy", "min_freq_energy", "too little structure", "#f0e442", "+",
+        spared_by=("convergence", "min_convergence"),
+    ),
+)  # fmt: skip
 COLUMNS = [criterion.column for criterion in CRITERIA]
+SCORES = list(dict.fromkeys([*COLUMNS, *(c.spared_by[0] for c in CRITERIA if c.spared_by[0])]))
 
 
 def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
@@ -869,6 +449,7 @@ def score_tiles(
     mean_intensity    mean of the tile's breast pixels in the image's window, 0-255
     non_zero_ratio    share of the tile's breast pixels that are not 0
     freq_energy       see frequency_energy
+    convergence       strongest convergence at the scale of masses, see structure.convergence
     rejected_by       the first criterion that the tile fails; '' = kept
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
     and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
@@ -884,7 +465,8 @@ def score_tiles(
     elif muscle is None:
         muscle = segment_pectoral_muscle(image, mask)
     spacing_mm = spacing_mm or config.pixel_spacing_mm
-    peaks = speck_peaks(image, mask, spacing_mm)
+    reduced = specks.speck_grid(image, mask, spacing_mm)
+    peaks = speck_peaks(image, mask, spacing_mm, reduced)
 
     def layers(band: tuple[slice, slice]) -> list[tuple[np.ndarray, Callable[[np.ndarray], float]]]:
         inside = mask[band].view(np.uint8)
@@ -902,7 +484,8 @@ def score_tiles(
             "breast_ratio": (breast - covered) / size**2,
             "mean_intensity": np.clip(255 * (grey / breast_or_1 - low) / (high - low), 0, 255),
             "non_zero_ratio": filled / breast_or_1,
-            "freq_energy": _tile_energies(peaks, y, x, size, spacing_mm),
+            "freq_energy": specks.tile_energies(peaks, y, x, size, spacing_mm),
+            "convergence": structure.tile_convergence(reduced, muscle, y, x, size, spacing_mm),
         }
     )
     return table.assign(rejected_by=_first_failure(table, config))
@@ -938,46 +521,28 @@ def tile_sums(
     return tiles.reshape(len(sums), -1)
 
 
-def _tile_energies(
-    peaks: Peaks, y: np.ndarray, x: np.ndarray, size: int, spacing_mm: float
-) -> np.ndarray:
-    """Energy of each tile from its image's peaks."""
-    rows, columns, strengths = peaks
-    energies = np.zeros(len(y))
-    for index, (top, left) in enumerate(zip(y, x, strict=True)):
-        inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
-        tile_peaks = rows[inside], columns[inside], strengths[inside]
-        energies[index] = energy_of_peaks(tile_peaks, spacing_mm)
-    return energies
-
-
-def failures(table: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Which tiles of score_tiles fail each of CRITERIA by itself: bool, a column each."""
-    return pd.DataFrame(
-        {c.column: ~c.passes(table[c.column], getattr(config, c.setting)) for c in CRITERIA}
-    )
+def failures(table: pd.DataFrame, config: Config) -> dict[str, np.ndarray]:
+    """Which tiles of score_tiles fail each of CRITERIA by itself: (N,) bool by column."""
+    return {
+        c.column: ~c.passes(table[c.column].to_numpy(), getattr(config, c.setting)) for c in CRITERIA
+    }
 
 
 def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
-    """The first criterion that each tile fails, '' where it fails none.
-
-    Specks may lie in dark fat or at the skin's edge: a tile of high energy is kept there (`is_rescued`).
-    """
+    """The first criterion that each tile fails and is not spared, '' where there is none."""
     failed = failures(table, config)
     # A tile without breast is of no use even where every threshold is 0.
-    failed["breast_ratio"] |= table["breast_ratio"] == 0
-    if config.high_freq_energy:
-        high = table["freq_energy"] >= config.high_freq_energy
-        for criterion in CRITERIA:
-            if criterion.rescued:
-                failed[criterion.column] &= ~high
+    failed["breast_ratio"] |= table["breast_ratio"].to_numpy() == 0
+    for criterion in CRITERIA:
+        column, setting = criterion.spared_by
+        if setting and getattr(config, setting):
+            failed[criterion.column] &= table[column].to_numpy() < getattr(config, setting)
     return np.select([failed[name] for name in COLUMNS], COLUMNS, default="")
 
 
 def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
-    """Which tiles of score_tiles are kept for their high energy alone."""
-    rescued = [criterion.column for criterion in CRITERIA if criterion.rescued]
-    return (table["rejected_by"] == "") & failures(table, config)[rescued].any(axis=1)
+    """Which tiles of score_tiles are kept although they fail a criterion, as they are spared it."""
+    return (table["rejected_by"] == "") & np.any(list(failures(table, config).values()), axis=0)
 
 
 def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
@@ -988,8 +553,8 @@ def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
         if record.get("tiles", {}).get("x")
     ]
     if not frames:
-        return pd.DataFrame(columns=["image", "x", "y", *COLUMNS])
-    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *COLUMNS]]
+        return pd.DataFrame(columns=["image", "x", "y", *SCORES])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *SCORES]]
     if config.max_tiles and len(tiles) > config.max_tiles:
         rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
         order = np.lexsort((-tiles["freq_energy"], rank))
@@ -1011,14 +576,16 @@ def intensity_window(image: np.ndarray, mask: np.ndarray) -> tuple[float, float]
     return low, max(high, low + 1)
 
 
-def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[str, Any], np.ndarray]:
-    """Segment one mammogram and choose its tiles.
+def extract_image(
+    path: str, spacing_mm: float, config: Config, view: str = ""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Segment one mammogram, whose projection is `view` if known, and choose its tiles.
 
     Returns a record (window, origin, bit depth, spacing, funnel, kept tiles as columns) and the pixels
     of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
     Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
     """
-    image, small = read_and_reduce(path)
+    image, small, margin = read_and_reduce(path, config.polarity)
     size = config.tile_size
     if min(image.shape) < size:
         shape = f"{image.shape[1]} x {image.shape[0]}"
@@ -1027,7 +594,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
     if not breast.any():
         raise ImageReadError(path, "no breast found (empty, all-white or noise)")
     mask = small.enlarged(breast)
-    muscle = small.enlarged(find_muscle(small, breast)) & mask
+    muscle = small.enlarged(find_muscle(small, breast, view)) & mask
     table = score_tiles(image, mask, config, spacing_mm, muscle)
     kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
     low, high = intensity_window(image, mask)
@@ -1042,6 +609,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
         "window": (low, high),
         "bit_depth": images.bit_depth(image, small.brightest),
         "spacing_mm": spacing_mm,
+        "polarity_margin": margin,
         "positions": len(table),
         "rejected": {name: int(counts.get(name, 0)) for name in COLUMNS},
         "rescued": int(is_rescued(table, config).sum()),
@@ -1072,18 +640,23 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
 PIXEL_CODE = (
     (__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),
     (images.__file__, "# ---- Decoding", ""),
+    (framing.__file__, "", ""),
+    (anatomy.__file__, "", ""),
+    (specks.__file__, "", ""),
+    (structure.__file__, "", ""),
     (caches.__file__, "# ---- Averaged copy", ""),
 )
 
 
 def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
-    names = "tile_size tile_stride high_freq_energy exclude_pectoral pixel_spacing_mm max_tiles".split()
-    names += [criterion.setting for criterion in CRITERIA]
+    names = "tile_size tile_stride exclude_pectoral pixel_spacing_mm max_tiles".split()
+    names += [name for c in CRITERIA for name in (c.setting, c.spared_by[1]) if name]
     rows = sources.drop(columns="path").to_csv(index=False)
     return {
         # As floats: 40, typed as a flag, is 40.0.
         "settings": {name: float(getattr(config, name)) for name in names},
+        "polarity": config.polarity,
         "view_margin": VIEW_MARGIN,
         "code": settings.code_version(PIXEL_CODE),
         "files": hashlib.sha256(rows.encode()).hexdigest(),
@@ -1096,7 +669,7 @@ def cache_key(inputs: dict[str, Any]) -> str:
 
 
 def extract_to_file(
-    index: int, path: str, spacing_mm: float, config: Config, folder: str
+    index: int, path: str, spacing_mm: float, config: Config, view: str = "", *, folder: str
 ) -> dict[str, Any]:
     """Extract image number `index` and append its pixels to the folder's file of their depth.
 
@@ -1107,7 +680,7 @@ def extract_to_file(
     cv2.setNumThreads(1)  # one process per core is already running
     extraction.keep_freed_memory()
     try:
-        record, pixels = extract_image(path, spacing_mm, config)
+        record, pixels = extract_image(path, spacing_mm, config, view)
     except ImageReadError as error:
         return {"index": index, "error": error.reason}
     file, dtype = extraction.pixel_file(Path(folder), record["bit_depth"])
@@ -1146,13 +719,20 @@ def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[di
     if config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
         images.note_unknown_spacing(sources, config.pixel_spacing_mm)
     images.note_left_out(sources)
+    # Images of one polarity share a Config.
+    configs = {name: dataclasses.replace(config, polarity=name) for name in CHOICES["polarity"]}
+    given = images.known_polarity(sources, config.polarity)
     jobs = [
-        (index, path, float(mm), config)
-        for index, (path, mm) in enumerate(zip(sources["path"], spacing, strict=True))
+        (index, path, float(mm), configs[polarity], view)
+        for index, (path, mm, polarity, view) in enumerate(
+            zip(sources["path"], spacing, given, sources["view"], strict=True)
+        )
     ]
-    return extraction.extract_missing(
+    records = extraction.extract_missing(
         extract_to_file, jobs, journal, config.num_workers, config.progress
     )
+    extraction.note_polarity(sources["image"], [record.get("polarity_margin") for record in records])
+    return records
 
 
 def finish_cache(
@@ -1603,73 +1183,70 @@ class BYOL(Objective):
         return self.model.projection_head(features)
 
 
-class SpeckBYOL(BYOL):
-    """BYOL, and the frequency target beside it: a linear head finds each cell's specks.
+class TargetBYOL(BYOL):
+    """BYOL, and heads beside it that tell from each view's feature map what the sharp view holds.
 
-    Its loss is the squared error, summed over the quantities, with which the head predicts the
-    standardised speck_targets of each view from its feature map; it starts near SPECK_QUANTITIES.
+    See byol_mammo/targets.py: SpeckHead for specks, StructureHead for the scale of masses.
     """
 
     curves: ClassVar[dict[str, str]] = {
         "loss": BYOL.curves["loss"],
-        "freq_loss": f"frequency loss (starts near {targets.SPECK_QUANTITIES})",
+        **{head.metric: head.title for head in (targets.SpeckHead, targets.StructureHead)},
         "momentum": BYOL.curves["momentum"],
     }
-    taps: Tensor
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
-        self, model: MammogramBYOL, sample: Tensor, input_dim: int, weight: float, momentum_base: float
+        self, model: MammogramBYOL, heads: Sequence[tuple[targets.Head, float]], momentum_base: float
     ) -> None:
-        """`sample` (N, 1, S, S): sharp plain views, which scale the quantities."""
+        """`heads` and the weights of their losses."""
         super().__init__(model, momentum_base)
-        self.weight = weight
-        self.speck_head = nn.Conv2d(input_dim, targets.SPECK_QUANTITIES, 1)  # starts at zero
-        for parameter in self.speck_head.parameters():
-            nn.init.zeros_(parameter)
-        self.register_buffer("taps", torch.tensor(targets.SPECK_TAPS), persistent=False)
-        quantities = torch.cat([targets.speck_targets(part, self.taps) for part in sample.split(32)])
-        deviation = quantities.std((0, 2, 3), keepdim=True).clamp_min(0.05)
-        self.register_buffer("mean", quantities.mean((0, 2, 3), True), persistent=False)
-        self.register_buffer("deviation", deviation, persistent=False)
+        self.weights = {head.name: weight for head, weight in heads}
+        for head, _ in heads:
+            self.add_module(head.name, head)
+
+    @property
+    def heads(self) -> list[targets.Head]:
+        """The heads, which decay no more than a bias does."""
+        return [getattr(self, name) for name in self.weights]
 
     def trained(self) -> list[ParameterGroup]:
-        """The online network and the head, which decays no more than a bias does."""
-        return [*super().trained(), ParameterGroup([self.speck_head], decays=False)]
+        """The online network and the heads."""
+        return [*super().trained(), ParameterGroup([*self.heads], decays=False)]
 
     def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
-        """BYOL's loss plus the weighted frequency loss."""
+        """BYOL's loss plus the weighted losses of the heads, each a mean over the views."""
         maps = [self.model.feature_map(view.image) for view in views]
         loss, metrics = self.byol_loss(views, [found.mean((2, 3)) for found in maps])
-        errors = [
-            F.mse_loss(self.speck_head(found).float(), self.targets(view))
-            for found, view in zip(maps, views, strict=True)
-        ]
-        freq_loss = targets.SPECK_QUANTITIES * (errors[0] + errors[1]) / 2
-        return loss + self.weight * freq_loss, {**metrics, "freq_loss": freq_loss.detach()}
-
-    @torch.no_grad()
-    def targets(self, view: View) -> Tensor:
-        """Standardised speck_targets (B, SPECK_QUANTITIES, S/32, S/32), in fp32 also under autocast."""
-        with torch.autocast(view.sharp.device.type, enabled=False):
-            return (targets.speck_targets(view.sharp, self.taps) - self.mean) / self.deviation
+        for head in self.heads:
+            errors = [head.loss(found, view.sharp) for found, view in zip(maps, views, strict=True)]
+            error = (errors[0] + errors[1]) / 2
+            loss = loss + self.weights[head.name] * error
+            metrics[head.metric] = error.detach()
+        return loss, metrics
 
 
-SPECK_SAMPLE = 256  # tiles that scale the quantities of speck_targets
+TARGET_SAMPLE = 256  # tiles that scale what the heads are asked for
 
 
 def build_objective(
     model: MammogramBYOL, config: Config, tiles: MammogramTiles, train_ids: np.ndarray
 ) -> Objective:
     """The objective that the settings ask for, on the CPU."""
-    if not config.freq_loss_weight:
+    if not config.freq_loss_weight and not config.structure_loss_weight:
         return BYOL(model, config.momentum_base)
-    ids = train_ids[:: -(-len(train_ids) // SPECK_SAMPLE)]
+    ids = train_ids[:: -(-len(train_ids) // TARGET_SAMPLE)]
     parts = np.array_split(ids, -(-len(ids) // 32))
     views = [make_view(tiles, part, PLAIN_VIEW, config.view_side) for part in parts]
     sample = torch.cat([view.sharp.cpu() for view in views])
-    return SpeckBYOL(model, sample, config.input_dim, config.freq_loss_weight, config.momentum_base)
+    heads: list[tuple[targets.Head, float]] = []
+    if config.freq_loss_weight:
+        heads.append((targets.SpeckHead(sample, config.input_dim), config.freq_loss_weight))
+    if config.structure_loss_weight:
+        # One scale for all images, whose detectors differ by less than masses do.
+        step_mm = float(tiles.images["spacing_mm"].median()) * config.tile_size / config.view_side
+        head = targets.StructureHead(sample, config.input_dim, step_mm)
+        heads.append((head, config.structure_loss_weight))
+    return TargetBYOL(model, heads, config.momentum_base)
 
 
 def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimizer:
@@ -1705,7 +1282,7 @@ def learning_rate(
 # ---- 9 Checkpoint ----------------------------------------------------------------------------------
 
 # A resumed run says so where this code is not what the run began with.
-LEAVES = ("device.py", "lars.py", "objectives.py", "sampling.py", "targets.py")
+LEAVES = ("device.py", "lars.py", "objectives.py", "sampling.py", "structure.py", "targets.py")
 TRAINING_CODE = (
     (__file__, "# ---- 6 Views", "# ---- 12 Entry"),
     *((Path(files.__file__).with_name(leaf), "", "") for leaf in LEAVES),
@@ -1776,7 +1353,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (  # and those of the objective, see Objective.curves
     "step epoch loss lr momentum feature_std tiles_per_s batches_per_s seconds_left breast_ratio "
-    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss monitor_auroc "
+    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss structure_loss "
+    "monitor_auroc "
     "monitor_auroc_mass monitor_auroc_calcification"
 ).split()
 
@@ -1813,10 +1391,11 @@ def load_sample(index: int, source: pd.Series, config: Config) -> pictures.Sampl
     from byol_mammo import pictures
 
     spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else config.pixel_spacing_mm
-    image = read_mammogram(source["path"])
+    (polarity,) = images.known_polarity(source.to_frame().T, config.polarity)
+    image = read_mammogram(source["path"], polarity)
     mask = segment_breast_tissue(image)
-    muscle = segment_pectoral_muscle(image, mask)
-    table = score_tiles(image, mask, config, spacing)
+    muscle = segment_pectoral_muscle(image, mask, source["view"])
+    table = score_tiles(image, mask, config, spacing, muscle)
     title = f"image {index} {source['laterality']} {source['view']}"
     window = intensity_window(image, mask)
     return pictures.Sample(title, image, mask, muscle, table, window, config.tile_size)
@@ -2015,8 +1594,9 @@ def batches(run: Run) -> Iterator[tuple[np.ndarray, MammogramTiles | None]]:
     """
     config, batch, size = run.config, run.config.batch_size, run.ranks.world_size
     epoch, first = divmod(run.step, run.steps_per_epoch)
-    image_row, count = run.tiles.table["image"].to_numpy(), config.tiles_per_epoch
-    order = sampling.epoch_order(image_row, run.train_ids, count, config.seed, epoch)
+    order = sampling.epoch_order(
+        run.tiles.table, run.train_ids, config.tiles_per_epoch, config.seed, epoch, config.energy_share
+    )
     steps = range(first * size + run.ranks.rank, run.steps_per_epoch * size, size)
     ids = [order[step * batch : (step + 1) * batch] for step in steps]
     if run.tiles.pixels.device == run.device:

@@ -1449,7 +1449,7 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
             row |= {f"p_{name}": score[best], f"p_{name}_noisy_or": 1 - (1 - score).prod()}
             row |= {f"x_{name}": tiles.table["x"][best], f"y_{name}": tiles.table["y"][best]}
         rows.append(row)
-        image = mammo.read_mammogram(path)
+        image = mammo.read_mammogram(path, engine.config.polarity)
         draw_prediction(
             image, tiles, scores, settings.names, settings.top_tiles, folder / row["picture"]
         )

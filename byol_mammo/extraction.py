@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from byol_mammo import cache as caches, files, processes, tracking
+from byol_mammo import cache as caches, files, framing, processes, tracking
 from byol_mammo.settings import MammoError
 
 SYNC_EVERY = 1.0  # s between writes of the journal; a killed extraction does that much again
 RECORDS = "records.jsonl"  # a line for each image that an extraction has finished
+MIN_FOLDER = 10  # images of a folder from which one of another polarity than the rest is told
+MAX_DISSENT = 0.1  # share of them that is called a dissent
 Part = tuple[Path, np.dtype, int, tuple[int, int], slice, slice]  # file, dtype, offset, shape, box
 
 
@@ -251,3 +254,28 @@ def gather_pixels(
 
     jobs = list(zip(parts, starts, strict=True))
     processes.run_in_parallel(copy_part, jobs, workers, bar, threads=True)
+
+
+def note_polarity(names: pd.Series, margins: list[float | None]) -> None:
+    """Say which images may be inverted by mistake: close votes, and one that differs from its folder.
+
+    `margins` of the votes: negative where inverted, 1 or -1 where it was given, None where skipped.
+    """
+    votes = pd.DataFrame({"image": list(names), "margin": pd.to_numeric(pd.Series(margins))}).dropna()
+    close = votes["image"][votes["margin"].abs() < framing.CLOSE_VOTE]
+    inverted = votes["margin"] < -framing.MIN_INVERTED
+    folder = votes["image"].map(lambda name: str(Path(name).parent))
+    share = inverted.groupby(folder).transform("mean")
+    many = inverted.groupby(folder).transform("size") >= MIN_FOLDER
+    dissent = many & (np.where(inverted, share, 1 - share) <= MAX_DISSENT) & (votes["margin"].abs() < 1)
+    for what, found in (
+        ("whether they are negatives was a close vote", close),
+        ("they are negatives and their folder is not, or the other way round", votes["image"][dissent]),
+    ):
+        if len(found):
+            first = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            print(
+                f"note: {len(found)} of {len(votes)} images: {what} ({first}); --qc_pages shows them, "
+                "polarity (as_is, inverted) in manifest.csv decides for an image, --polarity for all",
+                file=sys.stderr,
+            )

@@ -22,6 +22,7 @@ from byol_mammo.settings import MammoError
 from byol_mammo.spacing import parse_spacing
 
 SPACING_RANGE = (0.005, 2)  # mm per pixel that can be; others count as unknown
+POLARITIES = ("as_is", "inverted", "unknown")  # of a manifest; unknown is judged
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
 # Folders and files of systems and file servers that hide none by a dot: thumbnails (Synology), resource
 # forks (macOS archives), what fsck found, waste bins.
@@ -106,11 +107,11 @@ def walk_images(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:
-    """One row for each image file: path, image, size, mtime_ns, study_id, laterality, view, spacing_mm.
+    """One row for each image file: path, image, size, mtime_ns, and what the manifest knows of it.
 
-    Study, laterality, view and spacing come from manifest.csv in the folder or beside it (written by
-    prepare_dataset.py); without one, each image counts as a study of its own. `attrs["left_out"]`
-    tells how many hidden files and folders there are beside them, and the first.
+    That is study_id, laterality, view, spacing_mm and polarity, from manifest.csv in the folder or
+    beside it (written by prepare_dataset.py); without one, each image counts as a study of its own.
+    `attrs["left_out"]` tells how many hidden files and folders there are beside them, and the first.
     """
     root = image_folder(os.path.abspath(data_dir))  # links stay: their names are the images'
     paths, left_out = walk_images(root)
@@ -130,7 +131,7 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     sources = sources.merge(known, on="path", how="left")
     stems = sources["image"].map(lambda name: str(Path(name).with_suffix("")))
     sources["study_id"] = sources["study_id"].astype(object).where(sources["study_id"].notna(), stems)
-    for column in ("laterality", "view"):
+    for column in ("laterality", "view", "polarity"):
         sources[column] = sources[column].astype(object).where(sources[column].notna(), "")
     if left_out:
         sources.attrs["left_out"] = len(left_out), str(min(left_out).relative_to(root))
@@ -157,12 +158,19 @@ def note_unknown_spacing(sources: pd.DataFrame, taken: float) -> None:
         )
 
 
+def known_polarity(sources: pd.DataFrame, asked: str) -> list[str]:
+    """as_is, inverted or auto for each source: what is `asked` for; for auto what the manifest says."""
+    if asked != "auto":
+        return [asked] * len(sources)
+    return sources["polarity"].where(sources["polarity"].isin(POLARITIES[:2]), "auto").tolist()
+
+
 CLAIMS = ".prepare_dataset.claims.csv"  # what an unfinished run of prepare_dataset.py set out to make
 
 
 def read_manifest(root: Path) -> pd.DataFrame:
     """What manifest.csv knows of images, by path; empty where there is none. Raises MammoError."""
-    columns = ["path", "study_id", "laterality", "view", "spacing_mm"]
+    columns = ["path", "study_id", "laterality", "view", "spacing_mm", "polarity"]
     real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
     for folder in (root, root.parent, real.parent):
         if (folder / CLAIMS).exists():
@@ -179,6 +187,7 @@ def read_manifest(root: Path) -> pd.DataFrame:
         ]
         manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
+        check_polarity(manifest["polarity"], folder / "manifest.csv")
         cells = manifest["spacing_mm"]
         spacing = pd.to_numeric(cells, errors="coerce")
         spacing = spacing.fillna(cells[spacing.isna()].map(_spacing_or_nan))
@@ -192,6 +201,16 @@ def _spacing_or_nan(cell: Any) -> float:
     with suppress(ValueError):
         return parse_spacing(str(cell)) or math.nan
     return math.nan
+
+
+def check_polarity(column: pd.Series, path: Path) -> None:
+    """Raises MammoError at a word that is no polarity: to guess would give a negative to training."""
+    wrong = column[column.notna() & ~column.isin(POLARITIES)]
+    if len(wrong):
+        raise MammoError(
+            f"{path}, line {wrong.index[0] + 2}: polarity {wrong.iloc[0]!r} is none of "
+            f"{', '.join(POLARITIES)}; correct it, or leave it empty to have the image judged"
+        )
 
 
 # ---- Decoding and reducing: part of a cache's key --------------------------------------------------

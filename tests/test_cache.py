@@ -56,7 +56,7 @@ def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flag
 def test_tables_hold_the_contract_and_agree(tiles):
     columns = "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm"
     assert list(tiles.images.columns) == columns.split()
-    assert list(tiles.table.columns) == ["image", "x", "y", *mammo.COLUMNS]
+    assert list(tiles.table.columns) == ["image", "x", "y", *mammo.SCORES]
     funnel = pd.read_csv(tiles.cache / "rejections.csv", keep_default_na=False)
     rejected = funnel[[*mammo.COLUMNS, "capped"]].sum(axis=1)
     assert (funnel["positions"] == funnel["kept"] + rejected).all()
@@ -90,7 +90,7 @@ def test_labels_outside_the_breast_never_reach_the_cache(tmp_path):
 SETTINGS = {
     "tile_size": 256, "tile_stride": 128, "min_breast_ratio": 0.5, "min_freq_energy": 0.1,
     "min_tile_intensity": 1.0, "min_non_zero_pixels": 0.1, "exclude_pectoral": False,
-    "pixel_spacing_mm": 0.1, "max_tiles": 7, "high_freq_energy": 0.05,
+    "pixel_spacing_mm": 0.1, "max_tiles": 7, "high_freq_energy": 0.05, "min_convergence": 0.5,
 }  # fmt: skip
 OTHERS = {
     "batch_size": 4, "view_size": 64, "seed": 3, "epochs": 2, "num_workers": 1, "output_dir": "x"
@@ -332,11 +332,11 @@ def test_jobs_that_end_while_another_fails_are_not_lost(archive, monkeypatch):
 
 def test_an_image_without_tiles_takes_no_place_behind_one_that_was_cut_short(tmp_path):
     write_images(tmp_path / "images", 1, bits=12)
-    config = small_config(tmp_path, "--min_freq_energy", "1e9")
+    config = small_config(tmp_path, "--min_freq_energy", "1e9", "--min_convergence", "0")
     path, _ = byol_mammo.extraction.pixel_file(tmp_path, 12)
     path.write_bytes(b"cut")
     image = str(tmp_path / "images" / "s0_i0.png")
-    record = mammo.extract_to_file(0, image, 0.3, config, str(tmp_path))
+    record = mammo.extract_to_file(0, image, 0.3, config, folder=str(tmp_path))
     assert record["tiles"]["x"] == []
     assert path.read_bytes() == b"cut"
 
@@ -364,7 +364,7 @@ def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
 def test_no_tile_at_all_is_an_error_with_the_funnel(tmp_path):
     write_images(tmp_path / "images", 1)
     with pytest.raises(mammo.MammoError, match=r"no tile was kept(.|\n)*freq_energy"):
-        mammo.build_cache(small_config(tmp_path, "--min_freq_energy", "1e9"))
+        mammo.build_cache(small_config(tmp_path, "--min_freq_energy", "1e9", "--min_convergence", "0"))
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 

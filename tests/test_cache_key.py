@@ -33,7 +33,7 @@ def test_a_finished_extraction_is_used_whatever_happens_to_its_pictures(tmp_path
 
 
 OPENING = "OPENING = 9  # px of the reduced copy, diameter of what is cut off as a bridge"
-EDITS = {  # a line of the main script, what stands there instead, whether that makes a new cache
+EDITS = {  # a piece of the code, what stands there instead, whether that makes a new cache
     "a comment": (OPENING, "OPENING = 9  # another comment", False),
     "a docstring": (
         '    """What of a (H, W) bool array a disc of OPENING px can cover."""',
@@ -41,30 +41,30 @@ EDITS = {  # a line of the main script, what stands there instead, whether that 
         False,
     ),
     "plumbing": ("caches.build_once(final, build)", "caches.build_once(final, build=build)", False),
-    "a filter": (OPENING, "OPENING = 7", True),
+    "a mask": (OPENING, "OPENING = 7", True),
+    "a filter": ("SPECK_SIGMA = 0.13", "SPECK_SIGMA = 0.14", True),
     "the choice of tiles": ("(GROUP_RADIUS / spacing_mm)", "(GROUP_SIZE / spacing_mm)", True),
 }
 
 
-def pixel_code(folder, text=None):
-    """PIXEL_CODE with the main script's text replaced."""
-    parts = []
-    for file, start, end in mammo.PIXEL_CODE:
-        if text is not None and Path(file).name == "train_byol_mammo.py":
-            file = folder / "train_byol_mammo.py"
-            file.write_text(text)
-        parts.append((str(file), start, end))
+def pixel_code(folder, before="", after=""):
+    """PIXEL_CODE with a piece of its text, or of the main script's, replaced in copies of the files."""
+    parts, found = [], 0
+    for number, (file, start, end) in enumerate(mammo.PIXEL_CODE):
+        text = Path(file).read_text()
+        found += bool(before) and text.count(before)
+        (folder / f"{number}.py").write_text(text.replace(before, after) if before else text)
+        parts.append((str(folder / f"{number}.py"), start, end))
+    assert found == bool(before)
     return parts
 
 
 @pytest.mark.parametrize("name", sorted(EDITS))
 def test_a_new_cache_is_made_where_pixels_or_tiles_may_differ(tmp_path, name):
-    source = (ROOT / "train_byol_mammo.py").read_text()
     before, after, anew = EDITS[name]
-    assert source.count(before) == 1
-    old = pixel_code(tmp_path)
-    new = pixel_code(tmp_path, source.replace(before, after))
-    assert (settings.code_version(old) != settings.code_version(new)) == anew
+    old = settings.code_version(pixel_code(tmp_path))
+    new = settings.code_version(pixel_code(tmp_path, before, after))
+    assert (old != new) == anew
 
 
 def test_the_code_version_is_the_same_on_every_python():

@@ -65,7 +65,7 @@ def test_a_breast_that_leaves_little_air_or_none_is_found_whole(share):
         truth = phantom(seed, "large_breast", "CC", 12)
         height, width = truth.image.shape
         rows = slice(int((1 - share) * height), int(share * height))
-        chest = mammo.chest_side(truth.breast)
+        chest = mammo.anatomy.chest_side(truth.breast)
         depth = int((1.5 - share) * width)
         cols = slice(0, depth) if chest == 0 else slice(width - depth, width)
         noise = 60 + 20 * rng.standard_normal(truth.image.shape)
