@@ -25,7 +25,7 @@ Contents
     3 Tissue           power-law texture, fibroglandular cone, ligaments, vessels, skin line
     4 Lesions          masses, micro-calcification clusters
     5 Detector         blur, quantum noise, labels and markers, grey values
-    6 Traps            what archives really contain: padding, inversion, film, frame, nothing
+    6 Traps            what archives really contain: padding, inversion, film, tape, frame, nothing
     7 Archive          studies, files, tables
     8 Entry            flags, main
 """
@@ -69,7 +69,7 @@ CATEGORY = dict.fromkeys(LESIONS, "Mass") | {"calcification": "Suspicious Calcif
 BIRADS = {"mass": (3, 4), "spiculated_mass": (5, 5), "calcification": (4, 5)}  # lowest, highest
 TRAPS = tuple(
     "none white_padding grey_padding inverted film implant empty label_on_breast bright_frame "
-    "noisy_background noisy_frame large_breast".split()
+    "noisy_background noisy_frame large_breast film_rim chest_canvas tape_across".split()
 )
 STAGES = ("contour", "texture", "gland", "strands", "skin", "lesions", "noise", "overlay")
 
@@ -581,6 +581,13 @@ def add_overlays(
     foreign = np.zeros(signal.shape, bool)
     if spec.trap == "film":
         signal, foreign = add_film(signal, rng)
+    if spec.trap == "film_rim":
+        signal, foreign = add_rim(signal, rng)
+    if spec.trap == "chest_canvas":
+        foreign[:, : int(rng.uniform(0.06, 0.12) * spec.width)] = True
+        signal = np.where(foreign, np.float32(0), signal)
+    if spec.trap == "tape_across":
+        signal, foreign = add_tape(signal, rng, anatomy)
     if spec.trap == "noisy_frame":
         foreign = frame_of(signal.shape, max(1, int(rng.uniform(0.01, 0.025) * spec.width)))
         signal[foreign] = rng.uniform(0.75, 1, int(foreign.sum()))
@@ -638,6 +645,36 @@ def add_film(signal: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     foreign = tape > 0
     foreign[:, -strip:], foreign[-strip // 2 :] = True, True
     return np.maximum(film, tape * np.float32(rng.uniform(0.35, 0.7))), foreign
+
+
+def add_rim(signal: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image as a film scanned askew, and where white canvas and fog are, (H, W) bool.
+
+    The canvas shows beside the chest wall, from where light has leaked into the film; at the lower end
+    the film is fogged beyond the collimator.
+    """
+    height, width = signal.shape
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    depth, tilt = rng.uniform(0.008, 0.015) * width, rng.uniform(-0.006, 0.006)
+    from_edge = x - depth - tilt * (y - height / 2)
+    fog = y > height - rng.uniform(0.02, 0.035) * height + rng.uniform(-0.02, 0.02) * x
+    glow = np.float32(rng.uniform(0.1, 0.2)) * np.exp(-from_edge.clip(0) / (0.015 * width))
+    film = np.where(fog, np.float32(rng.uniform(0.15, 0.3)), np.maximum(signal, glow))
+    canvas = from_edge < 0
+    return np.where(canvas, np.float32(0.98), film), canvas | fog
+
+
+def add_tape(
+    signal: np.ndarray, rng: np.random.Generator, anatomy: Anatomy
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image with a strip of tape from the skin to the far side, and where it lies, (H, W)."""
+    height, width = signal.shape
+    row = rng.uniform(0.35, 0.65) * height
+    start = int(anatomy.breast[int(row)].sum()) - 4 / anatomy.spacing
+    size = (2 * (width - start), 8 / anatomy.spacing)
+    corners = cv2.boxPoints(((width, row), size, rng.uniform(-8, 8)))
+    tape = cv2.fillConvexPoly(np.zeros_like(signal), np.rint(corners).astype(np.int32), (1.0,))
+    return np.maximum(signal, tape * np.float32(rng.uniform(0.3, 0.5))), tape > 0
 
 
 def frame_of(shape: tuple[int, ...], width: int) -> np.ndarray:

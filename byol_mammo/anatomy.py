@@ -17,6 +17,7 @@ CHEST_DEPTH = 0.03  # share of the breast within which its chest side counts as 
 RIM_DEPTH = 12  # px of the reduced copy, 6-8 mm
 LABEL_SIZE = 24  # px of the reduced copy, 13-17 mm: height of the largest label that is cut off the skin
 LABEL_GAP = 11  # px of the reduced copy, between the letters of a label
+STICK_OUT = 24  # px of the reduced copy, 13-17 mm: how far nipple and folds stick out at most
 MARKER_SIZE = 5  # px of the reduced copy, 2-4 mm: largest marker of nipple or skin
 LABEL_PERCENTILES = (98, 99.5)  # of the breast: thin strokes of a label are brighter than the first
 UNEVEN_AIR = 0.02  # noise of air above which it may be fat, share of the way to the breast's median
@@ -147,6 +148,12 @@ def without_labels(breast: np.ndarray, area: np.ndarray) -> np.ndarray:
     outside = breast & ~body
     faint, bright = (area > level for level in np.percentile(area[body], LABEL_PERCENTILES))
     rim = cv2.dilate((bright & ~breast).view(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    # Nothing of a breast that is so narrow is so long: tape, or a fold of the belly.
+    far = outside & (reach[pad:-pad, pad:-pad] > LABEL_SIZE / 2 + STICK_OUT)
+    if far.any():
+        parts = cv2.connectedComponents(outside.view(np.uint8))[1]
+        cut = np.isin(parts, np.unique(parts[far]))
+        breast, outside = breast & ~cut, outside & ~cut
     found = outside & bright
     if found.any():
         # A marker on the nipple is a dot: what it sticks to is skin, and no letter lies beside it.
@@ -202,24 +209,21 @@ MUSCLE_EDGE_CAP = 0.05  # log grey per px: one strong edge must not outweigh a l
 MUSCLE_MIN_EDGE = 0.004  # log grey per px that counts as a border from bright to dark
 MUSCLE_BENDS = (-0.05, 0.0, 0.05, 0.1, 0.15)  # how far the border bulges, as a share of its length
 MUSCLE_UNBENT = 2.0  # share of its score that an arc loses per unit of bend: most borders are straight
-MUSCLE_SLOPE = (
-    0.15  # least slope of the border against the chest wall; fog of a film's edge runs along it
-)
+MUSCLE_SLOPE = 0.15  # of the border against the chest wall, least; the fog of a film runs along that
 MUSCLE_SKIN = 6  # px of the reduced copy from the outline of the breast within which edges are skin
-MUSCLE_LINES = 24  # straight borders of the highest score that are bent
+MUSCLE_LINES = 120  # straight borders of the highest score that are bent
 MUSCLE_REACH = 0.06  # share of its length within which the border follows the edge beside the arc
 MUSCLE_STIFFNESS = 0.002  # log grey per px that the border pays for a step to the side
 CUT_OFF = 0.6  # width of the breast at its upper end, at least, as a share of that 5 % below
 CLOSE_UP = 0.97  # share of the image that a breast covers where bright tissue in a corner is no muscle
 # What tells a muscle from a bright streak of a CC view: share of its border that is an edge, its grey
 # against the breast's and against what lies beside it. In a dense breast it is no brighter than gland.
-MUSCLE_UNKNOWN = 0.7, 0.78, 1.1
-MUSCLE_KNOWN = 0.5, 0.5, 1.03  # the same where the view is known to be MLO
+MUSCLE_UNKNOWN = 0.7, 0.78, 1.04
+MUSCLE_SMALL = 0.003  # what is added to that contrast, over the muscle's share of the breast
+MUSCLE_KNOWN = 0.5, 0.5, 1.0  # the same where the view is known to be MLO
 MUSCLE_AREA = 0.03, 0.6  # share of the breast, least and most
 MUSCLE_CORNER = 0.8  # share of the upper corner at the chest wall that must be breast
-MUSCLE_TIP = (
-    0.1  # width of the muscle below which its lower end is left to the breast, share of the breast's
-)
+MUSCLE_TIP = 0.1  # share of the width of the breast from which on a muscle is wide enough to be told
 
 
 def muscle_in(area: np.ndarray, breast: np.ndarray, known: bool = False) -> np.ndarray:
@@ -240,7 +244,7 @@ def muscle_in(area: np.ndarray, breast: np.ndarray, known: bool = False) -> np.n
     reach = np.ones((2 * MUSCLE_SKIN + 1,) * 2, np.uint8)
     inner = cv2.erode(breast.view(np.uint8), reach, borderValue=1)
     slopes = [inner * cv2.Sobel(grey, cv2.CV_32F, *order) / 8 for order in ((1, 0), (0, 1))]
-    arc = best_arc(slopes, int(breast.sum()))
+    arc = best_arc(slopes, breast)
     if arc is None:
         return nothing
     points, edges = followed_edge(slopes, arc)
@@ -263,9 +267,11 @@ def looks_like_muscle(
     known: bool,
 ) -> bool:
     """Whether size, grey, contrast to what lies `beside` it and the `edges` along it are a muscle's."""
-    if not MUSCLE_AREA[0] <= muscle.sum() / breast.sum() <= MUSCLE_AREA[1]:
+    share = muscle.sum() / breast.sum()
+    if not MUSCLE_AREA[0] <= share <= MUSCLE_AREA[1]:
         return False
     border, grey, contrast = MUSCLE_KNOWN if known else MUSCLE_UNKNOWN
+    contrast += MUSCLE_SMALL / share
     level = np.median(area[muscle])
     return bool(
         (edges > MUSCLE_MIN_EDGE).mean() >= border
@@ -303,7 +309,7 @@ def edges_at(
     return np.where(inside, -fall, 0)
 
 
-def best_arc(slopes: list[np.ndarray], breast_area: int) -> tuple[np.ndarray, ...] | None:
+def best_arc(slopes: list[np.ndarray], breast: np.ndarray) -> tuple[np.ndarray, ...] | None:
     """The arc with the strongest bright-to-dark edge along it: x, y and normals, each (points,).
 
     Straight lines first (Karssemeijer 1998), then arcs on the best of them, as the muscle bulges in
@@ -312,15 +318,19 @@ def best_arc(slopes: list[np.ndarray], breast_area: int) -> tuple[np.ndarray, ..
     height, width = slopes[0].shape
     ends = np.arange(0.15, 1.0, 0.035)
     top, left = (axis.ravel() for axis in np.meshgrid(ends * width, ends * height))
-    share = top * left / 2 / breast_area
+    share = top * left / 2 / breast.sum()
     possible = (MUSCLE_AREA[0] <= share) & (share <= MUSCLE_AREA[1]) & (top >= MUSCLE_SLOPE * left)
     top, left = top[possible], left[possible]
     if not len(top):
         return None
 
     def score(top: np.ndarray, left: np.ndarray, bend: np.ndarray) -> np.ndarray:
-        edges = np.minimum(edges_at(slopes, *arcs(top, left, bend, 24)), MUSCLE_EDGE_CAP)
-        return edges.mean(1) * (1 - MUSCLE_UNBENT * np.abs(bend))
+        lines = arcs(top, left, bend, 24)
+        edges = np.minimum(edges_at(slopes, *lines), MUSCLE_EDGE_CAP).mean(1)
+        inside = breast[
+            lines[1].astype(int).clip(0, height - 1), lines[0].astype(int).clip(0, width - 1)
+        ].mean(1)
+        return edges * (inside > 0.5) * (1 - MUSCLE_UNBENT * np.abs(bend))
 
     best = np.argsort(-score(top, left, np.zeros(len(top))), kind="stable")[:MUSCLE_LINES]
     bend = np.tile(MUSCLE_BENDS, len(best))

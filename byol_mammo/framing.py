@@ -19,6 +19,7 @@ FLAT_SPAN = 0.02  # share of the grey range within which a smoothed row or colum
 LINE_SMOOTHING = 4.0  # px of the reduced copy, sigma along a row or column, against noise
 NOISE_SPAN = 3.0  # standard deviations that smoothed white noise spans: 1.5 on 400 px, with room
 AIR_MARGIN = 24  # blocks of air kept around what has structure: the air's grey is measured there
+CUT_SHARE = 0.2  # share of the picture's border line that is no air where it cuts tissue off
 STRIP_DEPTH = 0.1  # share of the image within which a bright strip along a side ends
 STRIP_STEP = 0.12  # share of the grey range by which it is brighter than what it borders on
 
@@ -89,6 +90,8 @@ def picture_of(content: ReducedImage) -> ReducedImage:
     def air(lines: np.ndarray, inner: np.ndarray) -> int:
         """How many of the lines next to the content are its air and no padding."""
         level = np.percentile(inner, 5)
+        if (inner > level + 5 * span).mean() > CUT_SHARE:
+            return 0  # tissue that ends in a straight line was cut off: what follows is padding
         other = np.flatnonzero(np.abs(lines.mean(axis=1) - level) > span)
         return int(other[0]) if len(other) else len(lines)
 
@@ -144,8 +147,6 @@ def content_box(image: np.ndarray, mirrored: bool) -> tuple[tuple[slice, slice],
         factor = 2 ** max(0, math.ceil(math.log2(side / SEGMENT_SIDE)))
         area = _block_means(image[box], factor, mirrored)
         inner = structured_part(area)
-        if inner == (slice(0, area.shape[0]), slice(0, area.shape[1])):
-            break
         span = float(np.ptp(area[inner]))
         box = _refined(image, _inside(box, inner, area.shape, factor, mirrored), box, factor, span)
         if max(image[box].shape) > factor * SEGMENT_SIDE / 2:

@@ -91,6 +91,7 @@ SETTINGS = {
     "tile_size": 256, "tile_stride": 128, "min_breast_ratio": 0.5, "min_freq_energy": 0.1,
     "min_tile_intensity": 1.0, "min_non_zero_pixels": 0.1, "exclude_pectoral": False,
     "pixel_spacing_mm": 0.1, "max_tiles": 7, "high_freq_energy": 0.05, "min_convergence": 0.5,
+    "polarity": "as_is",
 }  # fmt: skip
 OTHERS = {
     "batch_size": 4, "view_size": 64, "seed": 3, "epochs": 2, "num_workers": 1, "output_dir": "x"

@@ -262,6 +262,8 @@ GUARDS = [
           "", f"{SECURITY} without_network"),
     Guard("spacing that cannot be", "read_manifest", "spacing.where(spacing.between(*SPACING_RANGE))",
           "spacing", f"{TABLES} points_elsewhere"),
+    Guard("words that are no polarity", "read_manifest", "check_polarity(manifest['polarity'], folder / 'manifest.csv')",
+          "", f"{TABLES} polarity_that_is_none"),
     Guard("header values stay in the header (one is let out)", "read_header", "view",
           "str(dataset.get('PatientName'))", f"{SECURITY} no_identifier"),
 ]  # fmt: skip

@@ -246,6 +246,15 @@ def test_a_spoilt_manifest_is_refused_by_name(tmp_path, content):
         mammo.images.list_sources(tmp_path / "images")
 
 
+def test_a_polarity_that_is_none_is_refused_by_line(tmp_path):
+    (tmp_path / "images").mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), breast_image()[0])
+    rows = ["file,polarity", "images/a.png,unknown", "images/b.png,MONOCHROME1"]
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    with pytest.raises(mammo.MammoError, match=r"manifest\.csv, line 3: polarity 'MONOCHROME1'.*as_is"):
+        mammo.images.list_sources(tmp_path / "images")
+
+
 def test_a_manifest_that_points_elsewhere_reads_nothing_there(tmp_path):
     for folder in ("images", "private"):
         (tmp_path / folder).mkdir()
