@@ -55,7 +55,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from lightly.loss import NegativeCosineSimilarity
+from lightly.loss import NegativeCosineSimilarity, VICRegLoss
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
@@ -128,6 +128,7 @@ WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
 WEIGHT_DECAY = 1e-4  # weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
 FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target, for specks; 0 = off
+VICREG_WEIGHT = 0.0  # weight of VICReg's loss (25, 25, 1) of the online projections; 0 = off
 STRUCTURE_LOSS_WEIGHT = 0.0  # weight of the structure target, for the scale of masses; 0 = off
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
 PROBE_EVERY = 1  # epochs between online probes
@@ -210,6 +211,7 @@ class Config:
     monitor_tiles: int = MONITOR_TILES
     freq_loss_weight: float = FREQ_LOSS_WEIGHT
     structure_loss_weight: float = STRUCTURE_LOSS_WEIGHT
+    vicreg_weight: float = VICREG_WEIGHT
     labels: str = LABELS
     probe_every: int = PROBE_EVERY
     checkpoint_every: int = CHECKPOINT_EVERY
@@ -256,7 +258,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "hidden_dim": (1, 65536), "proj_dim": (2, 65536), "momentum_base": (0, 1),
     "batch_size": (2, 65536), "epochs": (1, 1_000_000), "max_steps": (0, math.inf), "lr": (0, 100),
     "warmup_epochs": (0, math.inf), "weight_decay": (0, 10), "monitor_tiles": (2, 65536),
-    "freq_loss_weight": (0, 1000), "structure_loss_weight": (0, 1000),
+    "freq_loss_weight": (0, 1000), "structure_loss_weight": (0, 1000), "vicreg_weight": (0, 1000),
     "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf), "log_every": (1, math.inf), "report_every": (0, math.inf),
     "peer_timeout": (0, math.inf), "seed": (0, 2**63 - 1),
@@ -1139,18 +1141,26 @@ def _three_channels(x: Tensor) -> Tensor:
 class BYOL(Objective):
     """The symmetric loss of BYOL, -1 at perfect agreement (eq. 2 of the paper is 2 + 2 times this).
 
-    Each view passes alone, so that batch statistics belong to one view (section 3.2).
+    Each view passes alone, so that batch statistics belong to one view (section 3.2). With a weight,
+    VICReg's loss (Bardes et al. 2022) beside it spreads the online projections of all ranks.
     """
 
     curves: ClassVar[dict[str, str]] = {
         "loss": "BYOL loss (-1 = agreement)",
+        "vicreg_loss": "VICReg loss",
         "momentum": "target momentum",
     }
 
-    def __init__(self, model: MammogramBYOL, momentum_base: float = MOMENTUM_BASE) -> None:
+    def __init__(
+        self,
+        model: MammogramBYOL,
+        momentum_base: float = MOMENTUM_BASE,
+        vicreg_weight: float = VICREG_WEIGHT,
+    ) -> None:
         super().__init__(model)
-        self.momentum_base = momentum_base
+        self.momentum_base, self.vicreg_weight = momentum_base, vicreg_weight
         self.criterion = NegativeCosineSimilarity()
+        self.vicreg = VICRegLoss(gather_distributed=True)
 
     def trained(self) -> list[ParameterGroup]:
         """The online network."""
@@ -1165,12 +1175,17 @@ class BYOL(Objective):
         self, views: Sequence[View], features: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss from the online features of two views, in fp32 also under autocast."""
-        projection, prediction_1 = self.model.project(features[0])
-        _, prediction_2 = self.model.project(features[1])
+        projection_1, prediction_1 = self.model.project(features[0])
+        projection_2, prediction_2 = self.model.project(features[1])
         target_1, target_2 = (self.model.forward_target(view.image) for view in views)
         loss = self.criterion(prediction_1.float(), target_2.float())
         loss = 0.5 * (loss + self.criterion(prediction_2.float(), target_1.float()))
-        return loss, {"loss": loss.detach(), "feature_std": feature_std(projection.detach())}
+        metrics = {"loss": loss.detach(), "feature_std": feature_std(projection_1.detach())}
+        if self.vicreg_weight:
+            with torch.autocast(projection_1.device.type, enabled=False):
+                spread = self.vicreg(projection_1.float(), projection_2.float())
+            loss, metrics["vicreg_loss"] = loss + self.vicreg_weight * spread, spread.detach()
+        return loss, metrics
 
     def after_step(self, step: int, total_steps: int) -> dict[str, float]:
         """Move the target; its momentum rises from MOMENTUM_BASE to 1 by a cosine (section 3.2)."""
@@ -1190,16 +1205,19 @@ class TargetBYOL(BYOL):
     """
 
     curves: ClassVar[dict[str, str]] = {
-        "loss": BYOL.curves["loss"],
+        **BYOL.curves,
         **{head.metric: head.title for head in (targets.SpeckHead, targets.StructureHead)},
-        "momentum": BYOL.curves["momentum"],
     }
 
     def __init__(
-        self, model: MammogramBYOL, heads: Sequence[tuple[targets.Head, float]], momentum_base: float
+        self,
+        model: MammogramBYOL,
+        heads: Sequence[tuple[targets.Head, float]],
+        momentum_base: float = MOMENTUM_BASE,
+        vicreg_weight: float = VICREG_WEIGHT,
     ) -> None:
         """`heads` and the weights of their losses."""
-        super().__init__(model, momentum_base)
+        super().__init__(model, momentum_base, vicreg_weight)
         self.weights = {head.name: weight for head, weight in heads}
         for head, _ in heads:
             self.add_module(head.name, head)
@@ -1233,7 +1251,7 @@ def build_objective(
 ) -> Objective:
     """The objective that the settings ask for, on the CPU."""
     if not config.freq_loss_weight and not config.structure_loss_weight:
-        return BYOL(model, config.momentum_base)
+        return BYOL(model, config.momentum_base, config.vicreg_weight)
     ids = train_ids[:: -(-len(train_ids) // TARGET_SAMPLE)]
     parts = np.array_split(ids, -(-len(ids) // 32))
     views = [make_view(tiles, part, PLAIN_VIEW, config.view_side) for part in parts]
@@ -1246,7 +1264,7 @@ def build_objective(
         step_mm = float(tiles.images["spacing_mm"].median()) * config.tile_size / config.view_side
         head = targets.StructureHead(sample, config.input_dim, step_mm)
         heads.append((head, config.structure_loss_weight))
-    return TargetBYOL(model, heads, config.momentum_base)
+    return TargetBYOL(model, heads, config.momentum_base, config.vicreg_weight)
 
 
 def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimizer:
@@ -1353,8 +1371,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (  # and those of the objective, see Objective.curves
     "step epoch loss lr momentum feature_std tiles_per_s batches_per_s seconds_left breast_ratio "
-    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss structure_loss "
-    "monitor_auroc "
+    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss monitor_auroc "
     "monitor_auroc_mass monitor_auroc_calcification"
 ).split()
 

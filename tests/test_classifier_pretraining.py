@@ -128,7 +128,7 @@ def test_the_targets_are_learnt_and_stay_out_of_the_model(archive, name):
 def test_with_the_targets_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
     (tmp_path / "images").symlink_to(archive / "images")
     shutil.copytree(archive / "cache", tmp_path / "cache")
-    flags = ["--epochs", "2", *SPECKS, *MASSES, "--energy_share", "0.5"]
+    flags = ["--epochs", "2", *SPECKS, *MASSES, "--energy_share", "0.5", "--vicreg_weight", "0.1"]
     for name, parts in (("whole", [[]]), ("parts", [["--max_steps", "3"], []])):
         for more in parts:
             mammo.train(small_config(tmp_path, *flags, *more, "--run_name", name))
@@ -141,6 +141,7 @@ def test_with_the_targets_stopped_and_resumed_equals_uninterrupted(archive, tmp_
     table = pd.read_csv(files[0].with_name("metrics.csv"))
     assert table["freq_loss"].dropna().between(0, 20).all()
     assert table["structure_loss"].dropna().between(0, 2).all()
+    assert table["vicreg_loss"].dropna().between(0, 100).all()
     assert len(table["structure_loss"].dropna()) == len(table["freq_loss"].dropna()) > 0
     assert table["loss"].dropna().between(-1, 1).all()  # BYOL's own loss, without the target's
 

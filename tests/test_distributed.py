@@ -52,7 +52,7 @@ def start_processes(folder, archive, *flags, size=2):
 
 
 def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_path):
-    flags = ("--freq_loss_weight", "1", "--structure_loss_weight", "2")
+    flags = ("--freq_loss_weight", "1", "--structure_loss_weight", "2", "--vicreg_weight", "0.1")
     flags += ("--epochs", "10", "--tiles_per_epoch", "64", "--max_steps", "20")
     processes = start_processes(tmp_path, archive, *flags)
     for rank, process in enumerate(processes):

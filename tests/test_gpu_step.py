@@ -73,7 +73,7 @@ def target_objective(model, side):
     sample = torch.rand(4, 1, side, side)
     specks = mammo.targets.SpeckHead(sample, small_network.WIDTH)
     masses = mammo.targets.StructureHead(sample, small_network.WIDTH, 38 / side)
-    return mammo.TargetBYOL(model, [(specks, 1.0), (masses, 2.0)], 0.996)
+    return mammo.TargetBYOL(model, [(specks, 1.0), (masses, 2.0)])
 
 
 def gpu_run(folder, monkeypatch, *flags):
