@@ -178,7 +178,9 @@ def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> 
         command += ["--run_name", folder.name, "--seed", str(seed), *words]
         done = subprocess.run(command, check=False)
         if done.returncode:
-            raise MammoError(f"arm {arm}, seed {seed}: exit code {done.returncode} of {shlex.join(command)}")
+            raise MammoError(
+                f"arm {arm}, seed {seed}: exit code {done.returncode} of {shlex.join(command)}"
+            )
     return points
 
 
@@ -351,8 +353,11 @@ def draws_of(
         weights = classifier.resample_groups(groups, settings.bootstrap, 0)
         return classifier.weighted_auroc(scores, truth, weights)
     images = pd.DataFrame({"row": data.table["row"].to_numpy()[ids], "score": scores, "truth": truth})
-    images = images.assign(group=groups).groupby("row").first().join(
-        images.groupby("row")["score"].mean().rename("mean")
+    images = (
+        images.assign(group=groups)
+        .groupby("row")
+        .first()
+        .join(images.groupby("row")["score"].mean().rename("mean"))
     )
     weights = classifier.resample_groups(images["group"].to_numpy(str), settings.bootstrap, 0)
     ranks = images[["mean", "truth"]].rank().to_numpy()
@@ -389,14 +394,20 @@ def nuisances(features: np.ndarray, ids: np.ndarray, data: classifier.LabelledTi
         for name, value in known.items()
     }
     chosen = torch.from_numpy(features[:2048])
-    return {name: float(score.mean()) for name, score in scores.items()} | {"rankme": float(rankme(chosen))}
+    return {name: float(score.mean()) for name, score in scores.items()} | {
+        "rankme": float(rankme(chosen))
+    }
 
 
 # ---- 5 Results -------------------------------------------------------------------------------------
 
 
 def rows_of(
-    question: Question, point: Point, draws: np.ndarray, start: np.ndarray, data: classifier.LabelledTiles
+    question: Question,
+    point: Point,
+    draws: np.ndarray,
+    start: np.ndarray,
+    data: classifier.LabelledTiles,
 ) -> dict[str, Any]:
     """One row of study.csv: a figure with its interval, and the gain over the same seed's start."""
     low, high = classifier.interval(draws[1:])
@@ -419,9 +430,7 @@ def rows_of(
     }
 
 
-def judge_all(
-    settings: Settings, points: list[Point]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def judge_all(settings: Settings, points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """study.csv and nuisance.csv: every point, each seed's start, and what learns nothing."""
     data, questions = load_questions(settings)
     used = np.unique(np.concatenate([question.used for question in questions]))
