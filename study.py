@@ -36,7 +36,7 @@ import dataclasses
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ import torch
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
-from byol_mammo import files, settings as flags, targets, tracking
+from byol_mammo import files, labels as labelling, settings as flags, targets, tracking
 from byol_mammo.objectives import rankme
 from byol_mammo.settings import MammoError
 
@@ -77,6 +77,7 @@ BOOTSTRAP = 1000  # resamples of the patients
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
+HELD = 0.5  # share of a box that a tile has to hold to be positive
 EPOCH_STEPS = 20  # most steps of an epoch
 SAME = "tile_size tile_stride view_size pixel_spacing_mm min_breast_ratio min_freq_energy backbone batch_size"
 SAME += " cache_dir num_workers device"  # what all arms have in common, as flags of the main script
@@ -178,7 +179,9 @@ def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> 
         command += ["--run_name", folder.name, "--seed", str(seed), *words]
         done = subprocess.run(command, check=False)
         if done.returncode:
-            raise MammoError(f"arm {arm}, seed {seed}: exit code {done.returncode} of {shlex.join(command)}")
+            raise MammoError(
+                f"arm {arm}, seed {seed}: exit code {done.returncode} of {shlex.join(command)}"
+            )
     return points
 
 
@@ -195,6 +198,7 @@ def common_flags(settings: Settings, epochs: int) -> list[str]:
         "report_every": 0,
         "wandb_mode": "disabled",
         "weights": "none",
+        "precision": "fp32",
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
@@ -226,8 +230,20 @@ def load_questions(settings: Settings) -> tuple[classifier.LabelledTiles, list[Q
     names = sorted({name for question in settings.questions.split(",") for name in columns_of(question)})
     judge = judge_settings(settings, names)
     data = classifier.load_labelled(judge, mammo_config(settings))
+    data.targets = held_findings(data, judge)
     parts = [classifier.draw_tiles(data, data.in_split(split), judge) for split in ("training", "test")]
     return data, [ask(data, name, parts) for name in settings.questions.split(",")]
+
+
+def held_findings(data: classifier.LabelledTiles, judge: classifier.Settings) -> np.ndarray:
+    """Targets (N, findings) of tiles that hold half of a box: less of it is another question, whether a
+    rim tells what it is of. Tiles that hold some of it are left out."""
+    labels = labelling.read_labels(judge.labels, data.names)
+    folder, images = Path(judge.labels).parent, data.tiles.images["image"]
+    rows = labelling.match_labels(labels, folder, images, Path(judge.data_dir))
+    return labelling.tile_labels(
+        data.tiles.table, rows, labels, data.tiles.tile_size, data.names, HELD, by_centre=False
+    )
 
 
 def columns_of(question: str) -> list[str]:
@@ -351,8 +367,11 @@ def draws_of(
         weights = classifier.resample_groups(groups, settings.bootstrap, 0)
         return classifier.weighted_auroc(scores, truth, weights)
     images = pd.DataFrame({"row": data.table["row"].to_numpy()[ids], "score": scores, "truth": truth})
-    images = images.assign(group=groups).groupby("row").first().join(
-        images.groupby("row")["score"].mean().rename("mean")
+    images = (
+        images.assign(group=groups)
+        .groupby("row")
+        .first()
+        .join(images.groupby("row")["score"].mean().rename("mean"))
     )
     weights = classifier.resample_groups(images["group"].to_numpy(str), settings.bootstrap, 0)
     ranks = images[["mean", "truth"]].rank().to_numpy()
@@ -389,14 +408,20 @@ def nuisances(features: np.ndarray, ids: np.ndarray, data: classifier.LabelledTi
         for name, value in known.items()
     }
     chosen = torch.from_numpy(features[:2048])
-    return {name: float(score.mean()) for name, score in scores.items()} | {"rankme": float(rankme(chosen))}
+    return {name: float(score.mean()) for name, score in scores.items()} | {
+        "rankme": float(rankme(chosen))
+    }
 
 
 # ---- 5 Results -------------------------------------------------------------------------------------
 
 
 def rows_of(
-    question: Question, point: Point, draws: np.ndarray, start: np.ndarray, data: classifier.LabelledTiles
+    question: Question,
+    point: Point,
+    draws: np.ndarray,
+    start: np.ndarray,
+    data: classifier.LabelledTiles,
 ) -> dict[str, Any]:
     """One row of study.csv: a figure with its interval, and the gain over the same seed's start."""
     low, high = classifier.interval(draws[1:])
@@ -419,9 +444,7 @@ def rows_of(
     }
 
 
-def judge_all(
-    settings: Settings, points: list[Point]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def judge_all(settings: Settings, points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """study.csv and nuisance.csv: every point, each seed's start, and what learns nothing."""
     data, questions = load_questions(settings)
     used = np.unique(np.concatenate([question.used for question in questions]))
