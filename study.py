@@ -36,7 +36,7 @@ import dataclasses
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ import torch
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
-from byol_mammo import files, settings as flags, targets, tracking
+from byol_mammo import files, labels as labelling, settings as flags, targets, tracking
 from byol_mammo.objectives import rankme
 from byol_mammo.settings import MammoError
 
@@ -77,6 +77,7 @@ BOOTSTRAP = 1000  # resamples of the patients
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
+HELD = 0.5  # share of a box that a tile has to hold to be positive
 EPOCH_STEPS = 20  # most steps of an epoch
 SAME = "tile_size tile_stride view_size pixel_spacing_mm min_breast_ratio min_freq_energy backbone batch_size"
 SAME += " cache_dir num_workers device"  # what all arms have in common, as flags of the main script
@@ -197,6 +198,7 @@ def common_flags(settings: Settings, epochs: int) -> list[str]:
         "report_every": 0,
         "wandb_mode": "disabled",
         "weights": "none",
+        "precision": "fp32",
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
@@ -228,8 +230,20 @@ def load_questions(settings: Settings) -> tuple[classifier.LabelledTiles, list[Q
     names = sorted({name for question in settings.questions.split(",") for name in columns_of(question)})
     judge = judge_settings(settings, names)
     data = classifier.load_labelled(judge, mammo_config(settings))
+    data.targets = held_findings(data, judge)
     parts = [classifier.draw_tiles(data, data.in_split(split), judge) for split in ("training", "test")]
     return data, [ask(data, name, parts) for name in settings.questions.split(",")]
+
+
+def held_findings(data: classifier.LabelledTiles, judge: classifier.Settings) -> np.ndarray:
+    """Targets (N, findings) of tiles that hold half of a box: less of it is another question, whether a
+    rim tells what it is of. Tiles that hold some of it are left out."""
+    labels = labelling.read_labels(judge.labels, data.names)
+    folder, images = Path(judge.labels).parent, data.tiles.images["image"]
+    rows = labelling.match_labels(labels, folder, images, Path(judge.data_dir))
+    return labelling.tile_labels(
+        data.tiles.table, rows, labels, data.tiles.tile_size, data.names, HELD, by_centre=False
+    )
 
 
 def columns_of(question: str) -> list[str]:

@@ -23,7 +23,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from byol_mammo import files
 from byol_mammo.settings import MammoError
 
-
 SLIM_WIDTH = 16  # channels behind the first layer of resnet18_slim
 
 

@@ -147,12 +147,18 @@ def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame
 
 
 def tile_labels(
-    tiles: pd.DataFrame, rows: np.ndarray, labels: pd.DataFrame, size: int, findings: Sequence[str]
+    tiles: pd.DataFrame,
+    rows: np.ndarray,
+    labels: pd.DataFrame,
+    size: int,
+    findings: Sequence[str],
+    cover: float = LABEL_COVER,
+    by_centre: bool = True,
 ) -> np.ndarray:
     """(N, findings) float32: 1, 0, or NaN = left out, for `tiles` (x, y, image) of `size` px.
 
     `rows` gives the row of `labels` for each image, -1 = unlabelled. A tile is positive where it holds
-    a box's centre or LABEL_COVER of it, and left out where it merely touches one. Away from boxes it
+    a box's centre (where `by_centre`) or `cover` of it, and left out where it merely touches one. Away from boxes it
     is negative if the image is known to be without the finding, or if boxes say where it lies.
     """
     out = np.full((len(tiles), len(findings)), np.nan, np.float32)
@@ -168,13 +174,15 @@ def tile_labels(
                 out[index, column] = 0
             for state in (np.nan, 1):  # positive wins where a tile touches one box and holds another
                 for box in boxes:
-                    holds, touches = _tile_holds(group, box, size)
+                    holds, touches = _tile_holds(group, box, size, cover, by_centre)
                     out[index[touches if np.isnan(state) else holds], column] = state
     return out
 
 
-def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which tiles hold a box's centre or LABEL_COVER of it, and which touch it; both (N,) bool."""
+def _tile_holds(
+    tiles: pd.DataFrame, box: dict[str, Any], size: int, least: float, by_centre: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tiles hold a box's centre or `least` of it, and which touch it; both (N,) bool."""
     x, y = tiles["x"].to_numpy(), tiles["y"].to_numpy()
     x0, y0, x1, y1 = (float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
     across = (np.minimum(x + size, x1) - np.maximum(x, x0)).clip(0)
@@ -182,7 +190,7 @@ def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np
     cover = across * down / ((x1 - x0) * (y1 - y0))
     centre_x, centre_y = (x0 + x1) / 2, (y0 + y1) / 2
     centred = (x <= centre_x) & (centre_x < x + size) & (y <= centre_y) & (centre_y < y + size)
-    return centred | (cover >= LABEL_COVER), cover > 0
+    return (centred & by_centre) | (cover >= least), cover > 0
 
 
 @dataclass(frozen=True)
