@@ -9,8 +9,8 @@ same tiles, with the same patients held back for all arms: fitted on the split t
 Beside them stand the start of the same seed, classic filters (convergence of gradients and blobs, which
 learn nothing) and, where --imagenet names its weights, an ImageNet network.
 
-A question is a column of labels.csv (does the tile hold it?), `cancer@mass` (which of the tiles with a mass
-are of an image with cancer?) or `density` (rank correlation with the breast's density, per image).
+A question is a column of labels.csv (does the tile hold it?), `cancer@mass` (which of the tiles with a
+mass are of an image with cancer?) or `density` (rank correlation with the breast's density, per image).
 
 Writes to OUTPUT_DIR
     study.csv      arm, seed, step, finding, auroc, low, high, gain_over_start, gain_low, gain_high,
@@ -79,8 +79,10 @@ DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
 HELD = 0.5  # share of a box that a tile has to hold to be positive
 EPOCH_STEPS = 20  # most steps of an epoch
-SAME = "tile_size tile_stride view_size pixel_spacing_mm min_breast_ratio min_freq_energy backbone batch_size"
-SAME += " cache_dir num_workers device"  # what all arms have in common, as flags of the main script
+SAME = "tile_size tile_stride view_size pixel_spacing_mm min_breast_ratio min_freq_energy backbone "
+SAME += (
+    "batch_size cache_dir num_workers device"  # what all arms have in common, as flags of both scripts
+)
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,25 @@ def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> 
         for number in range(1, settings.points + 1)
     ]
     if not all(Path(point.weights).is_file() for point in points):
-        command = [sys.executable, str(Path(mammo.__file__)), *common_flags(settings, epochs)]
-        command += ["--run_name", folder.name, "--seed", str(seed), *words]
-        done = subprocess.run(command, check=False)
-        if done.returncode:
+        command = [
+            *common_flags(settings, epochs),
+            "--run_name",
+            folder.name,
+            "--seed",
+            str(seed),
+            *words,
+        ]
+        if code := run_script(command):
+            flags_given = shlex.join(command)
             raise MammoError(
-                f"arm {arm}, seed {seed}: exit code {done.returncode} of {shlex.join(command)}"
+                f"arm {arm}, seed {seed}: train_byol_mammo.py {flags_given} ended with {code}"
             )
     return points
+
+
+def run_script(words: Sequence[str]) -> int:
+    """train_byol_mammo.py in a process of its own; its exit code."""
+    return subprocess.run([sys.executable, str(Path(mammo.__file__)), *words], check=False).returncode
 
 
 def common_flags(settings: Settings, epochs: int) -> list[str]:
@@ -320,7 +333,7 @@ def data_config(config: mammo.Config, settings: Settings) -> mammo.Config:
 
 
 def classic_features(settings: Settings, data: classifier.LabelledTiles) -> Features:
-    """Convergence and blobs of each tile, strongest and mean (targets.StructureMaps): nothing is learnt."""
+    """Convergence and blobs of each tile, strongest and mean (targets.StructureMaps); nothing learns."""
     side = settings.view_size or settings.tile_size
     spacing = float(data.tiles.images["spacing_mm"].median())
     maps = targets.StructureMaps(side, spacing * settings.tile_size / side)
@@ -379,11 +392,13 @@ def draws_of(
 
 
 def weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pearson correlation (R,) of x and y (N,) under each row of weights (R, N)."""
+    """Pearson correlation (R,) of x and y (N,) under each row of weights (R, N); NaN where one of them
+    does not vary."""
     weights = weights / weights.sum(1, keepdims=True)
     x, y = x - (weights @ x)[:, None], y - (weights @ y)[:, None]
     covariance = (weights * x * y).sum(1)
-    return covariance / np.sqrt((weights * x**2).sum(1) * (weights * y**2).sum(1))
+    with np.errstate(invalid="ignore"):
+        return covariance / np.sqrt((weights * x**2).sum(1) * (weights * y**2).sum(1))
 
 
 def nuisances(features: np.ndarray, ids: np.ndarray, data: classifier.LabelledTiles) -> dict[str, float]:
@@ -449,8 +464,8 @@ def judge_all(settings: Settings, points: list[Point]) -> tuple[pd.DataFrame, pd
     data, questions = load_questions(settings)
     used = np.unique(np.concatenate([question.used for question in questions]))
     seeds = sorted({point.seed for point in points})
-    fixed = [Point("classic", 0, 0, "classic")]
-    fixed += [Point("imagenet", 0, 0, settings.imagenet)] * bool(settings.imagenet)
+    fixed = [Point("classic", seeds[0], 0, "classic")]  # no seed changes them
+    fixed += [Point("imagenet", seeds[0], 0, settings.imagenet)] * bool(settings.imagenet)
     starts = [Point("random", seed, 0, "none") for seed in seeds]
     rows, side, start = [], [], {}
     for point in tracking.progress([*starts, *fixed, *points], desc="judge", unit="point"):
@@ -536,7 +551,7 @@ def write_results(settings: Settings, table: pd.DataFrame, nuisance: pd.DataFram
     side = nuisance.groupby("arm", sort=False).last().drop(columns=["seed"]).reset_index().round(3)
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>study</title>"
-        "<style>body { font: 16px/1.4 system-ui, sans-serif; max-width: 1180px; margin: auto; padding: 1rem }"
+        "<style>body { font: 16px/1.4 system-ui, sans-serif; max-width: 1180px; margin: auto }"
         "td, th { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd }"
         ".wide { overflow-x: auto } img { max-width: 100% }</style>"
         "<h1>What frozen features tell</h1><img src='study.png' alt='AUROC over steps'>"

@@ -27,8 +27,10 @@ SLIM_WIDTH = 16  # channels behind the first layer of resnet18_slim
 
 
 class SlimResNet(ResNet):
-    """ResNet-18 with `width` instead of 64 channels behind its first layer: (B, 3, H, W) -> (B, 8 * width)
-    where `fc` is an identity. For studies on a CPU, which 11 million parameters would take hours for."""
+    """ResNet-18 with `width` instead of 64 channels behind its first layer, 8 * width features.
+
+    For studies on a CPU, where 11 million parameters would take hours.
+    """
 
     def __init__(self, width: int = SLIM_WIDTH) -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2])

@@ -158,8 +158,9 @@ def tile_labels(
     """(N, findings) float32: 1, 0, or NaN = left out, for `tiles` (x, y, image) of `size` px.
 
     `rows` gives the row of `labels` for each image, -1 = unlabelled. A tile is positive where it holds
-    a box's centre (where `by_centre`) or `cover` of it, and left out where it merely touches one. Away from boxes it
-    is negative if the image is known to be without the finding, or if boxes say where it lies.
+    a box's centre (where `by_centre`) or `cover` of it, and left out where it merely touches one. Away
+    from boxes it is negative if the image is known to be without the finding, or if boxes say where it
+    lies.
     """
     out = np.full((len(tiles), len(findings)), np.nan, np.float32)
     for image, group in tiles.groupby("image"):
