@@ -82,7 +82,7 @@ def test_what_is_trained_is_not_trained_again(archive, table, monkeypatch):
     settings = study.Settings(
         **study.flags.parse_fields(study.Settings, parser, comments, words(archive))
     )
-    points = study.train_arm(settings, "plain", [], 0)
+    points = study.train_arm(settings, "plain", [], 3)
     assert [point.step for point in points] == [2, 4]
     with pytest.raises(ZeroDivisionError):  # of another seed there is nothing
         study.train_arm(settings, "plain", [], 7)
