@@ -21,6 +21,7 @@ from update_docs import PICTURE, SETTINGS, TABLE, settings_table
 
 import benchmark
 import prepare_dataset
+import study
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
 import train_classifier
@@ -44,7 +45,12 @@ SCRIPTS = {
     "train_byol_mammo.py": mammo.main,
     "train_classifier.py": train_classifier.main,
 }
-HELP = {**SCRIPTS, "benchmark.py": benchmark.main, "synthetic_mammograms.py": phantoms.main}
+HELP = {
+    **SCRIPTS,
+    "benchmark.py": benchmark.main,
+    "study.py": study.main,
+    "synthetic_mammograms.py": phantoms.main,
+}
 # Added behind each command's own flags.
 SMALL_TILES = "--view_size 32 --pixel_spacing_mm 0.68 --tile_size 96 --tile_stride 64"
 QUICK = "--num_workers 1 --device cpu --wandb_mode disabled --backbone resnet18"
@@ -230,7 +236,7 @@ def test_other_commands_say_what_they_need_and_have_flags_that_exist():
 
 
 def test_flags_named_in_the_text_exist():
-    known = "".join(map(help_of, SCRIPTS))
+    known = "".join(map(help_of, HELP))
     launchers = {"--nodes", "--gres", "--ntasks-per-node", "--cpus-per-task", "--mem", "--time"}
     launchers |= {"--nproc_per_node"}
     for page, text in PAGES.items():
