@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from byol_mammo.archive_files import without_suffix
-from byol_mammo.labels import SPLIT_NAMES
+from byol_mammo.labels import split_named
 from byol_mammo.settings import MammoError
 from byol_mammo.tables import (
     FINDINGS,
@@ -253,7 +253,7 @@ def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]
     Raises MammoError where only some are, or where such folders lie deeper.
     """
     tops = {place.partition("/")[0] if "/" in place else "" for place in places}
-    named = {top for top in tops if top.lower() in SPLIT_NAMES}
+    named = {top for top in tops if split_named(top)}
     if named and named != tops:
         others = some(sorted(tops - named) if tops - named != {""} else ["images outside them"])
         raise MammoError(
@@ -261,7 +261,7 @@ def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]
             "of one kind, or a table with --csv_path"
         )
     second = {place.split("/")[1] for place in places if place.count("/") > 1}
-    deeper = sorted(name for name in second if name.lower() in SPLIT_NAMES)
+    deeper = sorted(name for name in second if split_named(name))
     if not named and deeper:
         raise MammoError(
             f"folders named as splits ({some(deeper)}) lie below {some(sorted(tops))}, which would "
@@ -270,7 +270,7 @@ def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]
         )
     if not named:
         return {}
-    found = {place: SPLIT_NAMES[place.partition("/")[0].lower()] for place in places}
+    found = {place: split_named(place.partition("/")[0]) for place in places}
     counts = Counter(found.values())
     notes.append(
         f"the folders {some(sorted(named))} are taken as splits: "

@@ -29,6 +29,15 @@ SPLIT_NAMES = {  # what others call ours, in any case of letters
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
+# What stands around such a name in those of folders: train_images, Training-set, images_test.
+SPLIT_EXTRAS = r"(?:images?|imgs?|data|set|png|dicom)"
+
+
+def split_named(folder: str) -> str:
+    """The split that a folder's name means, such as train_images; '' where it means none."""
+    extras = rf"^(?:{SPLIT_EXTRAS}[\W_]+)+|(?:[\W_]*{SPLIT_EXTRAS})+$"
+    return SPLIT_NAMES.get(re.sub(extras, "", folder.lower()), "")
+
 
 def finding_column(name: str) -> str:
     """The column of labels.csv of a finding: its name in snake case, or what FINDING_ALIASES says."""

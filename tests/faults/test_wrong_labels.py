@@ -103,6 +103,10 @@ CASES = {
         ("Train/p1/a.png", "Train/p2/b.png", "VALID/p3/c.png", "test/p4/d.png"), (), 0,
         ("the folders Train, VALID, test are taken as splits: test 1 images, training 2 images",), (),
         {"split": ["training", "training", "validation", "test"], "patient_id": ["p1", "p2", "p3", "p4"]}),
+    "folders whose names hold a split": Case(
+        ("train_images/p1/a.png", "Test-set/p2/b.png", "images_val/p3/c.png"), (), 0,
+        ("the folders Test-set, images_val, train_images are taken as splits",), (),
+        {"split": ["test", "training", "validation"], "patient_id": ["p1", "p2", "p3"]}),
     "a patient in two folders named as splits": Case(
         ("train/p1/a.png", "test/p1/b.png"), (), 2, ("p1 (test and training)",)),
     "some folders named as splits": Case(
