@@ -225,6 +225,8 @@ def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     places = list(dict.fromkeys(map(without_suffix, reading.index.get("all", []))))
     if not places:
         raise MammoError("there is no image below --images_root")
+    if not reading.patient_pattern:
+        check_no_cbis(places)
     split_of = splits_of_folders(places, reading.notes)
     below = {place: place.partition("/")[2] if split_of else place for place in places}
     if not reading.patient_pattern:
@@ -245,6 +247,21 @@ def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
             row["image_id"] = f"{row['image_id'][:80]}_{digest}"
     note_single_images(below, reading)
     return pd.DataFrame(rows, index=[f"file {place}" for place in places])
+
+
+CBIS_FOLDER = re.compile(r"\b(?:Mass|Calc)-(?:Training|Test)_P_\d+_(?:LEFT|RIGHT)_[^/]*")
+
+
+def check_no_cbis(places: Sequence[str]) -> None:
+    """Refuse CBIS-DDSM without its tables: a woman has several folders there, some of both splits, and
+    crops and masks lie among the films."""
+    found = next(filter(None, map(CBIS_FOLDER.search, places)), None)
+    if found:
+        raise MammoError(
+            f"folders such as {found[0]} are CBIS-DDSM's, where one woman has several, in training and "
+            "in test; give its tables by --csv_path mass_case_description_*.csv "
+            "calc_case_description_*.csv, or name the woman by --patient_pattern '(P_[0-9]+)'"
+        )
 
 
 def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]:

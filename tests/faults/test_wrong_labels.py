@@ -113,6 +113,12 @@ CASES = {
         ("train/a/1.png", "p1/b.png"), (), 2, ("train are named as splits, beside them p1",)),
     "splits below another folder": Case(
         ("data/train/1.png", "data/test/2.png"), (), 2, ("test, train) lie below data", "--images_root")),
+    "CBIS folders without a table": Case(
+        ("CBIS/Mass-Training_P_1_LEFT_CC/a.png", "CBIS/Calc-Test_P_1_LEFT_CC/b.png"), (), 2,
+        ("are CBIS-DDSM's", "--csv_path mass_case_description")),
+    "CBIS folders and a pattern": Case(
+        ("Mass-Training_P_1_LEFT_CC/a.png", "Calc-Test_P_1_LEFT_CC/b.png"), (), 0, (),
+        ("--patient_pattern", "(P_[0-9]+)"), {"patient_id": ["P_1", "P_1"]}),
     "images alone below splits": Case(
         ("train/1.png", "test/1.png"), (), 0, ("2 images lie in no folder of their own",), (),
         {"split": ["test", "training"]}),
