@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     if not path.is_file():
         raise MammoError(f"labels {path}: no such file; prepare_dataset.py --findings_csv writes it")
     table = files.read_table(path, ["image", *findings], "prepare_dataset.py --findings_csv writes it")
-    twice = table["image"][table["image"].duplicated()]
+    twice = table["image"][table["image"].map(os.path.normpath).duplicated()]  # ./a.png is a.png
     if len(twice):
         raise MammoError(f"labels {path}: {twice.iloc[0]} has more than one row")
     for name in findings:
@@ -84,6 +85,8 @@ def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
     try:
         boxes = json.loads(text or "[]")
         for box in boxes:
+            if not isinstance(box["finding"], list):  # a name alone would be taken for its letters
+                raise TypeError(f"finding is {box['finding']!r}, not a list of names")
             box["finding"] = {finding_column(name) for name in box["finding"]}
             edges = [float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
             if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:

@@ -272,6 +272,20 @@ def test_cells_of_labels_are_stripped_and_splits_read(tmp_path):
     assert byol_mammo.labels.group_keys(table).nunique() == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("image,mass\na.png,1\n./a.png,0\n", "more than one row"),
+        ('image,mass,boxes\na.png,1,"[{""finding"":""mass"",""xmin"":0,""ymin"":0,""xmax"":9,""ymax"":9}]"\n',
+         "finding is 'mass', not a list"),
+    ],
+)  # fmt: skip
+def test_labels_that_would_be_lost_are_refused(tmp_path, text, says):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(MammoError, match=says):
+        byol_mammo.labels.read_labels(tmp_path / "labels.csv", ["mass"])
+
+
 def test_a_layout_that_is_not_finished_is_not_read(archive, monkeypatch):
     archive.png("s1/a.png")
     archive.png("s2/b.png")
