@@ -23,12 +23,14 @@ from byol_mammo.tables import (
     SEVERITY,
     ImageLabels,
     Reading,
+    abnormality,
     birads,
     cancer,
     clean_path,
     density,
     finding,
     flag,
+    person,
     places_of,
     resolve,
     safe_name,
@@ -61,6 +63,7 @@ def adapt_vindr(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     """VinDr-Mammo breast-level_annotations.csv: <study_id>/<image_id>.png or .dicom."""
     table = raw[[name for name in [*REQUIRED, *OPTIONAL, "patient_id"] if name in raw]].copy()
     readers = {"laterality": side, "breast_birads": birads, "breast_density": density}
+    readers["patient_id"] = person
     for name in table.columns.intersection(list(readers)):
         table[name] = reading.column(table, name, readers[name])
     return table.assign(places=table["study_id"] + "/" + table["image_id"])
@@ -170,7 +173,7 @@ def adapt_cmmd(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     Which file is which breast and view stands only in the DICOM headers: the rows are the files, the
     labels wait for the side.
     """
-    kind = raw["abnormality"].str.lower()
+    kind = reading.column(raw, "abnormality", abnormality)
     breasts = pd.DataFrame({"study_id": raw["ID1"], "side": reading.column(raw, "LeftRight", side)})
     for name in ("mass", "calcification"):
         breasts[name] = kind.isin([name, "both"]).map({True: "1", False: "0"}).where(kind != "", "")
@@ -334,7 +337,7 @@ def note_single_images(below: dict[str, str], reading: Reading) -> None:
 GENERIC: dict[str, tuple[str, Callable[[str], str]]] = {
     "image": ("", str),
     "study": ("study_id", safe_name),
-    "patient": ("patient_id", str),
+    "patient": ("patient_id", person),
     "split": ("split", str),
     "laterality": ("laterality", side),
     "view": ("view_position", str.upper),

@@ -176,9 +176,19 @@ CASES = {
         ("t0.csv line 2: 1 of 2 values of m are not understood: 'maybe' (1)",), LABELLED),
     "a few values not understood": Case(
         tuple(f"{n}.png" for n in range(20)),
-        ("path,exam,m\n" + "".join(f"{n}.png,e{n},{'<1' if n == 3 else 0}\n" for n in range(20)),), 0,
-        ("1 of 20 values of m are not understood and left empty: '<1' (1)", "19 without, 1 unknown"),
+        ("path,exam,m\n" + "".join(f"{n}.png,e{n},{['<1', 1][n] if n < 2 else 0}\n" for n in range(20)),), 0,
+        ("1 of 20 values of m are not understood and left empty: '<1' (1)", "18 without, 1 unknown"),
         ("--columns", "image=path,study=exam,mass=m")),
+    "a word for all that have it": Case(
+        tuple(f"{n}.png" for n in range(20)),
+        ("path,exam,c\n" + "".join(f"{n}.png,e{n},{'benign' if n else 'malign'}\n" for n in range(20)),), 2,
+        ("1 of 20 values of c are not understood: 'malign' (1)",), ("--columns", "image=path,study=exam,cancer=c")),
+    "patients that are none": Case(
+        FLAT, ("path,exam,who,fold\na.png,e1,nan,train\nb.png,e2,Unknown,test\n",), 0, (),
+        ("--columns", "image=path,study=exam,patient=who,split=fold"), {"patient_id": ["", ""]}),
+    "CMMD's abnormality in other words": Case(
+        ("D1-0001/1.dcm",), (CMMD + "D1-0001,L,4,2,calc,Benign,\n",), 2,
+        ("t0.csv line 2: 1 of 1 values of abnormality are not understood: 'calc' (1)",)),
     # Labels that reach no image -----------------------------------------------------------------
     "CMMD as PNG": Case(
         ("D1-0001/1.png",), (CMMD + "D1-0001,L,4,2,mass,Benign,\n",), 2, ("given by breast", "D1-0001/1.png")),
@@ -236,7 +246,7 @@ READERS = [
     (archives.density, {"fatty": "DENSITY A", "ACR B": "DENSITY B", "iv": "DENSITY D", "Type 3": "DENSITY C",
                         "Heterogeneously dense": "DENSITY C", "<1": "", "5": ""}),
     (archives.flag, {"2": "1", "2.0": "1", "0.0": "0", "Present": "1", "neg": "0", "0.5": "", "-1": ""}),
-    (archives.cancer, {"MALIGNANT": "1", "benign": "0", "1": "1", "BENIGN_WITHOUT_CALLBACK": "0", "B": ""}),
+    (archives.cancer, {"MALIGNANT": "1", "benign": "0", "1": "1", "2": "", "BENIGN_WITHOUT_CALLBACK": "0", "B": ""}),
     (archives.finding, {"Calcification": "calcification", "mass": "mass", "asymmetry": ""}),
 ]  # fmt: skip
 
