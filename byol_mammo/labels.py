@@ -96,6 +96,21 @@ def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
     return boxes
 
 
+def check_layout(folder: Path, data_dir: Path) -> None:
+    """Refuse labels of one layout of prepare_dataset.py for images of another, whose names are the same:
+    one may be mirrored, and boxes and splits are of one alone. Raises MammoError."""
+    own = next((p for p in (data_dir, data_dir.parent) if (p / "manifest.csv").is_file()), None)
+    theirs = folder / "manifest.csv"
+    if own is None or data_dir.is_relative_to(folder) or not theirs.is_file():
+        return
+    if theirs.read_bytes() != (own / "manifest.csv").read_bytes():
+        raise MammoError(
+            f"labels {folder / 'labels.csv'} are of another layout than the images in {data_dir}: "
+            f"boxes may be mirrored there and splits others; give {own / 'labels.csv'}, which "
+            "prepare_dataset.py writes with --findings_csv"
+        )
+
+
 def match_labels(
     labels: pd.DataFrame, folder: Path, images: Sequence[str], data_dir: Path
 ) -> np.ndarray:
@@ -103,9 +118,11 @@ def match_labels(
 
     `folder` is that of labels.csv. A path there is first taken from that folder. Else it stands for the
     image whose path ends in it, such as a bare file name, where that is one image and one row: an image
-    of the same name in another folder is another image.
+    of the same name in another folder is another image. Raises MammoError where both are of layouts that
+    differ.
     """
     folder, data_dir = folder.resolve(), data_dir.resolve()
+    check_layout(folder, data_dir)
     by_path = {str(folder / name): row for row, name in enumerate(labels["image"])}
     rows_of: dict[tuple[str, ...], list[int]] = {}
     for row, name in enumerate(labels["image"]):

@@ -296,6 +296,23 @@ def test_labels_that_would_be_lost_are_refused(tmp_path, text, says):
         byol_mammo.labels.read_labels(tmp_path / "labels.csv", ["mass"])
 
 
+def test_labels_of_another_layout_are_refused(tmp_path):
+    """Of one archive, laid out with and without --flip_right, names are the same and boxes are not."""
+    for name, flipped in (("plain", 0), ("copy", 0), ("flip", 1)):
+        (tmp_path / name / "training").mkdir(parents=True)
+        (tmp_path / name / "manifest.csv").write_text(f"file,flipped\ntraining/a.png,{flipped}\n")
+    table = pd.DataFrame({"image": ["training/a.png"]})
+    for name in ("plain", "copy"):
+        folder = tmp_path / name / "training"
+        assert byol_mammo.labels.match_labels(table, tmp_path / "plain", ["a.png"], folder).tolist() == [
+            0
+        ]
+    with pytest.raises(MammoError, match="are of another layout than the images"):
+        byol_mammo.labels.match_labels(
+            table, tmp_path / "plain", ["a.png"], tmp_path / "flip" / "training"
+        )
+
+
 def test_a_layout_that_is_not_finished_is_not_read(archive, monkeypatch):
     archive.png("s1/a.png")
     archive.png("s2/b.png")
