@@ -218,8 +218,19 @@ def adapt_rsna(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
 
 CLASS_WORDS = {
     *("benign", "malignant", "normal", "abnormal", "cancer", "noncancer", "healthy", "control"),
-    *("positive", "negative", "mass", "masses", "calc", "calcification", "calcifications", "lesion"),
+    *("positive", "negative", "mass", "masses", "calc", "calcification", "lesion"),
+    *("image", "mask", "roi", "crop"),
+    *("dev", "eval", "holdout", "left", "right", "cc", "mlo", "lcc", "lmlo", "rcc", "rmlo"),
 }
+GRADE = re.compile(
+    r"(?:bi-?rads|acr|density|class|label|grade|category)?[\W_]*[0-6][abc]?", re.IGNORECASE
+)
+
+
+def is_class(name: str) -> bool:
+    """Whether a folder is named as a kind of images: benign, Masses, RMLO; normal_0001 is a patient."""
+    word = re.sub("[^a-z]", "", name.lower())
+    return not re.search(r"\d", name) and bool({word, word.removesuffix("s")} & CLASS_WORDS)
 
 
 def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
@@ -233,7 +244,7 @@ def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     split_of = splits_of_folders(places, reading.notes)
     below = {place: place.partition("/")[2] if split_of else place for place in places}
     if not reading.patient_pattern:
-        check_folders_are_patients(list(below.values()))
+        check_folders_are_patients(list(below.values()), "'^[^/]+/([^/]+)'" if split_of else "'^[^/]+'")
     rows = []
     for place in places:
         study, _, image = below[place].partition("/")
@@ -299,20 +310,24 @@ def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]
     return found
 
 
-def check_folders_are_patients(paths: Sequence[str]) -> None:
-    """Refuse top folders that look like classes: benign/, malignant/ ... would count as two women."""
+def check_folders_are_patients(paths: Sequence[str], pattern: str) -> None:
+    """Refuse top folders that look like classes: benign/, malignant/ ... would count as two women.
+
+    `pattern` finds these folders, where they are patients after all.
+    """
     folders = Counter(path.partition("/")[0] for path in paths if "/" in path)
     if not folders:
         return
     mean = sum(folders.values()) / len(folders)
-    named = any(re.sub("[^a-z]", "", name.lower()) in CLASS_WORDS for name in folders)
-    few = len(folders) <= FEW_FOLDERS and not any(re.search(r"\d", name) for name in folders)
+    named, graded = any(map(is_class, folders)), all(map(GRADE.fullmatch, folders))
+    few = len(folders) <= FEW_FOLDERS and (graded or not any(re.search(r"\d", name) for name in folders))
     if named or (few and mean > MANY_IMAGES) or mean > TOO_MANY_IMAGES:
         shown = some(f"{name} ({n} images)" for name, n in folders.most_common())
         raise MammoError(
             f"the folders {shown} look like classes or sets, not like patients, and images of one woman "
-            "may lie in several; say who is who by --patient_pattern 'REGEX', by a table (--csv_path, "
-            "--columns image=...,study=...,patient=...), or give one folder of patients as --images_root"
+            "may lie in several; say who is who by --patient_pattern 'REGEX', which is "
+            f"{pattern} where each is a patient, by a table (--csv_path, --columns image=...,study=...,"
+            "patient=...), or give one folder of patients as --images_root"
         )
 
 

@@ -124,6 +124,13 @@ CASES = {
         {"split": ["test", "training"]}),
     "classes by name": Case(
         ("benign/1.png", "malignant/2.png"), (), 2, ("benign (1 images), malignant (1 images) look like classes",)),
+    **{f"classes named {names[0]} ...": Case(
+        tuple(f"{name}/{n}.png" for name in names for n in range(count)), (), 2, ("look like classes",))
+       for names, count in ((("Benigns", "Cancers"), 2), (("BIRADS_1", "BIRADS_4"), 17), (("0", "1"), 17),
+                            (("images", "masks"), 2), (("LCC", "RMLO"), 2))},
+    "patients named by class and number": Case(
+        tuple(f"{name}/{view}.png" for name in ("normal_001", "benign_002", "2") for view in ("LCC", "RCC")), (), 0,
+        (), (), {"patient_id": ["benign_002"] * 2 + ["normal_001"] * 2 + ["2"] * 2}),
     "classes below splits": Case(("train/benign/1.png", "test/benign/2.png"), (), 2, ("look like classes",)),
     "classes by size": Case(MANY, (), 2, ("left (20 images), right (20 images)", "--patient_pattern")),
     "classes and a pattern": Case(
