@@ -231,6 +231,21 @@ UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something
 # Rows -----------------------------------------------------------------------------------------------
 
 
+def completed(table: pd.DataFrame, keys: list[str], notes: list[str]) -> pd.DataFrame:
+    """The table with cells that are empty filled from the rows about the same, where all that say
+    something say the same: a table of masses and one of calcifications complete each other."""
+    said = table.where(table != "")
+    groups = said.groupby(keys, sort=False)
+    filled = table.copy()
+    for name in table.columns.difference(keys):
+        agreed = groups[name].transform("nunique") == 1
+        filled[name] = table[name].where(~agreed, groups[name].transform("first"))
+    unique = filled.drop_duplicates()
+    if len(unique) < len(table):
+        notes.append(f"{len(table) - len(unique)} rows complete others about the same: joined")
+    return unique
+
+
 def resolve(
     table: pd.DataFrame, keys: list[str], rule: str, names: dict[str, str], notes: list[str]
 ) -> pd.DataFrame:
@@ -243,7 +258,7 @@ def resolve(
     twice = table.duplicated(keys, keep=False)
     if not twice.any():
         return table
-    unique = table.drop_duplicates()
+    unique = completed(table.drop_duplicates(), keys, notes)
     groups = unique[unique.duplicated(keys, keep=False)].groupby(keys, sort=False)
     if not groups.ngroups:
         return unique

@@ -83,6 +83,10 @@ CASES = {
         (f"1 have rows that disagree; --on_conflict {rule} chose",), (*LABELLED, "--on_conflict", rule),
         {"breast_birads": [grade, "BI-RADS 1"]}, {"mass": [mass, "0"]})
        for rule, mass, grade in (("first", "1", "BI-RADS 2"), ("last", "0", "BI-RADS 4B"), ("max", "1", "BI-RADS 4B"))},
+    "two tables that complete each other": Case(
+        FLAT, ("path,exam,m\na.png,e1,1\nb.png,e2,0\n", "path,exam,c\na.png,e1,0\nb.png,e2,1\n"), 0,
+        ("2 rows complete others about the same: joined",),
+        ("--columns", "image=path,study=exam,mass=m,calcification=c"), {}, {"mass": ["1", "0"], "calcification": ["0", "1"]}),
     "max cannot choose a side": Case(
         FLAT, ("path,exam,who,m,grade,side\na.png,e1,p,1,2,L\na.png,e1,p,1,2,R\n",), 2,
         ("side: 'L' and 'R'; max cannot tell",), (*LABELLED, "--on_conflict", "max")),
