@@ -219,7 +219,7 @@ def adapt_rsna(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
 CLASS_WORDS = {
     *("benign", "malignant", "normal", "abnormal", "cancer", "noncancer", "healthy", "control"),
     *("positive", "negative", "mass", "masses", "calc", "calcification", "lesion"),
-    *("image", "mask", "roi", "crop"),
+    *("mask", "roi", "crop"),
     *("dev", "eval", "holdout", "left", "right", "cc", "mlo", "lcc", "lmlo", "rcc", "rmlo"),
 }
 GRADE = re.compile(
