@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from byol_mammo.archive_files import without_suffix
-from byol_mammo.labels import SPLIT_NAMES
+from byol_mammo.labels import split_named
 from byol_mammo.settings import MammoError
 from byol_mammo.tables import (
     FINDINGS,
@@ -23,12 +23,14 @@ from byol_mammo.tables import (
     SEVERITY,
     ImageLabels,
     Reading,
+    abnormality,
     birads,
     cancer,
     clean_path,
     density,
     finding,
     flag,
+    person,
     places_of,
     resolve,
     safe_name,
@@ -61,6 +63,7 @@ def adapt_vindr(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     """VinDr-Mammo breast-level_annotations.csv: <study_id>/<image_id>.png or .dicom."""
     table = raw[[name for name in [*REQUIRED, *OPTIONAL, "patient_id"] if name in raw]].copy()
     readers = {"laterality": side, "breast_birads": birads, "breast_density": density}
+    readers["patient_id"] = person
     for name in table.columns.intersection(list(readers)):
         table[name] = reading.column(table, name, readers[name])
     return table.assign(places=table["study_id"] + "/" + table["image_id"])
@@ -170,7 +173,7 @@ def adapt_cmmd(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     Which file is which breast and view stands only in the DICOM headers: the rows are the files, the
     labels wait for the side.
     """
-    kind = raw["abnormality"].str.lower()
+    kind = reading.column(raw, "abnormality", abnormality)
     breasts = pd.DataFrame({"study_id": raw["ID1"], "side": reading.column(raw, "LeftRight", side)})
     for name in ("mass", "calcification"):
         breasts[name] = kind.isin([name, "both"]).map({True: "1", False: "0"}).where(kind != "", "")
@@ -215,8 +218,19 @@ def adapt_rsna(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
 
 CLASS_WORDS = {
     *("benign", "malignant", "normal", "abnormal", "cancer", "noncancer", "healthy", "control"),
-    *("positive", "negative", "mass", "masses", "calc", "calcification", "calcifications", "lesion"),
+    *("positive", "negative", "mass", "masses", "calc", "calcification", "lesion"),
+    *("mask", "roi", "crop"),
+    *("dev", "eval", "holdout", "left", "right", "cc", "mlo", "lcc", "lmlo", "rcc", "rmlo"),
 }
+GRADE = re.compile(
+    r"(?:bi-?rads|acr|density|class|label|grade|category)?[\W_]*[0-6][abc]?", re.IGNORECASE
+)
+
+
+def is_class(name: str) -> bool:
+    """Whether a folder is named as a kind of images: benign, Masses, RMLO; normal_0001 is a patient."""
+    word = re.sub("[^a-z]", "", name.lower())
+    return not re.search(r"\d", name) and bool({word, word.removesuffix("s")} & CLASS_WORDS)
 
 
 def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
@@ -225,10 +239,12 @@ def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     places = list(dict.fromkeys(map(without_suffix, reading.index.get("all", []))))
     if not places:
         raise MammoError("there is no image below --images_root")
+    if not reading.patient_pattern:
+        check_no_cbis(places)
     split_of = splits_of_folders(places, reading.notes)
     below = {place: place.partition("/")[2] if split_of else place for place in places}
     if not reading.patient_pattern:
-        check_folders_are_patients(list(below.values()))
+        check_folders_are_patients(list(below.values()), "'^[^/]+/([^/]+)'" if split_of else "'^[^/]+'")
     rows = []
     for place in places:
         study, _, image = below[place].partition("/")
@@ -247,13 +263,28 @@ def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     return pd.DataFrame(rows, index=[f"file {place}" for place in places])
 
 
+CBIS_FOLDER = re.compile(r"\b(?:Mass|Calc)-(?:Training|Test)_P_\d+_(?:LEFT|RIGHT)_[^/]*")
+
+
+def check_no_cbis(places: Sequence[str]) -> None:
+    """Refuse CBIS-DDSM without its tables: a woman has several folders there, some of both splits, and
+    crops and masks lie among the films."""
+    found = next(filter(None, map(CBIS_FOLDER.search, places)), None)
+    if found:
+        raise MammoError(
+            f"folders such as {found[0]} are CBIS-DDSM's, where one woman has several, in training and "
+            "in test; give its tables by --csv_path mass_case_description_*.csv "
+            "calc_case_description_*.csv, or name the woman by --patient_pattern '(P_[0-9]+)'"
+        )
+
+
 def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]:
     """The split of each path where all top folders are named as splits (train, test, val ...), else {}.
 
     Raises MammoError where only some are, or where such folders lie deeper.
     """
     tops = {place.partition("/")[0] if "/" in place else "" for place in places}
-    named = {top for top in tops if top.lower() in SPLIT_NAMES}
+    named = {top for top in tops if split_named(top)}
     if named and named != tops:
         others = some(sorted(tops - named) if tops - named != {""} else ["images outside them"])
         raise MammoError(
@@ -261,7 +292,7 @@ def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]
             "of one kind, or a table with --csv_path"
         )
     second = {place.split("/")[1] for place in places if place.count("/") > 1}
-    deeper = sorted(name for name in second if name.lower() in SPLIT_NAMES)
+    deeper = sorted(name for name in second if split_named(name))
     if not named and deeper:
         raise MammoError(
             f"folders named as splits ({some(deeper)}) lie below {some(sorted(tops))}, which would "
@@ -270,7 +301,7 @@ def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]
         )
     if not named:
         return {}
-    found = {place: SPLIT_NAMES[place.partition("/")[0].lower()] for place in places}
+    found = {place: split_named(place.partition("/")[0]) for place in places}
     counts = Counter(found.values())
     notes.append(
         f"the folders {some(sorted(named))} are taken as splits: "
@@ -279,20 +310,24 @@ def splits_of_folders(places: Sequence[str], notes: list[str]) -> dict[str, str]
     return found
 
 
-def check_folders_are_patients(paths: Sequence[str]) -> None:
-    """Refuse top folders that look like classes: benign/, malignant/ ... would count as two women."""
+def check_folders_are_patients(paths: Sequence[str], pattern: str) -> None:
+    """Refuse top folders that look like classes: benign/, malignant/ ... would count as two women.
+
+    `pattern` finds these folders, where they are patients after all.
+    """
     folders = Counter(path.partition("/")[0] for path in paths if "/" in path)
     if not folders:
         return
     mean = sum(folders.values()) / len(folders)
-    named = any(re.sub("[^a-z]", "", name.lower()) in CLASS_WORDS for name in folders)
-    few = len(folders) <= FEW_FOLDERS and not any(re.search(r"\d", name) for name in folders)
+    named, graded = any(map(is_class, folders)), all(map(GRADE.fullmatch, folders))
+    few = len(folders) <= FEW_FOLDERS and (graded or not any(re.search(r"\d", name) for name in folders))
     if named or (few and mean > MANY_IMAGES) or mean > TOO_MANY_IMAGES:
         shown = some(f"{name} ({n} images)" for name, n in folders.most_common())
         raise MammoError(
             f"the folders {shown} look like classes or sets, not like patients, and images of one woman "
-            "may lie in several; say who is who by --patient_pattern 'REGEX', by a table (--csv_path, "
-            "--columns image=...,study=...,patient=...), or give one folder of patients as --images_root"
+            "may lie in several; say who is who by --patient_pattern 'REGEX', which is "
+            f"{pattern} where each is a patient, by a table (--csv_path, --columns image=...,study=...,"
+            "patient=...), or give one folder of patients as --images_root"
         )
 
 
@@ -317,7 +352,7 @@ def note_single_images(below: dict[str, str], reading: Reading) -> None:
 GENERIC: dict[str, tuple[str, Callable[[str], str]]] = {
     "image": ("", str),
     "study": ("study_id", safe_name),
-    "patient": ("patient_id", str),
+    "patient": ("patient_id", person),
     "split": ("split", str),
     "laterality": ("laterality", side),
     "view": ("view_position", str.upper),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,15 @@ SPLIT_NAMES = {  # what others call ours, in any case of letters
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
+# What stands around such a name in those of folders: train_images, Training-set, images_test.
+SPLIT_EXTRAS = r"(?:images?|imgs?|data|set|png|dicom)"
+
+
+def split_named(folder: str) -> str:
+    """The split that a folder's name means, such as train_images; '' where it means none."""
+    extras = rf"^(?:{SPLIT_EXTRAS}[\W_]+)+|(?:[\W_]*{SPLIT_EXTRAS})+$"
+    return SPLIT_NAMES.get(re.sub(extras, "", folder.lower()), "")
+
 
 def finding_column(name: str) -> str:
     """The column of labels.csv of a finding: its name in snake case, or what FINDING_ALIASES says."""
@@ -48,7 +58,7 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     if not path.is_file():
         raise MammoError(f"labels {path}: no such file; prepare_dataset.py --findings_csv writes it")
     table = files.read_table(path, ["image", *findings], "prepare_dataset.py --findings_csv writes it")
-    twice = table["image"][table["image"].duplicated()]
+    twice = table["image"][table["image"].map(os.path.normpath).duplicated()]  # ./a.png is a.png
     if len(twice):
         raise MammoError(f"labels {path}: {twice.iloc[0]} has more than one row")
     for name in findings:
@@ -75,6 +85,8 @@ def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
     try:
         boxes = json.loads(text or "[]")
         for box in boxes:
+            if not isinstance(box["finding"], list):  # a name alone would be taken for its letters
+                raise TypeError(f"finding is {box['finding']!r}, not a list of names")
             box["finding"] = {finding_column(name) for name in box["finding"]}
             edges = [float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
             if not all(map(math.isfinite, edges)) or edges[2] <= edges[0] or edges[3] <= edges[1]:
@@ -84,6 +96,21 @@ def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:
     return boxes
 
 
+def check_layout(folder: Path, data_dir: Path) -> None:
+    """Refuse labels of one layout of prepare_dataset.py for images of another, whose names are the same:
+    one may be mirrored, and boxes and splits are of one alone. Raises MammoError."""
+    own = next((p for p in (data_dir, data_dir.parent) if (p / "manifest.csv").is_file()), None)
+    theirs = folder / "manifest.csv"
+    if own is None or data_dir.is_relative_to(folder) or not theirs.is_file():
+        return
+    if theirs.read_bytes() != (own / "manifest.csv").read_bytes():
+        raise MammoError(
+            f"labels {folder / 'labels.csv'} are of another layout than the images in {data_dir}: "
+            f"boxes may be mirrored there and splits others; give {own / 'labels.csv'}, which "
+            "prepare_dataset.py writes with --findings_csv"
+        )
+
+
 def match_labels(
     labels: pd.DataFrame, folder: Path, images: Sequence[str], data_dir: Path
 ) -> np.ndarray:
@@ -91,9 +118,11 @@ def match_labels(
 
     `folder` is that of labels.csv. A path there is first taken from that folder. Else it stands for the
     image whose path ends in it, such as a bare file name, where that is one image and one row: an image
-    of the same name in another folder is another image.
+    of the same name in another folder is another image. Raises MammoError where both are of layouts that
+    differ.
     """
     folder, data_dir = folder.resolve(), data_dir.resolve()
+    check_layout(folder, data_dir)
     by_path = {str(folder / name): row for row, name in enumerate(labels["image"])}
     rows_of: dict[tuple[str, ...], list[int]] = {}
     for row, name in enumerate(labels["image"]):

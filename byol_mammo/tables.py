@@ -57,7 +57,8 @@ class Reading:
     def column(self, raw: pd.DataFrame, name: str, reader: Callable[[str], str]) -> pd.Series:
         """A column as `reader` understands its cells, '' where it is absent or says nothing.
 
-        What is not understood is noted by value. Raises MammoError where that is more than a tenth.
+        What is not understood is noted by value. Raises MammoError where that is more than a tenth, or
+        where without it no image would be known to have a finding, or to have it not.
         """
         if name not in raw:
             return pd.Series("", raw.index)
@@ -70,7 +71,9 @@ class Reading:
             spoken = int(speaks.sum())
             listed = some(f"{value!r} ({n})" for value, n in lost.value_counts().items())
             what = f"{len(lost)} of {spoken} values of {name} are not understood"
-            if len(lost) > NOT_UNDERSTOOD * spoken:
+            # Cancers are rare: words that are not understood may be all that one side has.
+            one_sided = reader in (flag, cancer) and not {"0", "1"} <= set(values)
+            if len(lost) > NOT_UNDERSTOOD * spoken or one_sided:
                 raise MammoError(
                     f"{lost.index[0]}: {what}: {listed}; {UNDERSTOOD[reader]}. Write them so, or name "
                     "another column with --columns"
@@ -186,7 +189,20 @@ def cancer(value: str) -> str:
     """'1', '0' or '' of malignant, benign or a flag."""
     text = value.strip().lower()
     words = {"malignant": "1", "benign": "0", "benign_without_callback": "0", "normal": "0"}
+    if re.fullmatch(r"\d+(\.0*)?", text) and float(text) > 1:
+        return ""  # a code, such as 1 benign and 2 malignant
     return words.get(text, "") or flag(value)
+
+
+def abnormality(value: str) -> str:
+    """mass, calcification or both; '' of anything else."""
+    text = value.strip().lower()
+    return text if text in ("mass", "calcification", "both") else ""
+
+
+def person(value: str) -> str:
+    """The patient; '' of what stands for none, such as nan, which would be one woman."""
+    return "" if value.strip().lower() in UNSAID else value
 
 
 def side(value: str) -> str:
@@ -208,10 +224,26 @@ UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something
     birads: "0 to 6, 4A to 4C and BI-RADS before them are",
     density: "A to D, 1 to 4, I to IV and BI-RADS' words are",
     finding: "mass and calcification are",
+    abnormality: "mass, calcification and both are",
 }
 
 
 # Rows -----------------------------------------------------------------------------------------------
+
+
+def completed(table: pd.DataFrame, keys: list[str], notes: list[str]) -> pd.DataFrame:
+    """The table with cells that are empty filled from the rows about the same, where all that say
+    something say the same: a table of masses and one of calcifications complete each other."""
+    said = table.where(table != "")
+    groups = said.groupby(keys, sort=False)
+    filled = table.copy()
+    for name in table.columns.difference(keys):
+        agreed = groups[name].transform("nunique") == 1
+        filled[name] = table[name].where(~agreed, groups[name].transform("first"))
+    unique = filled.drop_duplicates()
+    if len(unique) < len(table):
+        notes.append(f"{len(table) - len(unique)} rows complete others about the same: joined")
+    return unique
 
 
 def resolve(
@@ -226,7 +258,7 @@ def resolve(
     twice = table.duplicated(keys, keep=False)
     if not twice.any():
         return table
-    unique = table.drop_duplicates()
+    unique = completed(table.drop_duplicates(), keys, notes)
     groups = unique[unique.duplicated(keys, keep=False)].groupby(keys, sort=False)
     if not groups.ngroups:
         return unique

@@ -83,6 +83,10 @@ CASES = {
         (f"1 have rows that disagree; --on_conflict {rule} chose",), (*LABELLED, "--on_conflict", rule),
         {"breast_birads": [grade, "BI-RADS 1"]}, {"mass": [mass, "0"]})
        for rule, mass, grade in (("first", "1", "BI-RADS 2"), ("last", "0", "BI-RADS 4B"), ("max", "1", "BI-RADS 4B"))},
+    "two tables that complete each other": Case(
+        FLAT, ("path,exam,m\na.png,e1,1\nb.png,e2,0\n", "path,exam,c\na.png,e1,0\nb.png,e2,1\n"), 0,
+        ("2 rows complete others about the same: joined",),
+        ("--columns", "image=path,study=exam,mass=m,calcification=c"), {}, {"mass": ["1", "0"], "calcification": ["0", "1"]}),
     "max cannot choose a side": Case(
         FLAT, ("path,exam,who,m,grade,side\na.png,e1,p,1,2,L\na.png,e1,p,1,2,R\n",), 2,
         ("side: 'L' and 'R'; max cannot tell",), (*LABELLED, "--on_conflict", "max")),
@@ -103,17 +107,34 @@ CASES = {
         ("Train/p1/a.png", "Train/p2/b.png", "VALID/p3/c.png", "test/p4/d.png"), (), 0,
         ("the folders Train, VALID, test are taken as splits: test 1 images, training 2 images",), (),
         {"split": ["training", "training", "validation", "test"], "patient_id": ["p1", "p2", "p3", "p4"]}),
+    "folders whose names hold a split": Case(
+        ("train_images/p1/a.png", "Test-set/p2/b.png", "images_val/p3/c.png"), (), 0,
+        ("the folders Test-set, images_val, train_images are taken as splits",), (),
+        {"split": ["test", "training", "validation"], "patient_id": ["p1", "p2", "p3"]}),
     "a patient in two folders named as splits": Case(
         ("train/p1/a.png", "test/p1/b.png"), (), 2, ("p1 (test and training)",)),
     "some folders named as splits": Case(
         ("train/a/1.png", "p1/b.png"), (), 2, ("train are named as splits, beside them p1",)),
     "splits below another folder": Case(
         ("data/train/1.png", "data/test/2.png"), (), 2, ("test, train) lie below data", "--images_root")),
+    "CBIS folders without a table": Case(
+        ("CBIS/Mass-Training_P_1_LEFT_CC/a.png", "CBIS/Calc-Test_P_1_LEFT_CC/b.png"), (), 2,
+        ("are CBIS-DDSM's", "--csv_path mass_case_description")),
+    "CBIS folders and a pattern": Case(
+        ("Mass-Training_P_1_LEFT_CC/a.png", "Calc-Test_P_1_LEFT_CC/b.png"), (), 0, (),
+        ("--patient_pattern", "(P_[0-9]+)"), {"patient_id": ["P_1", "P_1"]}),
     "images alone below splits": Case(
         ("train/1.png", "test/1.png"), (), 0, ("2 images lie in no folder of their own",), (),
         {"split": ["test", "training"]}),
     "classes by name": Case(
         ("benign/1.png", "malignant/2.png"), (), 2, ("benign (1 images), malignant (1 images) look like classes",)),
+    **{f"classes named {names[0]} ...": Case(
+        tuple(f"{name}/{n}.png" for name in names for n in range(count)), (), 2, ("look like classes",))
+       for names, count in ((("Benigns", "Cancers"), 2), (("BIRADS_1", "BIRADS_4"), 17), (("0", "1"), 17),
+                            (("images", "masks"), 2), (("LCC", "RMLO"), 2))},
+    "patients named by class and number": Case(
+        tuple(f"{name}/{view}.png" for name in ("normal_001", "benign_002", "2") for view in ("LCC", "RCC")), (), 0,
+        (), (), {"patient_id": ["benign_002"] * 2 + ["normal_001"] * 2 + ["2"] * 2}),
     "classes below splits": Case(("train/benign/1.png", "test/benign/2.png"), (), 2, ("look like classes",)),
     "classes by size": Case(MANY, (), 2, ("left (20 images), right (20 images)", "--patient_pattern")),
     "classes and a pattern": Case(
@@ -166,9 +187,19 @@ CASES = {
         ("t0.csv line 2: 1 of 2 values of m are not understood: 'maybe' (1)",), LABELLED),
     "a few values not understood": Case(
         tuple(f"{n}.png" for n in range(20)),
-        ("path,exam,m\n" + "".join(f"{n}.png,e{n},{'<1' if n == 3 else 0}\n" for n in range(20)),), 0,
-        ("1 of 20 values of m are not understood and left empty: '<1' (1)", "19 without, 1 unknown"),
+        ("path,exam,m\n" + "".join(f"{n}.png,e{n},{['<1', 1][n] if n < 2 else 0}\n" for n in range(20)),), 0,
+        ("1 of 20 values of m are not understood and left empty: '<1' (1)", "18 without, 1 unknown"),
         ("--columns", "image=path,study=exam,mass=m")),
+    "a word for all that have it": Case(
+        tuple(f"{n}.png" for n in range(20)),
+        ("path,exam,c\n" + "".join(f"{n}.png,e{n},{'benign' if n else 'malign'}\n" for n in range(20)),), 2,
+        ("1 of 20 values of c are not understood: 'malign' (1)",), ("--columns", "image=path,study=exam,cancer=c")),
+    "patients that are none": Case(
+        FLAT, ("path,exam,who,fold\na.png,e1,nan,train\nb.png,e2,Unknown,test\n",), 0, (),
+        ("--columns", "image=path,study=exam,patient=who,split=fold"), {"patient_id": ["", ""]}),
+    "CMMD's abnormality in other words": Case(
+        ("D1-0001/1.dcm",), (CMMD + "D1-0001,L,4,2,calc,Benign,\n",), 2,
+        ("t0.csv line 2: 1 of 1 values of abnormality are not understood: 'calc' (1)",)),
     # Labels that reach no image -----------------------------------------------------------------
     "CMMD as PNG": Case(
         ("D1-0001/1.png",), (CMMD + "D1-0001,L,4,2,mass,Benign,\n",), 2, ("given by breast", "D1-0001/1.png")),
@@ -226,7 +257,7 @@ READERS = [
     (archives.density, {"fatty": "DENSITY A", "ACR B": "DENSITY B", "iv": "DENSITY D", "Type 3": "DENSITY C",
                         "Heterogeneously dense": "DENSITY C", "<1": "", "5": ""}),
     (archives.flag, {"2": "1", "2.0": "1", "0.0": "0", "Present": "1", "neg": "0", "0.5": "", "-1": ""}),
-    (archives.cancer, {"MALIGNANT": "1", "benign": "0", "1": "1", "BENIGN_WITHOUT_CALLBACK": "0", "B": ""}),
+    (archives.cancer, {"MALIGNANT": "1", "benign": "0", "1": "1", "2": "", "BENIGN_WITHOUT_CALLBACK": "0", "B": ""}),
     (archives.finding, {"Calcification": "calcification", "mass": "mass", "asymmetry": ""}),
 ]  # fmt: skip
 
@@ -260,6 +291,37 @@ def test_cells_of_labels_are_stripped_and_splits_read(tmp_path):
     table = byol_mammo.labels.read_labels(tmp_path / "labels.csv", ["mass"])
     assert table["split"].tolist() == ["training"] * 2
     assert byol_mammo.labels.group_keys(table).nunique() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("image,mass\na.png,1\n./a.png,0\n", "more than one row"),
+        ('image,mass,boxes\na.png,1,"[{""finding"":""mass"",""xmin"":0,""ymin"":0,""xmax"":9,""ymax"":9}]"\n',
+         "finding is 'mass', not a list"),
+    ],
+)  # fmt: skip
+def test_labels_that_would_be_lost_are_refused(tmp_path, text, says):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(MammoError, match=says):
+        byol_mammo.labels.read_labels(tmp_path / "labels.csv", ["mass"])
+
+
+def test_labels_of_another_layout_are_refused(tmp_path):
+    """Of one archive, laid out with and without --flip_right, names are the same and boxes are not."""
+    for name, flipped in (("plain", 0), ("copy", 0), ("flip", 1)):
+        (tmp_path / name / "training").mkdir(parents=True)
+        (tmp_path / name / "manifest.csv").write_text(f"file,flipped\ntraining/a.png,{flipped}\n")
+    table = pd.DataFrame({"image": ["training/a.png"]})
+    for name in ("plain", "copy"):
+        folder = tmp_path / name / "training"
+        assert byol_mammo.labels.match_labels(table, tmp_path / "plain", ["a.png"], folder).tolist() == [
+            0
+        ]
+    with pytest.raises(MammoError, match="are of another layout than the images"):
+        byol_mammo.labels.match_labels(
+            table, tmp_path / "plain", ["a.png"], tmp_path / "flip" / "training"
+        )
 
 
 def test_a_layout_that_is_not_finished_is_not_read(archive, monkeypatch):
