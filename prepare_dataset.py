@@ -112,6 +112,7 @@ from byol_mammo.tables import (
     is_safe_name,
     resolve,
     safe_name,
+    side,
     some,
 )
 
@@ -328,8 +329,7 @@ def read_table(
         reading.notes.append(f"read as {adapter.name}")
     check_labels_said(table, reading, adapter)
     if options.patient_pattern and tables:
-        found = [reading.patient_in(place.split("\n")[0], "") for place in table["places"]]
-        table["patient_id"] = found
+        find_patients(table, reading)
     set_splits(table, options, reading)
     check_ids(table, adapter)
     table = check_spacing(table, reading.notes)
@@ -342,6 +342,20 @@ def read_table(
     return table, reading, adapter
 
 
+def find_patients(table: pd.DataFrame, reading: Reading) -> None:
+    """Fill patient_id by --patient_pattern, from the path of each row's file; '' where there is none.
+
+    Raises MammoError where the table names the patients itself.
+    """
+    if "patient_id" in table and table["patient_id"].any() and not reading.nameless:
+        raise MammoError("the table names the patients, so that --patient_pattern has nothing to find")
+    places = table["places"].str.split("\n")
+    index = reading.index
+    files_of = [next((index[key] for key in keys if key in index), []) for keys in places]
+    table["patient_id"] = [reading.patient_in(found[0], "") if found else "" for found in files_of]
+    reading.nameless = ""
+
+
 def set_splits(table: pd.DataFrame, options: Options, reading: Reading) -> None:
     """Fill the column split: the table's, in our spelling, or by patient where there is none."""
     if "split" in table:
@@ -352,7 +366,10 @@ def set_splits(table: pd.DataFrame, options: Options, reading: Reading) -> None:
     if by_chance and reading.nameless:
         raise MammoError(f"{reading.nameless}; or give --test_share 0, which makes no test split")
     table["split"] = split_by_patient(table, options.test_share)
-    reading.notes.append(f"split by patient, {options.test_share:.0%} of them for test")
+    keys = patients(table)
+    chosen = keys[table["split"] == "test"].nunique()
+    share = f"{options.test_share:.0%} asked for"
+    reading.notes.append(f"split by patient: {chosen} of {keys.nunique()} patients for test ({share})")
     nobody = "patient_id" not in table or not table["patient_id"].any()
     if by_chance and nobody:
         reading.notes.append(
@@ -360,7 +377,9 @@ def set_splits(table: pd.DataFrame, options: Options, reading: Reading) -> None:
             "and images of one woman may fall on both sides of the split; name them by --columns "
             "patient=... or --patient_pattern 'REGEX'"
         )
-    elif len(table) > 1 and patients(table).nunique() == 1:
+    elif by_chance and (unnamed := int((~keys.isin(table["patient_id"])).sum())):
+        reading.notes.append(f"{unnamed} rows name no patient: each of their studies counts as one")
+    elif len(table) > 1 and keys.nunique() == 1:
         reading.notes.append("all images count as one patient; is --images_root one folder too high?")
 
 
@@ -436,6 +455,13 @@ def check_ids(table: pd.DataFrame, adapter: Adapter) -> None:
             raise MammoError(
                 f"{line}: {adapter.columns.get(column, column)} {problem}, {sum(wrong)} such rows; it "
                 f"becomes part of a file name: {SAFE_NAME_RULE}, at most {MAX_ID_LENGTH} characters"
+            )
+    for column in table.columns.intersection(["study_id", "patient_id", "image_id"]):
+        cut = table[column][table[column].str.fullmatch(r"\d(\.\d+)?E[+_]\d+", case=False)]
+        if len(cut):
+            raise MammoError(
+                f"{cut.index[0]}: {adapter.columns.get(column, column)} {cut.iloc[0]!r} is an id of "
+                "which a spreadsheet has cut the digits; export it as text"
             )
     if "patient_id" not in table:
         return
@@ -545,11 +571,13 @@ def match_files(
     rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
     images = set(index.get("all", []))
     studies, women = table["study_id"], table.get("patient_id", table["study_id"])
+    everyone = {*studies, *map(safe_name, women)} - {""}
     kinds = dict.fromkeys(index[DICOM_INSIDE], ".dcm")
     for line, places, study, woman in zip(table.index, table["places"], studies, women, strict=True):
-        found = next((index[key] for key in places.split("\n") if key in index), [])
-        found = [name for name in found if name in images] or found
-        found = in_folder_of(found, {study, woman})
+        key = next((key for key in places.split("\n") if key in index), "")
+        found = [name for name in index.get(key, []) if name in images] or index.get(key, [])
+        if key.startswith("name "):
+            found = in_folder_of(found, {study, safe_name(woman)}, everyone)
         wanted.update(found)
         kind = {name: kinds.get(name, suffix_of(name)) for name in found}
         ranked = sorted(found, key=lambda name: (rank.get(kind[name], len(rank)), name))
@@ -584,12 +612,12 @@ def stem_of(name: str) -> str:
     return name if suffix[1:].isdigit() else without_suffix(bare)
 
 
-def in_folder_of(found: list[str], owners: set[str]) -> list[str]:
-    """Of files of one name in several folders, those in a folder named as the row's study or patient, if
-    there are any: LCC.png of four patients is four images."""
-    if len(found) < 2:
-        return found
-    return [name for name in found if owners & {*map(safe_name, name.split("/")[:-1])}] or found
+def in_folder_of(found: list[str], owners: set[str], everyone: set[str]) -> list[str]:
+    """Of the files of a bare name, those in a folder named as the row's study or patient, else those in
+    no other row's: LCC.png of four patients is four images, and of a fifth it is missing."""
+    folders = {name: {*map(safe_name, name.split("/")[:-1])} for name in found}
+    own = [name for name in found if owners & folders[name]]
+    return own or [name for name in found if not everyone & folders[name]]
 
 
 def check_shared(table: pd.DataFrame) -> None:
@@ -833,6 +861,8 @@ class Plan:
 def make_plan(options: Options) -> Plan:
     """Read and check everything; writes nothing. Raises MammoError or OSError."""
     paths = [] if options.csv_path == [Path("none")] else options.csv_path
+    if options.columns and not paths:
+        raise MammoError("--columns maps a table, and --csv_path none gives none; leave one of them out")
     tables = [read_csv(path) for path in paths]
     index = index_files(options.images_root)
     table, reading, adapter = read_table(tables, options, index)
@@ -1107,6 +1137,7 @@ def carry_out(plan: Plan) -> None:
         files.flush(folder / split)
     find_problems(plan)
     plan.label_rows = make_labels(plan) if plan.labels else []
+    note_sides_unknown(plan)
     write_report(folder, "missing.csv", plan.missing.to_dict("records"))
     write_report(folder, "extra.csv", [{"file": name} for name in plan.extra])
     write_report(folder, "skipped.csv", plan.skipped)
@@ -1314,13 +1345,13 @@ def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labe
     rows = rows.assign(names=[read_categories(v, str(n)) for n, v in rows["finding_categories"].items()])
     every = {column_of(name) for names in rows["names"] for name in names} | {"mass", "calcification"}
     labels: Labels = {}
-    for row in rows.to_dict("records"):
+    check_same_images(rows, table)
+    for line, row in zip(rows.index, rows.to_dict("records"), strict=True):
         key = (row["study_id"], row["image_id"])
         entry = labels.setdefault(key, ImageLabels(dict.fromkeys(every - {""}, "0"), []))
         entry.add({column_of(name): "1" for name in row["names"] if column_of(name)})
-        corners = [number(row[side]) for side in BOX]
-        if None not in corners and entry.boxes is not None:
-            entry.boxes.append({"finding": row["names"], **dict(zip(BOX, corners, strict=True))})
+        if (box := read_box(row, str(line))) and entry.boxes is not None:
+            entry.boxes.append({"finding": row["names"], **box})
         height, width = number(row.get("height", "")), number(row.get("width", ""))
         entry.size = (height, width) if height and width else None
     images = set(zip(table["study_id"], table["image_id"], strict=True))
@@ -1337,6 +1368,39 @@ def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labe
         names = some(sorted("/".join(key) for key in unknown))
         notes.append(f"{len(unknown)} images of {csv_path.name} are not in the table: {names}")
     return labels
+
+
+def check_same_images(rows: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Refuse findings of which side or view are not the table's: they are of other images."""
+    keys = ["study_id", "image_id"]
+    both = rows[keys].reset_index(names="line").merge(table, on=keys)
+    for name, reader in (("laterality", side), ("view_position", str.upper)):
+        if name not in rows or name not in table:
+            continue
+        found, stated = both["line"].map(rows[name].map(reader)), both[name].map(reader)
+        other = both[(found != stated) & (found != "") & (stated != "")]
+        if len(other):
+            line, study, image = other[["line", *keys]].iloc[0]
+            raise MammoError(
+                f"{line}: {name} is {rows.loc[line, name]}, in the table of images that of {study}/"
+                f"{image} is {other[name].iloc[0]}; {len(other)} such rows; are they of these images?"
+            )
+
+
+def read_box(row: dict[str, str], line: str) -> dict[str, float] | None:
+    """The corners of a row; None where it has none. Raises MammoError where they make no box: what looks
+    like turned corners may be width and height."""
+    if not any(row[name] for name in BOX):
+        return None
+    corners = {name: number(row[name]) for name in BOX}
+    wrong = [name for name, value in corners.items() if value is None]
+    if wrong:
+        raise MammoError(f"{line}: {wrong[0]} {row[wrong[0]][:MAX_ID_LENGTH]!r} is no number")
+    box = {name: float(value or 0) for name, value in corners.items()}
+    if box["xmin"] >= box["xmax"] or box["ymin"] >= box["ymax"]:
+        shown = ", ".join(f"{name} {row[name]}" for name in BOX)
+        raise MammoError(f"{line}: {shown} make no box; the last two are a corner, not width and height")
+    return box
 
 
 def read_categories(value: str, line: str) -> list[str]:
@@ -1378,6 +1442,16 @@ def make_labels(plan: Plan) -> list[dict[str, str]]:
         boxes = "" if entry.boxes is None else json.dumps(fit_boxes(entry, image, plan))
         rows.append({"image": image["file"], **known, **entry.values, "boxes": boxes})
     return rows
+
+
+def note_sides_unknown(plan: Plan) -> None:
+    """Say which images the labels of a breast did not reach: nothing tells which breast they show."""
+    by_breast = {study for study, key in plan.labels if key.startswith("side ")}
+    names = [r["file"] for r in plan.manifest if r["study_id"] in by_breast and not r["laterality"]]
+    if names:
+        plan.notes.append(
+            f"{len(names)} images have no side, so not the labels of a breast: {some(names)}"
+        )
 
 
 def fit_boxes(entry: ImageLabels, image: dict[str, str], plan: Plan) -> list[dict]:

@@ -252,7 +252,8 @@ def check_leak(labels: pd.DataFrame, path: str) -> None:
     """Raises MammoError where a study or patient has images in more than one split."""
     for kind in ("study_id", "patient"):
         keys = labelling.one_spelling(labels[kind])
-        for name, found in labels["split"].groupby(keys).unique().items():
+        splits = labels["split"].replace("", "training")  # as is_of_split reads it
+        for name, found in splits.groupby(keys).unique().items():
             if len(found) > 1:
                 who = kind.removesuffix("_id")
                 raise MammoError(

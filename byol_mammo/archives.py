@@ -260,6 +260,9 @@ def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
             digest = hashlib.sha256(os.fsencode(row["places"])).hexdigest()[:8]
             row["image_id"] = f"{row['image_id'][:80]}_{digest}"
     note_single_images(below, reading)
+    women = list(dict.fromkeys(path.partition("/")[0] for path in below.values() if "/" in path))
+    if women and not reading.patient_pattern:
+        reading.notes.append(f"a folder counts as a patient: {some(women)}")
     return pd.DataFrame(rows, index=[f"file {place}" for place in places])
 
 
@@ -334,14 +337,17 @@ def check_folders_are_patients(paths: Sequence[str], pattern: str) -> None:
 def note_single_images(below: dict[str, str], reading: Reading) -> None:
     """Say that images in no folder count as women of their own; INbreast's are known not to be."""
     alone = [path for path in below.values() if "/" not in path and not INBREAST_FILE.search(path)]
-    if not alone or reading.patient_pattern:
+    if reading.patient_pattern:
         return
     remedy = "tell the patient by --patient_pattern 'REGEX', or by a table with --columns patient=..."
-    if all(INBREAST_BARE.fullmatch(path) for path in alone):
+    names = [path.rpartition("/")[2] for path in below.values()]
+    if all(map(INBREAST_BARE.fullmatch, names)):
         reading.nameless = (
-            f"{len(alone)} files are named by eight digits alone, as INbreast's are, whose 410 images "
-            f"are of 108 women; {remedy}"
+            f"{len(names)} files are named by eight digits alone, as INbreast's are, whose 410 images "
+            f"are of 108 women; {remedy} ('[^/]+$' where each image is of another woman)"
         )
+    if not alone:
+        return
     reading.notes.append(
         f"{len(alone)} images lie in no folder of their own: each counts as a patient, and images of "
         f"one woman may fall on both sides of the split; {remedy}"

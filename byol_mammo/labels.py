@@ -141,7 +141,7 @@ def match_labels(
 
 def same_name(name: str) -> str:
     """What an id is compared by: as spreadsheets spoil them, P1 is p1, and 007 is 7 and 7.0."""
-    text = name.strip().casefold()
+    text = re.sub("[\u200b-\u200d\u2060\ufeff]", "", name).strip().casefold()  # nobody sees those
     return (text.partition(".")[0].lstrip("0") or "0") if re.fullmatch(r"\d+(\.0*)?", text) else text
 
 

@@ -205,10 +205,11 @@ class Ranks:
 def find_ranks() -> Ranks:
     """Read the place that torchrun, or srun with several tasks, has given this process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    known = {"LOCAL_RANK": "0"} | os.environ  # a launcher of one process a node may leave it out
     if "RANK" not in os.environ:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     try:
-        rank, size, local_rank = (int(os.environ[name]) for name in names)
+        rank, size, local_rank = (int(known[name]) for name in names)
     except (KeyError, ValueError):
         return Ranks()
     # In an interactive allocation of several tasks, a plain `python` is no task of a step.

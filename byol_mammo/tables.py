@@ -67,6 +67,8 @@ class Reading:
         values = said.map(known)
         speaks = ~said.str.lower().isin(UNSAID)
         lost = said[speaks & (values == "") & (reader in UNDERSTOOD)]
+        if reader is flag:
+            self.check_counts(said, values, name)
         if len(lost):
             spoken = int(speaks.sum())
             listed = some(f"{value!r} ({n})" for value, n in lost.value_counts().items())
@@ -80,6 +82,18 @@ class Reading:
                 )
             self.notes.append(f"{what} and left empty: {listed}")
         return values
+
+    def check_counts(self, said: pd.Series, values: pd.Series, name: str) -> None:
+        """Note counts above 1, which are present. Raises MammoError where no row says 0: 1 and 2 may be
+        codes of no and yes."""
+        several = said[pd.to_numeric(said, errors="coerce") > 1]
+        if len(several) and not (values == "0").any():
+            raise MammoError(
+                f"{several.index[0]}: {name} is {several.iloc[0]}, and no row has 0: codes or counts? "
+                "Write 1 and 0"
+            )
+        if len(several):
+            self.notes.append(f"{len(several)} values of {name} are counts above 1: present")
 
     def patient_in(self, path: str, otherwise: str) -> str:
         """The patient that --patient_pattern finds in a path; `otherwise` where no pattern was given."""

@@ -367,7 +367,7 @@ def test_split_by_patient_is_the_same_whatever_else_is_there() -> None:
 
 
 def finding(
-    study: str, image: str, names: str, box: str = ",,,", size: str = "96,80", side: str = "L"
+    study: str, image: str, names: str, box: str = ",,,", size: str = "96,80", side: str = ""
 ) -> str:
     row = f"{study},x,{image},{side},CC,{size},BI-RADS 4,DENSITY C"
     return f'{row},"{names}",BI-RADS 4,{box},training\n'
