@@ -114,7 +114,7 @@ def extract_all(paths: Sequence[Path], cache: Path, workers: int) -> None:
         data_dir=str(paths[0].parent), num_workers=workers, pixel_spacing_mm=PHANTOM_SPACING
     )
     sources = image_files.list_sources(config.data_dir).iloc[: len(paths)]
-    records = mammo.extract_all(sources, config, cache / "extracted")
+    records = mammo.extract_all(sources, config, cache / "extracted" / "here")
     mammo.finish_cache(cache, records, sources, {}, config)
 
 

@@ -9,8 +9,8 @@ Only the keys of HEADER leave the file: no name, number, date or institution get
 message. Sections of the DICOM standard (PS3.3) are named where a rule comes from.
 
 Contents
-    1 Opening    open_dicom, check_inflation, check_is_mammogram
-    2 Header     laterality, view, spacing, implant
+    1 Opening    open_dicom, check_inflation, check_tags, check_is_mammogram
+    2 Header     laterality, view, spacing, implant, doubts
     3 Pixels     padding, rescale, window, polarity: one table from stored to grey value
     4 Reading    read_dicom
 """
@@ -18,13 +18,16 @@ Contents
 from __future__ import annotations
 
 import logging
+import re
 import struct
 import warnings
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 from pydicom import Dataset, dcmread
+from pydicom.datadict import tag_for_keyword
 from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
@@ -35,13 +38,16 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGExtended12Bit,
+    RLELossless,
 )
 
 from byol_mammo.images import MAX_SAMPLES
+from byol_mammo.spacing import judge_spacing
 
 MODALITIES = {"", "MG", "CR", "DX", "RG", "OT"}  # digitised film and old archives are not all MG
 OTHERS = {"US", "CT", "MR", "PT", "NM", "SR", "PR", "KO", "SEG", "DOC", "XA"}  # named in messages
 TOMOSYNTHESIS = "1.2.840.10008.5.1.4.1.1.13.1.3"  # Breast Tomosynthesis Image Storage
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame kinds, .7.1 to .7.4
 MAGNIFIED_FROM = 1.3  # EstimatedRadiographicMagnificationFactor; contact views have 1.0 to 1.1
 HEADER = {  # what leaves the header: key -> meaning
     "laterality": "L or R",
@@ -56,7 +62,21 @@ HEADER = {  # what leaves the header: key -> meaning
     "relationship": "LIN, LOG or DISP: pixel value to X-ray intensity",
     "compression": "name of the transfer syntax",
     "padding": "share of pixels that were padding and are now 0",
+    "doubts": "what problems.csv is to say: 'check: detail', joined by ' | '",
 }
+# Without these pixels cannot be told from each other, and no default is the standard's: all are of type
+# 1 (PS3.3 C.7.6.3.1.1).
+NEEDED = (
+    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored"),
+    *("HighBit", "PixelRepresentation", "PixelData"),
+)
+# Series, protocols and image types of pages that scanners and workstations send along with mammograms.
+DOSE_PAGE = re.compile(
+    r"DOSE[ _^-]*(REPORT|INFO|SUMMARY|RECORD|PAGE|SHEET)|(RADIATION|PATIENT)[ _^-]*DOSE"
+)
+BRIGHT_END = 0.9  # of the largest grey value; padding is taken for tissue where it goes over into such
+TISSUE_OUTLINE = 0.1  # share of the outline of padding that does so, from which it is said
+PAGE_INK = 0.3  # share of what is no background that has one grey value: print, in a breast it is < 0.05
 
 
 class DicomError(Exception):
@@ -77,8 +97,12 @@ def open_dicom(path: str | Path) -> Dataset:
         dataset = dcmread(path)
     except InvalidDicomError:  # no preamble: only an image passes, not any file
         dataset = dcmread(path, force=True)
-    if not {"Rows", "Columns"} <= set(dataset.dir()):
-        raise DicomError("not a DICOM image inside, or the file is cut short")
+    if absent := [tag_name(name) for name in ("Rows", "Columns") if name not in dataset]:
+        modality = text(dataset, "Modality")
+        if modality in OTHERS:
+            raise DicomError(f"modality is not mammography ({modality})")
+        lacks = " and ".join(absent)
+        raise DicomError(f"not a DICOM image inside, or the file is cut short: it lacks {lacks}")
     if "TransferSyntaxUID" not in dataset.file_meta:
         implicit, little = dataset.original_encoding
         uncompressed = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
@@ -104,19 +128,53 @@ def check_inflation(path: str | Path) -> None:
         raise DicomError(f"inflates to more than {2 * MAX_SAMPLES} bytes")
 
 
+def tag_name(keyword: str) -> str:
+    """A tag as messages name it: Rows (0028,0010)."""
+    tag = tag_for_keyword(keyword) or 0
+    return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
+
+
+def check_tags(dataset: Dataset) -> None:
+    """Refuse a header that leaves open how its pixels are stored. Raises DicomError."""
+    absent = [name for name in NEEDED if name not in dataset or dataset[name].is_empty]
+    if absent:
+        pixels = "holds no pixels of 8 or 16 bits: " if "PixelData" in absent else ""
+        names = ", ".join(map(tag_name, absent))
+        raise DicomError(f"{pixels}missing or empty tag, for which nothing can stand in: {names}")
+    allocated, stored, high = (
+        int(dataset[name].value) for name in ("BitsAllocated", "BitsStored", "HighBit")
+    )
+    if not 1 <= stored <= high + 1 <= allocated:  # PS3.5 8.1.1
+        raise DicomError(
+            f"impossible bits: {tag_name('HighBit')} {high} with {tag_name('BitsStored')} {stored} of "
+            f"{tag_name('BitsAllocated')} {allocated}"
+        )
+
+
+def is_dose_page(dataset: Dataset) -> bool:
+    """Whether a secondary capture, as scanned film is one too, is named as a page about dose."""
+    told = ("SeriesDescription", "ProtocolName", "ImageType", "ImageComments", "DocumentTitle")
+    captured = text(dataset, "SOPClassUID").startswith(SECONDARY_CAPTURE)
+    return captured and any(DOSE_PAGE.search(text(dataset, keyword)) for keyword in told)
+
+
 def check_is_mammogram(dataset: Dataset) -> None:
     """Refuse what is not one grey image of a plausible size. Raises DicomError."""
     modality = text(dataset, "Modality")
     if modality not in MODALITIES:
         raise DicomError("modality is not mammography" + f" ({modality})" * (modality in OTHERS))
+    if is_dose_page(dataset):
+        raise DicomError("dose report page (secondary capture), not a mammogram")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
-        raise DicomError(f"multi-frame ({frames} frames): tomosynthesis and cine are not laid out")
+        raise DicomError(
+            f"multi-frame ({frames} frames): tomosynthesis, cine and several images in one file are not "
+            "laid out; save a mammogram among them as a file of its own"
+        )
     if text(dataset, "SOPClassUID") == TOMOSYNTHESIS:
         raise DicomError("tomosynthesis is not laid out")
-    if "PixelData" not in dataset:
-        raise DicomError("holds no pixels of 8 or 16 bits")
-    if dataset.get("SamplesPerPixel", 1) != 1:
+    check_tags(dataset)
+    if dataset.SamplesPerPixel != 1:
         raise DicomError("colour image: a screen shot or report, not a mammogram")
     if text(dataset, "PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         raise DicomError("photometric interpretation is neither MONOCHROME1 nor MONOCHROME2")
@@ -142,6 +200,11 @@ MODIFIERS = {
     "399055006": "spot", "R-102D7": "spot", "399163009": "magnified", "R-102D6": "magnified",
     "399209000": "implant_displaced", "R-102D5": "implant_displaced",
 }  # fmt: skip
+# The same in words, of code meanings, paddles and view positions (MAG CC, SPOT); the ACR's labels put M
+# for magnified and S for spot before the view (MCC, SMLO).
+MODIFIER_WORDS = {"magnified": re.compile(r"\bMAG(N\w*)?\b"), "spot": re.compile(r"\bSPOT\b")}
+VIEW_LABELS = {f"{sign}{view}": name for sign, name in (("M", "magnified"), ("S", "spot"))
+          for view in ("CC", "MLO", "ML", "LM")}  # fmt: skip
 
 
 def text(dataset: Dataset, keyword: str) -> str:
@@ -170,30 +233,48 @@ def read_laterality(dataset: Dataset) -> str:
 def read_view(dataset: Dataset) -> tuple[str, str]:
     """View and modifiers, from ViewCodeSequence and where that says nothing from ViewPosition."""
     views = list(dataset.get("ViewCodeSequence") or [])
-    modifiers = [item for view in views for item in view.get("ViewModifierCodeSequence") or []]
+    # Some writers put the modifiers beside the view instead of into it.
+    modifiers = [
+        item for view in [*views, dataset] for item in view.get("ViewModifierCodeSequence") or []
+    ]
     named = [VIEWS.get(text(item, "CodeValue"), "") for item in views]
     position = text(dataset, "ViewPosition")
     view = next(filter(None, named), position if position in {*VIEWS.values(), "XCC"} else "")
     found = {MODIFIERS.get(text(item, "CodeValue"), "") for item in modifiers}
+    found.add(VIEW_LABELS.get(position, ""))
+    words = [text(item, "CodeMeaning") for item in modifiers]
+    words += [position, text(dataset, "PaddleDescription")]
+    for name, pattern in MODIFIER_WORDS.items():
+        found |= {name} if any(map(pattern.search, words)) else set()
     if max(numbers(dataset, "EstimatedRadiographicMagnificationFactor"), default=1) >= MAGNIFIED_FROM:
         found.add("magnified")
-    if "SPOT" in text(dataset, "PaddleDescription"):
-        found.add("spot")
     return view, "+".join(sorted(found - {""}))
 
 
-def read_spacing(dataset: Dataset) -> str:
-    """mm per pixel: at the detector, else as calibrated, else of the film scanner; '' if unknown."""
+def read_spacing(dataset: Dataset) -> tuple[str, str]:
+    """mm per pixel, '' if unknown, and what is doubtful about it: at the detector, else as calibrated,
+    else of the film scanner."""
+    doubts = []
     for keyword in ("ImagerPixelSpacing", "PixelSpacing", "NominalScannedPixelSpacing"):
         values = numbers(dataset, keyword)
-        if len(values) == 2 and 0 < min(values) <= max(values) < 10:
-            return f"{np.mean(values):.6g}"
-    return ""
+        spacing, doubt = judge_spacing(values if len(values) == 2 else [])
+        doubts += [f"{tag_name(keyword)} {doubt}"] if doubt else []
+        if spacing:
+            return f"{spacing:.6g}", "; ".join(doubts)
+    return "", "; ".join(doubts)
+
+
+def is_unnamed_capture(dataset: Dataset, header: dict[str, str]) -> bool:
+    """Whether a secondary capture's header has nothing of a mammogram's."""
+    captured = text(dataset, "SOPClassUID").startswith(SECONDARY_CAPTURE)
+    named = any(header[name] for name in ("laterality", "view", "spacing_mm"))
+    return captured and not named and text(dataset, "BodyPartExamined") != "BREAST"
 
 
 def read_header(dataset: Dataset) -> dict[str, str]:
-    """The values of HEADER, all but `padding`."""
+    """The values of HEADER, all but `padding`; `doubts` so far."""
     view, modifier = read_view(dataset)
+    spacing, doubt = read_spacing(dataset)
     implant = {"YES": "1", "NO": "0"}.get(text(dataset, "BreastImplantPresent"), "")
     intent = text(dataset, "PresentationIntentType")
     relationship = text(dataset, "PixelIntensityRelationship")
@@ -201,7 +282,7 @@ def read_header(dataset: Dataset) -> dict[str, str]:
         "laterality": read_laterality(dataset),
         "view": view,
         "view_modifier": modifier,
-        "spacing_mm": read_spacing(dataset),
+        "spacing_mm": spacing,
         "implant": "1" if "implant_displaced" in modifier else implant,
         "modality": text(dataset, "Modality"),
         "photometric": text(dataset, "PhotometricInterpretation"),
@@ -209,6 +290,7 @@ def read_header(dataset: Dataset) -> dict[str, str]:
         "intent": intent if intent in ("FOR PRESENTATION", "FOR PROCESSING") else "",
         "relationship": relationship if relationship in ("LIN", "LOG", "DISP") else "",
         "compression": dataset.file_meta.TransferSyntaxUID.name,
+        "doubts": f"spacing: {doubt}" if doubt else "",
     }
 
 
@@ -285,11 +367,8 @@ def grey_table(stored: np.ndarray, dataset: Dataset, window: str, padding: np.nd
     return np.where(padding, 0, values)
 
 
-def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, float]:
-    """Pixels (H, W) uint8 or uint16, breast bright on dark, and the share that was padding.
-
-    uint8 where at most 8 bits are stored. Raises DicomError.
-    """
+def stored_values(dataset: Dataset) -> np.ndarray:
+    """The stored values (H, W) of a data set, compressed or not. Raises DicomError."""
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
         decoder = get_decoder(syntax)
@@ -299,22 +378,49 @@ def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, flo
             check_frame(dataset)
         # gdcm ends the whole process at some damaged files, so it comes last.
         names = [name for name in ("pyjpegls", "pylibjpeg") if name in decoder.available_plugins]
-        stored = pixel_array(dataset, raw=True, decoding_plugin=names[0] if names else "")
+        plugin = names[0] if names else ""
+        if dataset.get("HighBit", dataset.BitsStored - 1) == dataset.BitsStored - 1:
+            return pixel_array(dataset, raw=True, decoding_plugin=plugin)
+        return aligned(dataset, plugin)
     except (DicomError, MemoryError):
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
         if syntax == JPEGExtended12Bit and dataset.BitsStored > 8:  # libjpeg alone reads it; GPL 3
             raise DicomError("12-bit JPEG Extended: pip install pylibjpeg-libjpeg (GPL)") from None
         raise DicomError(f"cannot be decoded: {syntax.name} ({type(error).__name__})") from None
+
+
+def aligned(dataset: Dataset, plugin: str) -> np.ndarray:
+    """Stored values whose highest bit is not BitsStored - 1 (PS3.5 8.1.1): bits beside them are cut off.
+
+    pydicom takes the lowest bits whatever HighBit says. Raises DicomError.
+    """
+    allocated, stored, high = dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated and syntax != RLELossless:  # a JPEG holds values or cells, nothing tells
+        raise DicomError(
+            f"compressed pixels that can be read two ways: {tag_name('HighBit')} {high} with "
+            f"{tag_name('BitsStored')} {stored}; decompress the file (gdcmconv --raw)"
+        )
+    cells = pixel_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)
+    return (cells << (allocated - 1 - high)) >> (allocated - stored)
+
+
+def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, float, bool]:
+    """Pixels (H, W) uint8 or uint16, breast bright on dark, the share that was padding, and whether that
+    may have been tissue.
+
+    uint8 where at most 8 bits are stored. Raises DicomError.
+    """
+    stored = stored_values(dataset)
     low, high = int(stored.min()), int(stored.max())
-    limits, share = padding_limits(dataset), 0.0
+    limits, padded = padding_limits(dataset), None
     steps = np.arange(low, high + 1)
     padding = np.zeros(len(steps), bool)
     if limits and limits[0] <= high and limits[1] >= low:
         padding = (steps >= limits[0]) & (steps <= limits[1])
         padded = (stored >= limits[0]) & (stored <= limits[1])
-        share = float(padded.mean())
-        if share < 1:  # the table runs between the extremes of what is not padding
+        if not padded.all():  # the table runs between the extremes of what is not padding
             low_real = int(stored.min(where=~padded, initial=high))
             high_real = int(stored.max(where=~padded, initial=low))
             padding |= (steps < low_real) | (steps > high_real)
@@ -327,7 +433,34 @@ def grey_values(dataset: Dataset, window: str = "none") -> tuple[np.ndarray, flo
     if table.max() > 65535:
         raise DicomError("grey values need more than 16 bits")
     narrow = dataset.BitsStored <= 8 and table.max() <= 255
-    return look_up(stored, low, table).astype(np.uint8 if narrow else np.uint16, copy=False), share
+    pixels = look_up(stored, low, table).astype(np.uint8 if narrow else np.uint16, copy=False)
+    if padded is None:
+        return pixels, 0.0, False
+    return pixels, float(padded.mean()), is_tissue(padded, stored, pixels)
+
+
+def is_tissue(padded: np.ndarray, stored: np.ndarray, pixels: np.ndarray) -> bool:
+    """Whether what counts as padding (H, W) bool goes over into the brightest tissue, as where tissue
+    saturates at the padding's value.
+
+    Padding ends in a step, or beside air; its neighbours then are not both among the brightest of the
+    image and stored near the padding's value.
+    """
+    outline = cv2.dilate(padded.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool) & ~padded
+    bright = pixels[outline] >= BRIGHT_END * max(1, int(pixels.max()))
+    if not bright.any():
+        return False
+    real, value, beside = stored[~padded], stored[padded], stored[outline].astype(np.int64)
+    span = (1 - BRIGHT_END) * max(1, int(real.max()) - int(real.min()))
+    near = (beside >= int(value.min()) - span) & (beside <= int(value.max()) + span)
+    return bool((near & bright).mean() > TISSUE_OUTLINE)
+
+
+def is_print(pixels: np.ndarray) -> bool:
+    """Whether (H, W) pixels are a page: letters of one grey value on a background of another."""
+    counts = np.sort(np.bincount(pixels.ravel()))
+    rest = pixels.size - int(counts[-1])
+    return len(counts) > 1 and int(counts[-2]) > PAGE_INK * max(1, rest)
 
 
 # SOF markers of JPEG (without DHT, JPG and DAC, which lie between them) and of JPEG-LS.
@@ -383,11 +516,20 @@ def read_dicom(path: str | Path, window: str = "none") -> tuple[np.ndarray, dict
             dataset = open_dicom(path)
             check_is_mammogram(dataset)
             header = read_header(dataset)
-            pixels, share = grey_values(dataset, window)
+            pixels, share, tissue = grey_values(dataset, window)
+            doubts = [header["doubts"]]
+            if is_unnamed_capture(dataset, header):
+                if is_print(pixels):
+                    raise DicomError("a page of print (secondary capture), not a mammogram")
+                doubts.append("page: a secondary capture without side, view, body part or pixel size")
+            if tissue:
+                doubts.append(
+                    f"padding in tissue: {tag_name('PixelPaddingValue')} is that of bright tissue"
+                )
         except (DicomError, MemoryError):
             raise
         except Exception as error:  # pydicom parses each value when it is asked for
             if isinstance(error, OSError) and error.errno:  # the disk's, not pydicom's
                 raise
             raise DicomError(f"its header cannot be read ({type(error).__name__})") from None
-    return pixels, header | {"padding": f"{share:.4f}"}
+    return pixels, header | {"padding": f"{share:.4f}", "doubts": " | ".join(filter(None, doubts))}

@@ -34,23 +34,23 @@ is finished by the same command. Flags may be written with '_' or '-'.
 
 Contents
     1 Configuration   constants, Options, parse_options
-    2 Table           read_table, check_ids, check_splits, drop_duplicates
-    3 Adapters        one function per archive, from its columns to ours
-    4 Files           index_files, match_files
-    5 Image formats   read_png_header, decode, examine, encode_png
-    6 Plan            what is there already, what must not be touched
-    7 Decoding        in processes, one broken file never stops the rest
-    8 Layout          atomic writing, links and copies, lay_out, remove_stale
-    9 Labels          findings and boxes to labels.csv
-    10 Checks         what is wrong with images that were laid out
-    11 Report         manifest and lists, prepare_report.html, summary
-    12 Entry          main
+    2 Table           read_table, set_splits, check_ids, check_splits, check_spacing
+    3 Files           match_files, unread_notes
+    4 Image formats   read_png_header, decode, examine, encode_png
+    5 Plan            what is there already, what must not be touched
+    6 Decoding        in processes, one broken file never stops the rest
+    7 Layout          atomic writing, links and copies, lay_out, remove_stale
+    8 Labels          findings and boxes to labels.csv
+    9 Checks          what is wrong with images that were laid out
+    10 Report         manifest and lists, prepare_report.html, summary
+    11 Entry          main
 
 Exit codes
     0  every image in the table is laid out (problems.csv may name doubtful ones)
     1  finished, but images are missing or were skipped (missing.csv, skipped.csv)
     2  refused (wrong flag, wrong CSV, a study in two splits, no image found): nothing was written
     3  stopped part-way (disk full, interrupted): the same command again resumes
+    141  who read the output has gone, as `head` does: what is laid out is laid out
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ import sys
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -80,11 +81,39 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from byol_mammo import files, settings
-from byol_mammo.images import MAX_SAMPLES, PNG_END
-from byol_mammo.labels import finding_column
+from byol_mammo import files, labels as labelling, settings
+from byol_mammo.archive_files import (
+    DICOM_INSIDE,
+    EVERY_FILE,
+    LEFT_OUT,
+    RASTER,
+    SUFFIXES,
+    Index,
+    format_of,
+    index_files,
+    suffix_of,
+    without_suffix,
+)
+from byol_mammo.archives import ADAPTERS, FOLDER, GENERIC, VINDR, Adapter, adapter_of, generic_adapter
+from byol_mammo.images import CLAIMS, MAX_SAMPLES, PNG_END, stored_otherwise
+from byol_mammo.labels import SPLIT_NAMES, finding_column
 from byol_mammo.processes import available_cores, process_pool
 from byol_mammo.settings import MammoError
+from byol_mammo.spacing import differ, judge_spacing, spacing_values
+from byol_mammo.tables import (
+    FINDINGS,
+    MAX_ID_LENGTH,
+    OPTIONAL,
+    REQUIRED,
+    SAFE_NAME,
+    ImageLabels,
+    Labels,
+    Reading,
+    is_safe_name,
+    resolve,
+    safe_name,
+    some,
+)
 
 # 1 Configuration ----------------------------------------------------------------------------------
 
@@ -95,36 +124,35 @@ MODE = "hardlink"  # hardlink (shares the bytes; a copy where impossible), copy 
 WINDOW = "none"  # none (stored values) or voi (the DICOM header's look-up table or window)
 SPLIT = "csv"  # csv (refused where a patient is in two), test_wins (such a patient to test) or patient
 TEST_SHARE = 0.2  # of patients, where the table has no split or --split patient
+ON_CONFLICT = "refuse"  # rows about one image that disagree: refuse, or take the first, last or max
 NUM_WORKERS = 16  # processes that decode; never more than the cores there are
 
-MAX_ID_LENGTH = 100  # characters; keeps <study_id>_<image_id>.png inside every file system's 255
-SHOWN = 10  # names shown per warning; the full lists are in the CSV files
 REPORTED = 200  # problems shown per check in the HTML report
 CLOCK_TOLERANCE_NS = 2_000_000_000  # FAT and exFAT keep modification times to 2 s
 POOL_FROM = 100_000_000  # bytes to decode from which starting processes (about a second) pays
 ASPECT_TOLERANCE = 0.01  # relative; rounding in a resize stays below, 912 x 1520 of a 2:3 film does not
-DICOM_VERSION = 1  # counts up when the same DICOM file would give other pixels
+DICOM_VERSION = 2  # counts up when the same DICOM file would give other pixels, or is kept out
 CHECK_SIDE = 256  # px, longest side of the copy on which polarity and side are judged
 BRIGHT_BORDER = 0.5  # share of the border brighter than Otsu's threshold from which air counts as bright
 FAINT_TISSUE = 0.25  # of the way from air to Otsu's threshold, where tissue begins
 CLEAR_SIDE = 0.2  # difference of tissue along the left and right edge, over their sum, that is clear
 
 DEFAULT = " (default: %(default)s)"  # argparse fills it in
-REQUIRED = ["study_id", "image_id", "split"]
-OPTIONAL = ["laterality", "view_position", "height", "width", "breast_birads", "breast_density"]
 SIZE = ["height", "width", "bit_depth"]
 SOURCE = ["source", "source_size", "source_mtime_ns"]
 RECORD = [*SOURCE, "settings"]  # an output is up to date while these are as they were
 HEADER = [  # what is taken from a DICOM header, see mammogram_dicom.HEADER
     *("laterality", "view", "view_modifier", "spacing_mm", "implant", "modality", "photometric"),
-    *("bits_stored", "intent", "relationship", "compression", "padding"),
+    *("bits_stored", "intent", "relationship", "compression", "padding", "doubts"),
 ]
+KEPT_OUT = {"magnified", "spot"}  # view modifiers: their scale and field are not those of a contact view
 MEASURED = ["content", "minimum", "maximum", "air", "chest_wall", "flipped"]  # see examine
 LABELS = [
     *("image", "study_id", "split", "laterality", "view", "breast_birads", "breast_density"),
     *("mass", "calcification", "boxes"),
 ]
-CLAIMS = ".prepare_dataset.claims.csv"  # what an unfinished run set out to make
+EARLIER = ".earlier"  # where files of earlier runs are set aside that nothing else holds
+NOT_FINDINGS = {*LABELS, "patient_id"} - set(FINDINGS)
 JOURNAL = ".prepare_dataset.journal.jsonl"  # what an unfinished run has decoded
 REPORTS = {  # file name -> columns; a file of this name with other columns is not ours
     "manifest.csv": [
@@ -139,16 +167,15 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
     "problems.csv": ["check", "split", "file", "detail"],
     CLAIMS: ["file", *SOURCE],
 }
-# What each file of ours has at least; older manifests have these.
-SIGNATURES = {**REPORTS, "manifest.csv": REPORTS["manifest.csv"][:14], "labels.csv": LABELS}
-SPLIT_NAMES = {  # what others call ours, in any case of letters
-    **dict.fromkeys(("train", "training"), "training"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
+# What each file of ours has at least; older ones have these.
+SIGNATURES = {
+    **REPORTS,
+    "manifest.csv": REPORTS["manifest.csv"][:14],
+    "image_checks.csv": REPORTS["image_checks.csv"][:-1],
+    "labels.csv": LABELS,
 }
 OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
 TEMPORARY = ".prepare_dataset.tmp"  # ending of files not yet complete, in older versions
-SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 OUTPUT_NAME = re.compile(rf"{SAFE_NAME.pattern}/{SAFE_NAME.pattern}\.png")
 SAFE_NAME_RULE = "letters, digits, '_', '-' and '.', not beginning with '.' or '-'"
 
@@ -170,6 +197,8 @@ class Options:
     window: str = WINDOW
     split: str = SPLIT
     test_share: float = TEST_SHARE
+    patient_pattern: str = ""
+    on_conflict: str = ON_CONFLICT
     num_workers: int = NUM_WORKERS
     flip_right: bool = False
     verify: bool = False
@@ -198,6 +227,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--split", choices=["csv", "test_wins", "patient"], default=SPLIT, help=text + DEFAULT)
     text = "share of patients for test where the table has no split or with --split patient"
     add("--test_share", type=float, default=TEST_SHARE, metavar="SHARE", help=text + DEFAULT)
+    text = "regular expression that finds the patient in an image's path, as its first group"
+    add("--patient_pattern", default="", metavar="REGEX", help=text)
+    text = "rows about one image that disagree: refuse; first, last; max: the more severe per column"
+    choices = ["refuse", "first", "last", "max"]
+    add("--on_conflict", choices=choices, default=ON_CONFLICT, help=text + DEFAULT)
     text = "processes that decode, at most one per core"
     add("--num_workers", type=int, default=NUM_WORKERS, metavar="N", help=text + DEFAULT)
     text = "mirror images whose chest wall is on the right; recorded as flipped in the manifest"
@@ -220,6 +254,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     options = Options(**vars(parser.parse_args(arguments)))
     if not 0 <= options.test_share <= 1:
         parser.error(f"--test_share {options.test_share} is not between 0 and 1")
+    try:
+        re.compile(options.patient_pattern)
+    except re.error as error:
+        parser.error(f"--patient_pattern {options.patient_pattern!r} is no regular expression: {error}")
     if options.num_workers < 1:
         parser.error(f"--num_workers {options.num_workers} is less than 1")
     return options
@@ -233,31 +271,14 @@ def nearest(name: str, candidates: Sequence[str]) -> str:
 # 2 Table ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class ImageLabels:
-    """What an archive says about one image, or about one breast."""
-
-    values: dict[str, str] = field(default_factory=dict)  # column of labels.csv -> "0", "1" or ""
-    boxes: list[dict] | None = None  # finding (names), xmin, ymin, xmax, ymax; None: not known
-    size: tuple[float, float] | None = None  # height, width in which the boxes are given
-
-    def add(self, values: dict[str, str]) -> None:
-        """Join another row about the same image: 1 wins over 0, 0 over unknown."""
-        for name, value in values.items():
-            self.values[name] = max(self.values.get(name, ""), value)
-
-
-# By (study_id, image_id), or by (study_id, "side L") where an archive speaks of breasts.
-Labels = dict[tuple[str, str], ImageLabels]
-
-
 def read_csv(csv_path: Path) -> pd.DataFrame:
-    """One CSV as strings (leading zeros kept), indexed by line number.
+    """One CSV as strings (leading zeros kept), indexed by 'NAME line N'.
 
     Raises MammoError where the file is missing, empty or not a table.
     """
     if not csv_path.is_file():
         raise MammoError(f"there is no file {csv_path}; give the annotation CSV with --csv_path")
+    files.refuse_other_tables(csv_path)
     delimiter = delimiter_of(csv_path)
     try:
         # Blank lines are kept for now, so that the index gives the line in the file.
@@ -266,7 +287,8 @@ def read_csv(csv_path: Path) -> pd.DataFrame:
         raise MammoError(f"{csv_path} is not a comma-separated UTF-8 table: {error}") from None
     table.columns = table.columns.str.strip()
     table = table.fillna("").apply(lambda column: column.str.strip(" \t\r\n"))
-    table.index = pd.RangeIndex(2, len(table) + 2)  # the header is line 1
+    # The header is line 1.
+    table.index = pd.Index([f"{csv_path.name} line {n}" for n in range(2, len(table) + 2)])
     return table
 
 
@@ -285,52 +307,97 @@ def delimiter_of(csv_path: Path) -> str:
 
 def read_table(
     tables: list[pd.DataFrame], options: Options, index: Index
-) -> tuple[pd.DataFrame, Labels, Adapter, list[str]]:
-    """The archive's table in our columns (those of REQUIRED, OPTIONAL, patient_id, implant, spacing_mm
-    that it has, and `places`: where to look for the file), its labels, its adapter, notes on absences.
+) -> tuple[pd.DataFrame, Reading, Adapter]:
+    """The archive's table in our columns (those of REQUIRED, OPTIONAL, FINDINGS, patient_id, implant,
+    spacing_mm that it has, and `places`: where to look for the file), one row per image; what else it
+    says, and how it was read.
 
-    Raises MammoError where a column is missing.
+    Raises MammoError where a column is missing, or where what is there can be read in two ways.
     """
-    name = ", ".join(map(str, options.csv_path))
-    if not tables:
-        adapter, raw = FOLDER, pd.DataFrame()
-    else:
+    adapter, raw = FOLDER, pd.DataFrame()
+    if tables:
         raw = pd.concat(tables)
         adapter = generic_adapter(options.columns) if options.columns else adapter_of(raw)
-        check_columns(raw, adapter, name)
-        raw = raw.fillna("")
-        raw = raw[(raw != "").any(axis=1)]
-        if raw.empty:
-            raise MammoError(f"{name} has a header but no rows; is the download complete?")
-    labels: Labels = {}
-    table = adapter.adapt(raw, index, labels)
+        raw = check_columns(raw, adapter, options)
+    reading = Reading(index, options.patient_pattern, options.on_conflict)
+    table = adapter.adapt(raw, reading)
     absent = [column for column in OPTIONAL if column not in table]
-    notes = [f"not in the CSV, so empty in the manifest: {some(absent)}"] if absent and tables else []
+    if absent and tables:
+        reading.notes.append(f"not in the CSV, so empty in the manifest: {some(absent)}")
     if adapter is not VINDR:
-        notes.append(f"read as {adapter.name}")
-    alone = 0 if tables else int((~table["places"].str.contains("/")).sum())
-    if alone:
-        notes.append(f"{alone} images lie in no folder of their own: each counts as a patient")
-    if not tables and len(table) > 1 and patients(table).nunique() == 1:
-        notes.append("all images lie in one folder and count as one patient: give it as --images_root")
+        reading.notes.append(f"read as {adapter.name}")
+    check_labels_said(table, reading, adapter)
+    if options.patient_pattern and tables:
+        found = [reading.patient_in(place.split("\n")[0], "") for place in table["places"]]
+        table["patient_id"] = found
+    set_splits(table, options, reading)
+    check_ids(table, adapter)
+    table = check_spacing(table, reading.notes)
+    unique = table.drop_duplicates()
+    if len(unique) < len(table):
+        dropped = len(table) - len(unique)
+        reading.notes.append(f"{dropped} identical duplicate rows in the CSV dropped")
+    keys = ["study_id", "image_id"]
+    table = resolve(unique, keys, options.on_conflict, adapter.columns, reading.notes)
+    return table, reading, adapter
+
+
+def set_splits(table: pd.DataFrame, options: Options, reading: Reading) -> None:
+    """Fill the column split: the table's, in our spelling, or by patient where there is none."""
     if "split" in table:
         table["split"] = table["split"].map(lambda name: SPLIT_NAMES.get(name.lower(), name))
-    if "split" not in table or options.split == "patient":
-        table["split"] = split_by_patient(table, options.test_share)
-        notes.append(f"split by patient, {options.test_share:.0%} of them for test")
-    return table, labels, adapter, notes
+    if "split" in table and options.split != "patient":
+        return
+    by_chance = 0 < options.test_share < 1
+    if by_chance and reading.nameless:
+        raise MammoError(f"{reading.nameless}; or give --test_share 0, which makes no test split")
+    table["split"] = split_by_patient(table, options.test_share)
+    reading.notes.append(f"split by patient, {options.test_share:.0%} of them for test")
+    nobody = "patient_id" not in table or not table["patient_id"].any()
+    if by_chance and nobody:
+        reading.notes.append(
+            f"nothing names the patients: each of {table['study_id'].nunique()} studies counts as one, "
+            "and images of one woman may fall on both sides of the split; name them by --columns "
+            "patient=... or --patient_pattern 'REGEX'"
+        )
+    elif len(table) > 1 and patients(table).nunique() == 1:
+        reading.notes.append("all images count as one patient; is --images_root one folder too high?")
 
 
-def check_columns(raw: pd.DataFrame, adapter: Adapter, csv_path: str) -> None:
-    """Refuse a table that lacks a required column or has one of ours twice."""
+def check_labels_said(table: pd.DataFrame, reading: Reading, adapter: Adapter) -> None:
+    """Refuse a table of an archive with labels in which every label is empty."""
+    names = [name for name in adapter.labels if name in table]
+    said = {value for name in names for value in table[name].unique()}
+    said |= {value for entry in reading.labels.values() for value in entry.values.values()}
+    if adapter.labels and not said & {"0", "1"}:
+        raise MammoError(
+            f"the table ({adapter.name}) has no value for {', '.join(adapter.labels)}, so that every "
+            "label would be empty; give the table that has them, or, for images alone, map it with "
+            "--columns image=...,study=...,patient=..."
+        )
+
+
+def check_columns(raw: pd.DataFrame, adapter: Adapter, options: Options) -> pd.DataFrame:
+    """The rows with a value. Refuses a table that lacks a required column, has one of ours twice, has no
+    rows, or is another table than is needed."""
+    csv_path = ", ".join(map(str, options.csv_path))
     found = list(raw.columns)
     wanted = [*adapter.header, *(REQUIRED + OPTIONAL if adapter is VINDR else [])]
     twice = [name for name in wanted if f"{name}.1" in found]  # as pandas renames it
     if twice:
         raise MammoError(f"{csv_path} has the column {twice[0]} twice; keep one of them")
+    if adapter is VINDR and "finding_categories" in found and not options.findings_csv:
+        raise MammoError(
+            f"{csv_path} has a row for each finding, whose labels and boxes would be lost; give it as "
+            "--findings_csv, and breast-level_annotations.csv (or it again) as --csv_path"
+        )
     missing = [name for name in adapter.header if name not in found]
     if not missing:
-        return
+        raw = raw.fillna("")
+        raw = raw[(raw != "").any(axis=1)]
+        if raw.empty:
+            raise MammoError(f"{csv_path} has a header but no rows; is the download complete?")
+        return raw
     hints = "; ".join(f"{name} (nearest: {nearest(name, found)})" for name in missing)
     raise MammoError(
         f"{csv_path} lacks the column {hints}; found: {', '.join(found)}. Rename the column, map it "
@@ -349,33 +416,16 @@ def split_by_patient(table: pd.DataFrame, test_share: float) -> pd.Series:
 
 
 def patients(table: pd.DataFrame) -> pd.Series:
-    """Patient of each row: patient_id, or the study where that is not known."""
+    """Patient of each row in one spelling: patient_id, or the study where none of its rows has one."""
     if "patient_id" not in table:
-        return table["study_id"]
-    return table["patient_id"].where(table["patient_id"] != "", table["study_id"])
+        table = table.assign(patient_id="")
+    return labelling.group_keys(table)
 
 
-def is_safe_name(name: str) -> bool:
-    """True where `name` can be a folder name or part of a file name on any system."""
-    return len(name) <= MAX_ID_LENGTH and bool(SAFE_NAME.fullmatch(name))
+def check_ids(table: pd.DataFrame, adapter: Adapter) -> None:
+    """Refuse ids and splits that are absent or would leave the output folder, and studies of two women.
 
-
-def safe_name(name: str) -> str:
-    """`name` with what cannot be part of a file name turned into '_'; long ones keep their end.
-
-    Those that would be too long or without a letter, such as two in Chinese, are told by a hash.
-    """
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".-")
-    short = len(safe) <= MAX_ID_LENGTH and re.search("[A-Za-z0-9]", safe)
-    if short or is_safe_name(name) or not name:
-        return safe
-    return f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}_{safe[-64:].lstrip('.-')}"
-
-
-def check_ids(table: pd.DataFrame) -> None:
-    """Refuse ids and splits that are absent or would leave the output folder.
-
-    Raises MammoError naming the line, the column and the value.
+    Raises MammoError naming the line, the column of the user's table and the value.
     """
     reserved = {"nan", "none", "null", *REPORTS, *OTHER_KNOWN}  # absent values, and report names
     for column in REQUIRED:
@@ -384,370 +434,137 @@ def check_ids(table: pd.DataFrame) -> None:
             line, value = table.index[wrong][0], table.loc[wrong, column].iloc[0]
             problem = f"is {value[:MAX_ID_LENGTH]!r}" if value else "is empty"
             raise MammoError(
-                f"line {line} of the CSV: {column} {problem}, {sum(wrong)} such rows; it becomes "
-                f"part of a file name: {SAFE_NAME_RULE}, at most {MAX_ID_LENGTH} characters"
+                f"{line}: {adapter.columns.get(column, column)} {problem}, {sum(wrong)} such rows; it "
+                f"becomes part of a file name: {SAFE_NAME_RULE}, at most {MAX_ID_LENGTH} characters"
+            )
+    if "patient_id" not in table:
+        return
+    named = table[table["patient_id"] != ""]
+    women = labelling.one_spelling(named["patient_id"]).groupby(named["study_id"])
+    if (several := women.nunique().loc[lambda count: count > 1]).size:
+        shown = some(
+            f"{study} ({' and '.join(women.get_group(study).unique())})" for study in several.index
+        )
+        columns = " or ".join(adapter.columns.get(name, name) for name in ("patient_id", "study_id"))
+        raise MammoError(
+            f"{several.size} studies name more than one patient: {shown}. A study is of one woman; "
+            f"correct {columns}"
+        )
+
+
+def note_spellings(table: pd.DataFrame, notes: list[str]) -> None:
+    """Say which patients or studies are written in several ways, and count as one for the split."""
+    for column in ("patient_id", "study_id"):
+        names = table[column].drop_duplicates() if column in table else pd.Series(dtype=str)
+        shared = names.map(labelling.same_name).loc[lambda keys: keys.duplicated(keep=False)]
+        several = [" = ".join(sorted(names[key.index])) for _, key in shared.groupby(shared)]
+        if several:
+            notes.append(
+                f"{len(several)} values of {column} are written in several ways (letter case, zeros "
+                f"that a spreadsheet ate) and count as one patient for the split: {some(several)}"
             )
 
 
 def check_splits(table: pd.DataFrame, rule: str = SPLIT) -> tuple[pd.DataFrame, set[str]]:
-    """The table, and who is in test now because the table has them in two splits.
+    """The table, and the studies that are in test now because the table has their patient in two splits.
 
-    Raises MammoError for a patient or study in two splits, unless `rule` moves them.
+    Raises MammoError for a patient in two splits, unless `rule` moves them.
     """
-    moved: set[str] = set()
-    for kind, keys in (("patients", patients(table)), ("studies", table["study_id"])):
-        splits = table["split"].groupby(keys).unique()
-        leaking = splits[splits.map(len) > 1].map(sorted).map(" and ".join)
-        if leaking.empty:
-            continue
-        if rule == "csv":
-            names = [f"{name} ({both})" for name, both in leaking.items()]
-            raise MammoError(
-                f"{len(leaking)} {kind} stand in more than one split: {some(names)}. Training would "
-                "see test images; give each one split, or use --split test_wins or --split patient"
-            )
-        table = table.assign(split=table["split"].mask(keys.isin(leaking.index), "test"))
-        moved |= set(leaking.index)
-    return table, moved
-
-
-def drop_duplicates(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """One row per image and the number of identical rows dropped; adds the column `file`.
-
-    Raises MammoError where rows of one image disagree or two images would share a file name.
-    """
-    unique = table.drop_duplicates()
-    twice = unique.duplicated(["study_id", "image_id"], keep=False)
-    if twice.any():
-        (study, image), rows = next(iter(unique[twice].groupby(["study_id", "image_id"])))
-        columns = [name for name in rows if rows[name].nunique() > 1]
+    keys = patients(table)
+    splits = table["split"].groupby(keys)
+    leaking = splits.nunique().loc[lambda count: count > 1]
+    if leaking.empty:
+        return table, set()
+    if rule == "csv":
+        both = {name: " and ".join(sorted(splits.get_group(name).unique())) for name in leaking.index}
+        names = [f"{name} ({where})" for name, where in both.items()]
         raise MammoError(
-            f"image {study}/{image} has rows that disagree in "
-            f"{', '.join(columns)} (lines {some(rows.index)} of the CSV); keep the right one"
+            f"{len(leaking)} patients stand in more than one split: {some(names)}. Training would "
+            "see test images; give each one split, or use --split test_wins or --split patient"
         )
-    names = unique["study_id"] + "_" + unique["image_id"] + ".png"
-    unique = unique.assign(file=unique["split"] + "/" + names)
+    inside = keys.isin(leaking.index)
+    return table.assign(split=table["split"].mask(inside, "test")), set(table.loc[inside, "study_id"])
+
+
+def name_files(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the column `file`. Raises MammoError where two images would share a file name."""
+    names = table["study_id"] + "_" + table["image_id"] + ".png"
+    table = table.assign(file=table["split"] + "/" + names)
     # Compared without case, because macOS and Windows would write both into one file.
-    clash = unique["file"].str.lower().duplicated(keep=False)
+    clash = table["file"].str.lower().duplicated(keep=False)
     if clash.any():
         raise MammoError(
-            f"different images would share one file name: {some(unique['file'][clash])} "
-            f"(lines {some(unique.index[clash])} of the CSV); rename one of them"
+            f"different images would share one file name: {some(table['file'][clash])} "
+            f"({some(table.index[clash])}); rename one of them"
         )
-    return unique, len(table) - len(unique)
+    return table
 
 
-# 3 Adapters ---------------------------------------------------------------------------------------
-# From a table as published to our columns. `places` says where to look for the file, best first, one
-# a line, as keys of the Index: "path/without/suffix", "folder NAME", "first TOKEN" or "name STEM".
+def check_spacing(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The table with each pixel spacing as one number in mm, '' where it says none that can be.
 
-
-@dataclass(frozen=True)
-class Adapter:
-    """How one archive is read."""
-
-    name: str
-    header: tuple[str, ...]  # columns that tell it, and that it cannot do without
-    adapt: Callable[[pd.DataFrame, Index, Labels], pd.DataFrame]
-    ignored: str = r"(?!)"  # files (relative paths) that are no mammograms; this matches none
-
-
-def birads(value: str) -> str:
-    """'BI-RADS 4A' of '4a', '4.0' or 'BI-RADS 4A'; '' where there is none."""
-    found = re.fullmatch(r"(?:BI-?RADS\s*)?([0-6][ABC]?)(?:\.0)?", value.strip().upper())
-    return f"BI-RADS {found[1]}" if found else ""
-
-
-def density(value: str) -> str:
-    """'DENSITY C' of 'C', '3' or '3.0' (BI-RADS before 2013 counts 1 to 4); '' where there is none."""
-    found = re.fullmatch(r"(?:DENSITY\s*)?([A-D1-4])(?:\.0)?", value.strip().upper())
-    return f"DENSITY {found[1].translate(str.maketrans('1234', 'ABCD'))}" if found else ""
-
-
-def flag(value: str) -> str:
-    """'1', '0' or '' (unknown) of a table's yes, no or nothing."""
-    text = re.sub(r"\.0$", "", value.strip().lower())
-    return {"1": "1", "true": "1", "yes": "1", "0": "0", "false": "0", "no": "0"}.get(text, "")
-
-
-def side(value: str) -> str:
-    """L or R of L, LEFT, R, RIGHT; '' of anything else."""
-    return {"L": "L", "LEFT": "L", "R": "R", "RIGHT": "R"}.get(value.strip().upper(), "")
-
-
-def adapt_vindr(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
-    """VinDr-Mammo breast-level_annotations.csv: <study_id>/<image_id>.png or .dicom."""
-    table = raw[[name for name in [*REQUIRED, *OPTIONAL, "patient_id"] if name in raw]].copy()
-    return table.assign(places=table["study_id"] + "/" + table["image_id"])
-
-
-def adapt_cbis(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
-    """CBIS-DDSM {mass,calc}_case_description_{train,test}_set.csv: one row per abnormality.
-
-    'image file path' is Mass-Training_P_00001_LEFT_CC/<study uid>/<series uid>/000000.dcm. Downloads
-    keep only its first folder (NBIA retriever) or its series uid (Kaggle's JPEG copy). Masses and
-    calcifications of one film come as two files: what the other list would say is unknown ('').
+    Those that cannot, or that differ between rows and columns, are named in the notes. Raises MammoError
+    for what is no spacing.
     """
-    density_column = raw.get("breast_density", pd.Series("", raw.index))
-    raw = raw.assign(
-        density=density_column.where(density_column != "", raw.get("breast density", "")),
-        place=raw["image file path"].map(lambda name: name.strip(' "\r\n').removesuffix(".dcm")),
-    )
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    lines: dict[tuple[str, str], int] = {}
-    for line, row in raw.iterrows():
-        top, *uids = row["place"].split("/")
-        kind, training = top.split("-")[0], "-Training_" in top
-        image = safe_name(f"{kind}_{row['left or right breast']}_{row['image view']}")
-        key = (row["patient_id"], image)
-        grade = birads(row["assessment"])
-        previous = rows.get(key, {}).get("breast_birads", "")
-        lines[key] = line
-        rows[key] = {
-            "study_id": key[0],
-            "patient_id": key[0],
-            "image_id": image,
-            "split": "training" if training else "test",
-            "laterality": side(row["left or right breast"]),
-            "view_position": row["image view"].upper(),
-            "breast_birads": max(previous, grade),
-            "breast_density": density(row["density"]),
-            "places": "\n".join([row["place"], *(f"folder {name}" for name in (top, *uids[1:2]))]),
-        }
-        finding = "calcification" if "calc" in row["abnormality type"].lower() else "mass"
-        cancer = {"MALIGNANT": "1", "BENIGN": "0", "BENIGN_WITHOUT_CALLBACK": "0"}
-        values = {finding: "1", "cancer": cancer.get(row["pathology"].upper(), "")}
-        labels.setdefault(key, ImageLabels()).add(values)
-    return pd.DataFrame(list(rows.values()), index=list(lines.values()))
+    if "spacing_mm" not in table:
+        return table
+    cells, known, doubts = table["spacing_mm"], {}, {}
+    for line, text in cells.drop_duplicates().items():
+        try:
+            spacing, doubts[text] = judge_spacing(spacing_values(text))
+        except ValueError as error:
+            raise MammoError(f"{line}: {error}; write it as 0.07 or 0.07 x 0.07") from None
+        known[text] = f"{spacing:.6g}" if spacing else ""
+    said = cells.map(doubts)
+    names = (table["study_id"] + "/" + table["image_id"] + " (" + said + ")")[said != ""]
+    if len(names):
+        notes.append(f"doubtful pixel spacing in {len(names)} rows of the CSV: {some(names)}")
+    return table.assign(spacing_mm=cells.map(known))
 
 
-def adapt_inbreast(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
-    """INbreast.csv, one row per image: AllDICOMs/<File Name>_<patient>_MG_<side>_<view>_ANON.dcm.
-
-    The table's 'Patient ID' is removed; the file's name has a pseudonym.
-    """
-    person = []
-    for name in raw["File Name"]:
-        found = index.get(f"first {name}", [])  # the annotations' names (.xml, .roi) have no pseudonym
-        parts = max((Path(file).stem.split("_") for file in found), key=len, default=[name])
-        person.append(parts[min(1, len(parts) - 1)])
-    return pd.DataFrame(
-        {
-            "study_id": person,
-            "patient_id": person,
-            "image_id": raw["File Name"],
-            "laterality": raw["Laterality"].map(side),
-            "view_position": raw["View"].str.upper(),
-            "breast_birads": raw["Bi-Rads"].map(birads),
-            "breast_density": raw["ACR"].map(density),
-            "places": "first " + raw["File Name"],
-        }
-    )
+# 3 Files ------------------------------------------------------------------------------------------
 
 
-def adapt_cmmd(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
-    """CMMD_clinicaldata_revision (saved as CSV): one row per breast, files anywhere below <ID1>/.
-
-    Which file is which breast and view stands only in the DICOM headers: the rows are the files, the
-    labels wait for the side.
-    """
-    for row in raw.to_dict("records"):
-        kind = row["abnormality"].lower()
-        values = {
-            name: "01"[kind in (name, "both")] if kind else "" for name in ("mass", "calcification")
-        }
-        values["cancer"] = {"malignant": "1", "benign": "0"}.get(row["classification"].lower(), "")
-        labels.setdefault((row["ID1"], f"side {side(row['LeftRight'])}"), ImageLabels()).add(values)
-    rows, lines = [], []
-    for line, patient in raw["ID1"].drop_duplicates().items():
-        found = index.get(f"folder {patient}", [])
-        stems = Counter(Path(name).stem for name in found)
-        for name in found or [f"{patient}/no_file"]:
-            place = without_suffix(name)
-            below = place.partition(f"{patient}/")[2]
-            image = Path(name).stem if stems[Path(name).stem] < 2 else below
-            rows.append({"study_id": patient, "image_id": safe_name(image), "places": place})
-            lines.append(line)
-    table = pd.DataFrame(rows, index=lines)
-    return table.assign(patient_id=table["study_id"])
-
-
-def adapt_rsna(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
-    """RSNA 2022 train.csv: train_images/<patient_id>/<image_id>.dcm, or <patient_id>_<image_id>.png."""
-    for row in raw.to_dict("records"):
-        key = (row["patient_id"], row["image_id"])
-        labels.setdefault(key, ImageLabels()).add({"cancer": flag(row.get("cancer", ""))})
-    patient, image = raw["patient_id"], raw["image_id"]
-    return pd.DataFrame(
-        {
-            "study_id": patient,
-            "patient_id": patient,
-            "image_id": image,
-            "laterality": raw["laterality"].map(side),
-            "view_position": raw["view"].str.upper(),
-            "breast_birads": raw.get("BIRADS", pd.Series("", raw.index)).map(birads),
-            "breast_density": raw.get("density", pd.Series("", raw.index)).map(density),
-            "implant": raw.get("implant", pd.Series("", raw.index)).map(flag),
-            "places": patient + "/" + image + "\nname " + patient + "_" + image + "\nname " + image,
-        }
-    )
-
-
-def adapt_folder(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
-    """No table: each image below the folder; the first folder's name is study and patient."""
-    rows = []
-    for place in dict.fromkeys(map(without_suffix, index.get("all", []))):
-        study, _, image = place.partition("/")
-        study, image = safe_name(study), safe_name(image or study)
-        rows.append({"study_id": study, "patient_id": study, "image_id": image, "places": place})
-    # Names of which no letter is safe, such as two in Chinese, would be one.
-    names = Counter(f"{row['study_id']}_{row['image_id']}".lower() for row in rows)
-    for row in rows:
-        if names[f"{row['study_id']}_{row['image_id']}".lower()] > 1:
-            digest = hashlib.sha256(os.fsencode(row["places"])).hexdigest()[:8]
-            row["image_id"] = f"{row['image_id'][:80]}_{digest}"
-    if not rows:
-        raise MammoError("there is no image below --images_root")
-    return pd.DataFrame(rows)
-
-
-# --columns: our name -> column of the table it fills, and how its values are read.
-GENERIC: dict[str, tuple[str, Callable[[str], str]]] = {
-    "image": ("", str),
-    "study": ("study_id", safe_name),
-    "patient": ("patient_id", str),
-    "split": ("split", str),
-    "laterality": ("laterality", side),
-    "view": ("view_position", str.upper),
-    "birads": ("breast_birads", birads),
-    "density": ("breast_density", density),
-    "implant": ("implant", flag),
-    "spacing": ("spacing_mm", str),
-    "height": ("height", str),
-    "width": ("width", str),
-    "mass": ("", flag),
-    "calcification": ("", flag),
-    "cancer": ("", flag),
-}
-UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something of
-    flag: "1, 0, yes, no, true and false are",
-    side: "L, R, left and right are",
-    birads: "0 to 6, 4A to 4C and BI-RADS before them are",
-    density: "A to D and 1 to 4 are",
-}
-
-
-def generic_adapter(columns: str) -> Adapter:
-    """The adapter for --columns image=...,study=...; `image` is a path below images_root, or a name.
-
-    Raises MammoError where the map cannot be read.
-    """
-    names = dict(part.partition("=")[::2] for part in columns.split(","))
-    names = {ours.strip(): theirs.strip() for ours, theirs in names.items()}
-    wrong = [name for name in names if name not in GENERIC or not names[name]]
-    if wrong or not {"image", "study"} <= set(names):
-        problem = f"{wrong[0]!r} is not known" if wrong else "image and study are needed"
-        raise MammoError(f"--columns {columns}: {problem}; names are {', '.join(GENERIC)}")
-
-    def adapt(raw: pd.DataFrame, index: Index, labels: Labels) -> pd.DataFrame:
-        stems = raw[names["image"]].map(lambda name: without_suffix(name.replace("\\", "/").lstrip("/")))
-        table = pd.DataFrame({"image_id": stems.map(safe_name), "places": stems + "\nname " + stems})
-        for ours, theirs in names.items():
-            column, reader = GENERIC[ours]
-            values = raw[theirs].map(reader)
-            said = raw[theirs][raw[theirs] != ""]
-            if len(said) and (values == "").all():
-                raise MammoError(
-                    f"--columns {ours}={theirs}: no value of {theirs} is understood, such as "
-                    f"{said.iloc[0][:MAX_ID_LENGTH]!r}; {UNDERSTOOD[reader]}"
-                )
-            table[column or ours] = values
-        findings = [name for name in names if name in ("mass", "calcification", "cancer")]
-        for row in table.to_dict("records") if findings else ():
-            key = row["study_id"], row["image_id"]
-            labels.setdefault(key, ImageLabels()).add({name: row[name] for name in findings})
-        return table.drop(columns=["image", *findings])
-
-    return Adapter("the columns given", tuple(names.values()), adapt)
-
-
-VINDR = Adapter("VinDr-Mammo", ("study_id", "image_id"), adapt_vindr)
-FOLDER = Adapter("a folder without a table", (), adapt_folder)
-ADAPTERS = [
-    Adapter(
-        "CBIS-DDSM",
-        (
-            *("patient_id", "left or right breast", "image view", "abnormality type"),
-            *("assessment", "pathology", "image file path"),
-        ),
-        adapt_cbis,
-        ignored=r"(?:Mass|Calc)-(?:Training|Test)_P_\d+_(?:LEFT|RIGHT)_\w+_\d+/",  # crops and masks
-    ),
-    Adapter("INbreast", ("Laterality", "View", "File Name", "ACR", "Bi-Rads"), adapt_inbreast),
-    Adapter("CMMD", ("ID1", "LeftRight", "abnormality", "classification"), adapt_cmmd),
-    Adapter("RSNA 2022", ("site_id", "patient_id", "image_id", "laterality", "view"), adapt_rsna),
-]
-
-
-def adapter_of(raw: pd.DataFrame) -> Adapter:
-    """The adapter whose columns the table has; VinDr-Mammo's where none fits."""
-    return next((a for a in ADAPTERS if set(a.header) <= set(raw.columns)), VINDR)
-
-
-# 4 Files ------------------------------------------------------------------------------------------
-
-# Files by key (see section 3), as paths relative to images_root with '/'. "all" lists the images.
-Index = dict[str, list[str]]
-
-
-def index_files(images_root: Path) -> Index:
-    """All files below the folder, by every key that an adapter may ask for.
-
-    Hidden files are left out (macOS writes ._x.png); links in circles are followed once. Raises OSError.
-    """
-    index: Index = {}
-    if not images_root.is_dir():
-        raise MammoError(f"there is no folder {images_root}; give the images with --images_root")
-    seen = set()
-    for where, folders, names in os.walk(images_root, followlinks=True):
-        found = os.stat(where)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (found.st_dev, found.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((found.st_dev, found.st_ino))
-        parents = Path(where).relative_to(images_root).parts
-        for name in sorted(name for name in [*names, *folders] if not name.startswith(".")):
-            if name in folders and suffix_of(name) not in SUFFIXES:
-                continue  # a folder named as an image stays in: it is listed as unusable
-            path = "/".join([*parents, name])
-            stem = os.path.splitext(name)[0]
-            keys = {path, os.path.splitext(path)[0], f"name {stem}", f"first {stem.split('_')[0]}"}
-            if suffix_of(name) in SUFFIXES or format_of(Path(where, name)) == ".dcm":
-                keys |= {"all", *(f"folder {parent}" for parent in parents)}
-            for key in keys:
-                index.setdefault(key, []).append(path)
-    return index
+def unread_notes(index: Index, used: set[str]) -> list[str]:
+    """How many files were not looked at, being neither in `used` nor left out, and what was left out."""
+    rest = Counter(suffix_of(name) or "without suffix" for name in index[EVERY_FILE] if name not in used)
+    kinds = [f"{count} {suffix}" for suffix, count in sorted(rest.items(), key=lambda kind: -kind[1])]
+    hidden = index[LEFT_OUT]
+    left_out = f"{len(hidden)} hidden or system files and folders left out: {some(hidden)}"
+    return [f"not looked at: {some(kinds)}"] * bool(kinds) + [left_out] * bool(hidden)
 
 
 def match_files(
     table: pd.DataFrame, images_root: Path, index: Index, adapter: Adapter
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str], list[str]]:
-    """Rows with a file (column `source`), rows without, extra files, images with several files.
+    """Rows with a file (column `source`), rows without, extra files, images in several formats.
 
-    Raises MammoError where no row has a file.
+    Raises MammoError where no row has a file, where a row has several or several rows have one.
     """
-    sources, ambiguous, wanted = [], [], set()
+    sources, formats, wanted, unclear = [], [], set(), []
     rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
-    for places in table["places"]:
+    images = set(index.get("all", []))
+    studies, women = table["study_id"], table.get("patient_id", table["study_id"])
+    kinds = dict.fromkeys(index[DICOM_INSIDE], ".dcm")
+    for line, places, study, woman in zip(table.index, table["places"], studies, women, strict=True):
         found = next((index[key] for key in places.split("\n") if key in index), [])
+        found = [name for name in found if name in images] or found
+        found = in_folder_of(found, {study, woman})
         wanted.update(found)
-        ranked = sorted(found, key=lambda name: (rank.get(suffix_of(name), len(rank)), name))
+        kind = {name: kinds.get(name, suffix_of(name)) for name in found}
+        ranked = sorted(found, key=lambda name: (rank.get(kind[name], len(rank)), name))
         sources.append(ranked[0] if ranked else "")
-        images = [name for name in ranked if suffix_of(name) in SUFFIXES]
-        if len(images) > 1:
-            ambiguous.append(f"{images[0]} taken, {', '.join(images[1:])} not")
+        if len(set(map(stem_of, ranked))) > 1:
+            unclear.append(f"{line} ({', '.join(ranked[:3])}{', ...' * (len(ranked) > 3)})")
+        elif len(ranked) > 1:
+            formats.append(f"{ranked[0]} taken, {', '.join(ranked[1:])} not")
+    if unclear:
+        raise MammoError(
+            f"{len(unclear)} rows fit several images each: {some(unclear)}. Name the files with their "
+            "folders, or give the one folder that is meant as --images_root"
+        )
     table = table.assign(source=sources)
+    check_shared(table)
     extra = [n for n in index.get("all", []) if n not in wanted and not re.search(adapter.ignored, n)]
     if not any(sources):
         expected = table["places"].iloc[0].split("\n")[0]
@@ -758,26 +575,41 @@ def match_files(
             f"0 of the {len(table)} images in the CSV are under {images_root}, where "
             f"{expected}.png was expected{hint}"
         )
-    return table[table["source"] != ""], table[table["source"] == ""], sorted(extra), ambiguous
+    return table[table["source"] != ""], table[table["source"] == ""], sorted(extra), formats
 
 
-def suffix_of(name: str) -> str:
-    """The file name's suffix in lower case, such as '.png'."""
-    return os.path.splitext(name)[1].lower()
+def stem_of(name: str) -> str:
+    """A path without the suffix of its format; the parts of a UID are none."""
+    bare, suffix = os.path.splitext(name)
+    return name if suffix[1:].isdigit() else without_suffix(bare)
 
 
-def without_suffix(name: str) -> str:
-    """The name without a suffix that an image may have; dots of other meaning stay."""
-    return os.path.splitext(name)[0] if suffix_of(name) in SUFFIXES else name
+def in_folder_of(found: list[str], owners: set[str]) -> list[str]:
+    """Of files of one name in several folders, those in a folder named as the row's study or patient, if
+    there are any: LCC.png of four patients is four images."""
+    if len(found) < 2:
+        return found
+    return [name for name in found if owners & {*map(safe_name, name.split("/")[:-1])}] or found
 
 
-# 5 Image formats ----------------------------------------------------------------------------------
+def check_shared(table: pd.DataFrame) -> None:
+    """Refuse rows that would share one file: all but one would have another image's labels."""
+    shared = table[(table["source"] != "") & table["source"].duplicated(keep=False)]
+    if len(shared):
+        listed = [
+            f"{source} ({', '.join(rows.index[:3])})"
+            for source, rows in shared.groupby("source", sort=False)
+        ]
+        raise MammoError(
+            f"{len(listed)} files are meant by several rows: {some(listed)}. Each row needs a file of "
+            "its own; name the files with their folders, or remove the rows that are wrong"
+        )
+
+
+# 4 Image formats ----------------------------------------------------------------------------------
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {2: 3, 3: 3, 4: 2, 6: 4}  # by colour type, as decoded; a palette becomes RGB
-RASTER = (".tif", ".tiff", ".jpg", ".jpeg")
-DICOM = (".dcm", ".dicom", ".dic")
-SUFFIXES = [".png", *RASTER, *DICOM]  # in order of preference where an image has several
 
 
 def read_png_header(path: Path) -> tuple[int, int, int]:
@@ -793,6 +625,7 @@ def read_png_header(path: Path) -> tuple[int, int, int]:
             raise SkipImageError("the PNG header is damaged (checksum)")
         width, height, bit_depth, colour = struct.unpack(">IIBB", head[16:26])
         check_size(height, width, PNG_CHANNELS.get(colour, 1))
+        check_png_chunks(file)
         # The commonest damage is a download cut short; some writers put bytes after the end.
         file.seek(-min(1024, os.fstat(file.fileno()).st_size), os.SEEK_END)
         if PNG_END not in file.read():
@@ -806,23 +639,31 @@ def check_size(height: int, width: int, channels: int = 1) -> None:
         raise SkipImageError(f"declares {height} x {width} pixels, more than {MAX_SAMPLES} or none")
 
 
-def is_dicom(path: Path) -> bool:
-    """True where the file begins as DICOM files do; a DICOMDIR is no image."""
+def check_png_chunks(file: BinaryIO) -> None:
+    """Refuse a PNG, open at the end of its header, that is not one picture as stored.
+
+    Only where a chunk before the pixels may say so does Pillow look, as it does when training reads the
+    image: most PNG have none. Raises SkipImageError.
+    """
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if name in (b"IDAT", b"IEND"):
+            return
+        if name in (b"acTL", b"eXIf", b"tEXt", b"zTXt", b"iTXt"):  # animation; EXIF, also as text or XMP
+            break
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(0)
     try:
-        if not path.is_file() or path.name.upper() == "DICOMDIR":
-            return False
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def format_of(path: Path) -> str:
-    """'.png', '.tif', '.dcm' ... by the suffix; DICOM without one, or named by its UID, by content."""
-    suffix = suffix_of(path.name)
-    if suffix in DICOM or ((not suffix or suffix[1:].isdigit()) and is_dicom(path)):
-        return ".dcm"
-    return suffix
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=("PNG",)) as image:
+                problem = stored_otherwise(image)
+    except Exception as error:  # Pillow raises almost anything on damaged bytes
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise SkipImageError("the PNG is damaged before its pixels") from error
+    if problem:
+        raise SkipImageError(problem)
 
 
 def decode(path: Path, kind: str, window: str) -> tuple[np.ndarray, dict[str, str]]:
@@ -837,11 +678,16 @@ def decode(path: Path, kind: str, window: str) -> tuple[np.ndarray, dict[str, st
     except ImportError as error:
         raise SkipImageError(f"{error}; DICOM needs pip install -r requirements.txt") from error
     try:
-        return mammogram_dicom.read_dicom(path, window)
+        pixels, header = mammogram_dicom.read_dicom(path, window)
     except mammogram_dicom.DicomError as error:
         raise SkipImageError(str(error)) from error
     except OSError as error:
         raise SkipImageError(f"cannot be read: {error.strerror}") from error
+    if kinds := KEPT_OUT.intersection(header.get("view_modifier", "").split("+")):
+        raise SkipImageError(
+            f"{' and '.join(sorted(kinds))} view: not of a contact view's scale and field"
+        )
+    return pixels, header
 
 
 def decode_raster(path: Path) -> np.ndarray:
@@ -855,7 +701,7 @@ def decode_raster(path: Path) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 check_size(image.height, image.width, 3 if image.mode == "P" else len(image.getbands()))
-                pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+                problem = stored_otherwise(image)
                 image.load()
         del image  # its pixels are not needed again
         pixels = cv2.imdecode(np.frombuffer(read_source(path), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -863,8 +709,8 @@ def decode_raster(path: Path) -> np.ndarray:
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
         raise SkipImageError(f"cannot be decoded: {' '.join(str(error).split())}") from error
-    if pages > 1:
-        raise SkipImageError(f"holds {pages} pages; save the one that is the mammogram")
+    if problem:
+        raise SkipImageError(problem)
     if pixels is None:
         raise SkipImageError("cannot be decoded")
     if pixels.dtype not in (np.uint8, np.uint16):
@@ -917,7 +763,7 @@ def encode_png(pixels: np.ndarray, spacing_mm: str = "") -> bytes:
     return png[:end] + struct.pack(">I", 9) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[end:]
 
 
-# 6 Plan -------------------------------------------------------------------------------------------
+# 5 Plan -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -956,9 +802,10 @@ class Plan:
     extra: list[str]
     skipped: list[dict[str, str]]
     notes: list[str]
-    moved: set[str] = field(default_factory=set)  # patients and studies that were in two splits
+    moved: set[str] = field(default_factory=set)  # studies whose patient was in two splits
     labels: Labels = field(default_factory=dict)
     manifest: list[dict[str, str]] = field(default_factory=list)
+    label_rows: list[dict[str, str]] = field(default_factory=list)
     problems: list[dict[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -988,21 +835,21 @@ def make_plan(options: Options) -> Plan:
     paths = [] if options.csv_path == [Path("none")] else options.csv_path
     tables = [read_csv(path) for path in paths]
     index = index_files(options.images_root)
-    table, labels, adapter, notes = read_table(tables, options, index)
-    check_ids(table)
+    table, reading, adapter = read_table(tables, options, index)
+    note_spellings(table, reading.notes)
     table, moved = check_splits(table, options.split)
-    table, dropped = drop_duplicates(table)
-    if dropped:
-        notes.append(f"{dropped} identical duplicate rows in the CSV dropped")
+    table = name_files(table)
     check_folders(options)
-    matched, missing, extra, ambiguous = match_files(table, options.images_root, index, adapter)
-    if ambiguous:
-        notes.append(f"{len(ambiguous)} images have several files: {some(ambiguous)}")
-    plan = Plan(options, [], {}, {}, {}, missing, extra, [], notes, moved, labels)
+    matched, missing, extra, formats = match_files(table, options.images_root, index, adapter)
+    if formats:
+        reading.notes.append(f"{len(formats)} images have several files: {some(formats)}")
+    labels = {**reading.labels, **labels_of(table)}
+    reading.notes += unread_notes(index, {*matched["source"], *extra})
     if options.findings_csv:
-        for key, found in read_findings(options.findings_csv, table, notes).items():
-            found.values = plan.labels.get(key, ImageLabels()).values | found.values
-            plan.labels[key] = found
+        for key, found in read_findings(options.findings_csv, table, reading.notes).items():
+            found.values = labels.get(key, ImageLabels()).values | found.values
+            labels[key] = found
+    plan = Plan(options, [], {}, {}, {}, missing, extra, [], reading.notes, moved, labels)
     read_reports(plan)
     earlier = plan.previous.keys() | plan.claimed.keys()
     for row in matched.to_dict("records"):
@@ -1010,7 +857,32 @@ def make_plan(options: Options) -> Plan:
             plan.items.append(inspect(row, options, row["file"] in earlier))
         except SkipImageError as reason:
             plan.skipped.append({**row, "reason": str(reason)})
+    check_labels_reach(plan)
     return plan
+
+
+def labels_of(table: pd.DataFrame) -> Labels:
+    """What the table itself says of findings, by image."""
+    names = [name for name in FINDINGS if name in table]
+    keys = zip(table["study_id"], table["image_id"], strict=True)
+    rows = table[names].to_dict("records")
+    return {key: ImageLabels(row) for key, row in zip(keys, rows, strict=True)} if names else {}
+
+
+def check_labels_reach(plan: Plan) -> None:
+    """Refuse labels of which none can be of an image that is there."""
+    known, by_breast = plan.labels.keys(), {study for study, key in plan.labels if key[:5] == "side "}
+    for item in plan.items:
+        row = item.row
+        keys = {(row["study_id"], row["image_id"]), (row["study_id"], f"side {row.get('laterality')}")}
+        if keys & known or (item.kind == ".dcm" and row["study_id"] in by_breast):
+            return
+    if by_breast and plan.items:
+        raise MammoError(
+            "the labels are given by breast, and which breast an image shows stands in DICOM headers "
+            f"alone, not in {plan.items[0].row['source']}; give the DICOM files, or a table of images "
+            "with --columns image=...,study=...,laterality=..."
+        )
 
 
 def check_folders(options: Options) -> None:
@@ -1127,7 +999,7 @@ def is_current(item: Item, plan: Plan) -> bool:
     return kind in accepted
 
 
-# 7 Decoding ---------------------------------------------------------------------------------------
+# 6 Decoding ---------------------------------------------------------------------------------------
 
 Outcome = dict[str, str] | SkipImageError  # what was measured, or why the image is left out
 Task = tuple[Item, Options, bool]  # the last: whether to write the output
@@ -1147,7 +1019,7 @@ def decode_item(item: Item, options: Options, write: bool) -> Outcome:
     wall = facts["chest_wall"] or {"L": "left", "R": "right"}.get(tag, "")
     flipped = options.flip_right and wall == "right"
     if write and (flipped or item.kind != ".png"):
-        spacing = item.row.get("spacing_mm") or header.get("spacing_mm", "")
+        spacing = header.get("spacing_mm") or item.row.get("spacing_mm", "")
         shown = np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
         write_file(item.output, encode_png(shown, spacing), item.found)
     return {**facts, **header, "flipped": str(int(flipped))}
@@ -1211,7 +1083,7 @@ def use_one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-# 8 Layout -----------------------------------------------------------------------------------------
+# 7 Layout -----------------------------------------------------------------------------------------
 
 
 def carry_out(plan: Plan) -> None:
@@ -1228,20 +1100,21 @@ def carry_out(plan: Plan) -> None:
     if not all(plan.unchanged(item) for item in plan.items):
         claims = {item.row["file"]: {**item.row, **item.record} for item in plan.items}
         write_report(folder, CLAIMS, list({**plan.claimed, **claims}.values()))
+    clear_labels(plan)
     lay_out(plan)
     remove_stale(plan)
     for split in {item.row["split"] for item in plan.items}:
         files.flush(folder / split)
     find_problems(plan)
-    label_rows = make_labels(plan)
+    plan.label_rows = make_labels(plan) if plan.labels else []
     write_report(folder, "missing.csv", plan.missing.to_dict("records"))
     write_report(folder, "extra.csv", [{"file": name} for name in plan.extra])
     write_report(folder, "skipped.csv", plan.skipped)
     write_report(folder, "problems.csv", plan.problems)
     write_report(folder, "image_checks.csv", [plan.checked[f] for f in sorted(plan.checked)])
     if plan.labels:
-        columns = [*LABELS, *sorted({name for row in label_rows for name in row} - set(LABELS))]
-        write_table(folder / "labels.csv", label_rows, columns)
+        columns = [*LABELS, *sorted({name for row in plan.label_rows for name in row} - set(LABELS))]
+        write_table(folder / "labels.csv", plan.label_rows, columns)
     write_text(folder / "prepare_report.html", make_report(plan))
     write_report(folder, "manifest.csv", plan.manifest)
     (folder / CLAIMS).unlink(missing_ok=True)
@@ -1315,7 +1188,10 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     values = {**item.row, **item.record, "view": item.row.get("view_position", "")}
     for name in ("laterality", "view", "implant", "spacing_mm", "view_modifier", "flipped"):
         earlier = before.get(name, "") if unchanged else ""
-        values[name] = values.get(name) or facts.get(name) or earlier  # table, then header
+        told, found = values.get(name, ""), facts.get(name) or earlier
+        # The table counts before the header, but for the pixels' size, which the detector knows best.
+        values[name] = found or told if name == "spacing_mm" and item.kind == ".dcm" else told or found
+    values["flipped"] = values["flipped"] or "0"  # a PNG that was not decoded is as it was
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
 
@@ -1367,21 +1243,56 @@ def hash_equal_sizes(plan: Plan) -> None:
             plan.checked[file] = {"file": file, **item.record, "content": f"file {digest}"}
 
 
+def clear_labels(plan: Plan) -> None:
+    """Take an earlier run's labels.csv away before images change: its boxes and splits are theirs.
+
+    This run writes its own; where it has none, the earlier one is kept under another name.
+    """
+    path = plan.options.output_dir / "labels.csv"
+    if not path.is_file():
+        return
+    if plan.labels:
+        if not all(plan.unchanged(item) for item in plan.items):
+            path.unlink()
+        return
+    try:
+        read_report(path, path.name)
+    except MammoError:
+        plan.notes.append("labels.csv is not from this program and stays: does it fit these images?")
+        return
+    aside = set_aside(path, path.parent)
+    plan.notes.append(f"labels.csv of an earlier run with other choices is {aside.name} now")
+
+
+def set_aside(path: Path, folder: Path) -> Path:
+    """Move a file into a folder, under the first free name of NAME_1, NAME_2, ...; where it is now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (target := folder / f"{path.stem}_{number}{path.suffix}").exists():
+        number += 1
+    os.replace(path, target)
+    return target
+
+
 def remove_stale(plan: Plan) -> None:
-    """Remove outputs of earlier runs that the CSV no longer lists there, such as a study that moved
-    to another split. Only where nothing is lost: the source still holds the same image."""
+    """Remove outputs of earlier runs that are not of this one, such as a study that moved to another
+    split: training reads what is in the folder. What the source does not hold any more is set aside."""
     listed = {row["file"] for row in plan.manifest}
     for file, row in {**plan.claimed, **plan.previous}.items():
         source, output = plan.options.images_root / row["source"], plan.options.output_dir / file
-        if file in listed or not source.is_file():
+        if file in listed or not os.path.lexists(output):
             continue
-        item = Item(row, source, output, source.stat(), format_of(source), row.get("settings", ""))
-        if kind_of_output(item) not in ("none", "other"):
-            output.unlink()
-            plan.counts["removed"] += 1
+        if source.is_file():
+            item = Item(row, source, output, source.stat(), format_of(source), row.get("settings", ""))
+            if kind_of_output(item) != "other":
+                output.unlink()
+                plan.counts["removed"] += 1
+                continue
+        set_aside(output, plan.options.output_dir / EARLIER / output.parent.name)
+        plan.counts[f"set aside in {EARLIER}"] += 1
 
 
-# 9 Labels -----------------------------------------------------------------------------------------
+# 8 Labels -----------------------------------------------------------------------------------------
 
 BOX = ["xmin", "ymin", "xmax", "ymax"]
 
@@ -1400,9 +1311,7 @@ def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labe
             f"{csv_path} lacks the column {', '.join(missing)}; is it finding_annotations.csv?"
         )
     rows = rows[(rows != "").any(axis=1)]
-    rows = rows.assign(
-        names=[read_categories(v, n, csv_path) for n, v in rows["finding_categories"].items()]
-    )
+    rows = rows.assign(names=[read_categories(v, str(n)) for n, v in rows["finding_categories"].items()])
     every = {column_of(name) for names in rows["names"] for name in names} | {"mass", "calcification"}
     labels: Labels = {}
     for row in rows.to_dict("records"):
@@ -1414,23 +1323,30 @@ def read_findings(csv_path: Path, table: pd.DataFrame, notes: list[str]) -> Labe
             entry.boxes.append({"finding": row["names"], **dict(zip(BOX, corners, strict=True))})
         height, width = number(row.get("height", "")), number(row.get("width", ""))
         entry.size = (height, width) if height and width else None
-    unknown = labels.keys() - set(zip(table["study_id"], table["image_id"], strict=True))
+    images = set(zip(table["study_id"], table["image_id"], strict=True))
+    unknown, silent = labels.keys() - images, images - labels.keys()
+    if silent == images:
+        raise MammoError(
+            f"no image of {csv_path} is in the table, which names {'/'.join(min(images))}, not "
+            f"{'/'.join(min(labels, default=('nothing',)))}; is it the findings of these images?"
+        )
+    if silent:
+        names = some(sorted("/".join(key) for key in silent))
+        notes.append(f"{len(silent)} images are not in {csv_path.name}, so not labelled: {names}")
     if unknown:
         names = some(sorted("/".join(key) for key in unknown))
         notes.append(f"{len(unknown)} images of {csv_path.name} are not in the table: {names}")
     return labels
 
 
-def read_categories(value: str, line: int, csv_path: Path) -> list[str]:
+def read_categories(value: str, line: str) -> list[str]:
     """['Mass', 'Skin Thickening'] of the Python list that VinDr writes. Raises MammoError."""
     try:
         names = ast.literal_eval(value)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise MammoError(
-            f"line {line} of {csv_path}: finding_categories {value[:MAX_ID_LENGTH]!r} is not a list"
-        ) from None
+        raise MammoError(f"{line}: finding_categories {value[:MAX_ID_LENGTH]!r} is not a list") from None
     return names
 
 
@@ -1494,7 +1410,7 @@ def fit_boxes(entry: ImageLabels, image: dict[str, str], plan: Plan) -> list[dic
     return fitted
 
 
-# 10 Checks ----------------------------------------------------------------------------------------
+# 9 Checks -----------------------------------------------------------------------------------------
 
 CHECKS = {  # check -> what it means, for people
     "patient in two splits": "moved to test, so that training does not see them",
@@ -1510,6 +1426,9 @@ CHECKS = {  # check -> what it means, for people
     "no laterality": "not mirrored: neither tag nor pixels tell the side",
     "raw": "for processing: detector values, not what readers see",
     "no modality": "the DICOM header does not say that it is a mammogram",
+    "page": "perhaps a screen shot or a page, no mammogram",
+    "padding in tissue": "the value of padding, which is 0 now, is that of bright tissue: holes",
+    "spacing": "cannot be, differs between rows and columns, or between table and header",
     "boxes clipped": "boxes that left the image",
     "boxes dropped": "boxes that do not fit the image",
 }
@@ -1520,7 +1439,7 @@ def find_problems(plan: Plan) -> None:
     tables = {item.row["file"]: item.row for item in plan.items}
     find_duplicates(plan)
     for row in plan.manifest:
-        if {row["patient_id"], row["study_id"]} & plan.moved:
+        if row["study_id"] in plan.moved:
             plan.report("patient in two splits", row, "test wins")
         check_size_stated(plan, row, tables[row["file"]])
         facts = plan.checked.get(row["file"], {})
@@ -1581,9 +1500,15 @@ def check_header(plan: Plan, row: dict[str, str], facts: dict[str, str], stated:
         plan.report("raw", row, f"FOR PROCESSING {facts['relationship']}".strip())
     if not facts["modality"]:
         plan.report("no modality", row, "Modality is empty")
+    for doubt in filter(None, facts.get("doubts", "").split(" | ")):
+        check, _, detail = doubt.partition(": ")
+        plan.report(check, row, detail)
+    told, measured = stated.get("spacing_mm"), facts["spacing_mm"]
+    if told and measured and differ(float(told), float(measured)):
+        plan.report("spacing", row, f"table {told} mm, header {measured} mm: the header counts")
 
 
-# 11 Report ----------------------------------------------------------------------------------------
+# 10 Report ----------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, name: str, rows: Sequence[dict]) -> None:
@@ -1608,18 +1533,13 @@ def write_text(path: Path, text: str) -> None:
     files.flush(path.parent)
 
 
-def some(names: Sequence) -> str:
-    """The first few names in one line, unprintable characters escaped."""
-    shown = ", ".join(repr(str(name))[1:-1] for name in list(names)[:SHOWN])
-    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def foreign_files(plan: Plan) -> list[str]:
     """Files in the output folder that this program did not put there, or not in this run."""
     folder = plan.options.output_dir
     ours = {*REPORTS, *OTHER_KNOWN, *(row["file"] for row in plan.manifest)}
     found = (Path(where, name) for where, _, names in os.walk(folder) for name in names)
-    return sorted({path.relative_to(folder).as_posix() for path in found} - ours)
+    names = {path.relative_to(folder).as_posix() for path in found}
+    return sorted(name for name in names - ours if not name.startswith(f"{EARLIER}/"))
 
 
 def bits_used(row: dict[str, str], facts: dict[str, str]) -> str:
@@ -1683,13 +1603,22 @@ def make_report(plan: Plan) -> str:
     return "\n".join(parts)
 
 
+def skip_reasons(plan: Plan) -> str:
+    """How many images were skipped for what, in a line, without what is of one image alone."""
+    reasons = Counter(re.split(r"[,:;(]", row["reason"])[0].strip() for row in plan.skipped)
+    return some([f"{count} {reason}" for reason, count in reasons.most_common()])
+
+
 def print_summary(plan: Plan) -> None:
     """Print the counts per split, what needs attention and the next command."""
     options, counts = plan.options, plan.counts
     rows = pd.DataFrame(plan.manifest, columns=REPORTS["manifest.csv"])
     print(f"{len(rows)} images laid out in {options.output_dir}")
+    rows = rows.assign(patient=patients(rows))
     for split, group in rows.groupby("split"):
-        print(f"  {split:<10} {len(group):>7} images  {group['study_id'].nunique():>6} studies")
+        counted = f"{group['study_id'].nunique():>6} studies {group['patient'].nunique():>6} patients"
+        print(f"  {split:<10} {len(group):>7} images {counted}")
+    print_labels(plan)
     if counts:
         print("  " + ", ".join(f"{counts[key]} {key}" for key in sorted(counts)))
     if options.mode == "hardlink" and counts["copied"]:
@@ -1708,6 +1637,8 @@ def print_summary(plan: Plan) -> None:
     for label, meaning, names in lists:
         if names:
             print(f"{label}: {len(names)} {meaning}: {some(names)}")
+        if names and label == "skipped":
+            print(f"  for: {skip_reasons(plan)}")
     for note in plan.notes:
         print(f"note: {note}")
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
@@ -1720,11 +1651,36 @@ def print_summary(plan: Plan) -> None:
         print("No image was laid out; the reasons are in skipped.csv")
 
 
-# 12 Entry -----------------------------------------------------------------------------------------
+def findings_told(plan: Plan) -> list[str]:
+    """The columns of labels.csv that say of any image whether it has a finding."""
+    names = dict.fromkeys(name for row in plan.label_rows for name in row if name not in NOT_FINDINGS)
+    return [name for name in names if any(row.get(name) in ("0", "1") for row in plan.label_rows)]
+
+
+def print_labels(plan: Plan) -> None:
+    """Print how many images have each finding, have it not, or are not known."""
+    for name in findings_told(plan):
+        counts = Counter(row.get(name, "") for row in plan.label_rows)
+        told = f"{counts['1']:>7} images with, {counts['0']} without, {counts['']} unknown"
+        print(f"  {name:<22} {told}")
+
+
+# 11 Entry -----------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code described at the top."""
+    settings.escape_names()
+    try:
+        code = run(argv)
+        sys.stdout.flush()  # here: at the interpreter's end an error could no longer be told
+        return code
+    except BrokenPipeError:
+        return settings.end_without_reader()
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """The program without what becomes of its output."""
     try:
         options = parse_options(argv)
     except MammoError as error:
@@ -1742,7 +1698,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prepare_dataset: stopped: {reason}. The same command resumes.", file=sys.stderr)
         return 3
     print_summary(plan)
-    return 1 if len(plan.missing) or plan.skipped else 0
+    unlabelled = bool(plan.label_rows) and not findings_told(plan)
+    if unlabelled:
+        print("prepare_dataset: error: every label in labels.csv is empty", file=sys.stderr)
+    return 1 if len(plan.missing) or plan.skipped or unlabelled else 0
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ Contents
     1 Configuration    constants, Config                           (flags: byol_mammo/settings.py)
     2 Image            full bit depth, polarity                    (images.py, framing.py)
     3 Breast mask      frames, labels, skin line, pectoral muscle  (framing.py, anatomy.py)
-    4 Tiles            grid, speck energy, criteria, one image -> record and pixels
+    4 Tiles            grid, criteria, one image -> its tiles    (scores: specks.py, structure.py)
     5 Pixel cache      key, parallel extraction, MammogramTiles    (journal: extraction.py, cache.py)
     6 Views            random homographies and photometry, one bilinear gather
     7 Model            BYOL's networks, classification head        (backbones: checkpoints.py)
-    8 Objective        BYOL's loss, frequency target, optimiser    (objectives.py, targets.py, lars.py)
+    8 Objective        BYOL's loss, heads for targets, optimiser    (objectives.py, targets.py, lars.py)
     9 Checkpoint       what a run saves, how it resumes            (writing, reading: checkpoints.py)
     10 Monitoring      feature std, RankMe, pictures, report       (labels.py, pictures.py, report.py)
     11 Training        the step, the epoch, the run                (processes.py, device.py, tracking.py)
@@ -40,7 +40,6 @@ import hashlib
 import json
 import math
 import operator
-import os
 import shutil
 import sys
 import time
@@ -56,8 +55,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
-from lightly.loss import NegativeCosineSimilarity
+from lightly.loss import NegativeCosineSimilarity, VICRegLoss
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
@@ -76,6 +74,8 @@ from byol_mammo import (
     processes,
     sampling,
     settings,
+    specks,
+    structure,
     targets,
     tracking,
 )
@@ -83,6 +83,7 @@ from byol_mammo.checkpoints import load_backbone  # noqa: F401 - others import i
 from byol_mammo.images import ImageReadError
 from byol_mammo.objectives import Objective, ParameterGroup, feature_std, rankme
 from byol_mammo.settings import MammoError, StoppedError
+from byol_mammo.specks import speck_peaks
 
 if TYPE_CHECKING:  # imported where they are used, so that a run starts sooner
     from byol_mammo import extraction, labels, pictures, report
@@ -98,6 +99,7 @@ TILE_SIZE = 512  # px, side of a tile
 TILE_STRIDE = 256  # px between tiles; half a tile shows every lesion whole at least once
 MIN_BREAST_RATIO = 0.15  # share of a tile that must be breast; 0 = off
 MIN_FREQ_ENERGY = 0.03  # speck energy a tile must reach (see frequency_energy); 0 = off
+MIN_CONVERGENCE = 0.67  # tiles from here on, as if they held a mass, need no speck energy; 0 = off
 HIGH_FREQ_ENERGY = 0.042  # tiles from here on need no intensity and no non-empty share; 0 = off
 MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bit depth; 0 = off
 MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
@@ -106,6 +108,7 @@ PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (Vi
 POLARITY = "auto"  # auto, as_is or inverted; auto = as manifest.csv says, else as the image looks
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
+ENERGY_SHARE = 0.0  # how much energy and convergence decide that draw; 0 = chance, 1 = they alone
 QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run's qc folder
 EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
@@ -124,7 +127,9 @@ OPTIMIZER = "adamw"  # adamw, or lars for batches of thousands (--lr 0.025 --wei
 WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
 WEIGHT_DECAY = 1e-4  # weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
-FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target (see Objective); 0 = plain BYOL
+FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target, for specks; 0 = off
+VICREG_WEIGHT = 0.0  # weight of VICReg's loss (25, 25, 1) of the online projections; 0 = off
+STRUCTURE_LOSS_WEIGHT = 0.0  # weight of the structure target, for the scale of masses; 0 = off
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
 PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
@@ -133,6 +138,7 @@ LOG_EVERY = 10  # steps between rows of metrics.csv
 PROGRESS = "auto"  # auto, bar, lines or none; auto = a bar on a terminal, else a line a minute
 REPORT_EVERY = 5.0  # minutes between updates of pictures and report.html; 0 = none of them
 REPORT = ""  # folder of a run whose report.html is written again, without training; empty = train
+PEER_TIMEOUT = 10.0  # minutes that a process of several waits for the others to start
 SEED = 0  # every random choice follows from it
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto = bf16 where the hardware has it, else fp16 or fp32
@@ -146,7 +152,7 @@ WANDB_PROJECT = "byol-mammo"  # wandb project
 
 CHOICES = {
     "polarity": ("auto", "as_is", "inverted"),
-    "backbone": ("resnet18", "resnet34", "resnet50"),
+    "backbone": ("resnet18_slim", "resnet18", "resnet34", "resnet50"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "lars"),
     "on_collapse": ("warn", "stop"),
@@ -158,7 +164,8 @@ LR_BATCH = 32  # batch size at which LR is meant
 FREE_ON_RESUME = (
     "output_dir run_name cache_dir data_dir qc_pages extract_only num_workers max_steps save_every "
     "log_every device compile grad_checkpoint deterministic on_collapse resume wandb_mode wandb_project "
-    "checkpoint_every labels probe_every progress report_every report"
+    "checkpoint_every labels probe_every progress report_every report "
+    "peer_timeout"
 ).split()  # fmt: skip
 
 
@@ -174,6 +181,7 @@ class Config:
     tile_stride: int = TILE_STRIDE
     min_breast_ratio: float = MIN_BREAST_RATIO
     min_freq_energy: float = MIN_FREQ_ENERGY
+    min_convergence: float = MIN_CONVERGENCE
     high_freq_energy: float = HIGH_FREQ_ENERGY
     min_tile_intensity: float = MIN_TILE_INTENSITY
     min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
@@ -182,6 +190,7 @@ class Config:
     polarity: str = POLARITY
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
+    energy_share: float = ENERGY_SHARE
     qc_pages: bool = QC_PAGES
     extract_only: bool = EXTRACT_ONLY
     num_workers: int = NUM_WORKERS
@@ -201,6 +210,8 @@ class Config:
     weight_decay: float = WEIGHT_DECAY
     monitor_tiles: int = MONITOR_TILES
     freq_loss_weight: float = FREQ_LOSS_WEIGHT
+    structure_loss_weight: float = STRUCTURE_LOSS_WEIGHT
+    vicreg_weight: float = VICREG_WEIGHT
     labels: str = LABELS
     probe_every: int = PROBE_EVERY
     checkpoint_every: int = CHECKPOINT_EVERY
@@ -209,6 +220,7 @@ class Config:
     progress: str = PROGRESS
     report_every: float = REPORT_EVERY
     report: str = REPORT
+    peer_timeout: float = PEER_TIMEOUT
     seed: int = SEED
     device: str = DEVICE
     precision: str = PRECISION
@@ -237,17 +249,19 @@ class Config:
 # Bounds that protect from settings which cannot work; batch norm needs two tiles.
 RANGES: dict[str, tuple[float, float]] = {
     "tile_size": (32, 8192), "tile_stride": (8, 8192), "min_breast_ratio": (0, 1),
-    "min_freq_energy": (0, math.inf), "high_freq_energy": (0, math.inf),
+    "min_freq_energy": (0, math.inf), "min_convergence": (0, 1), "high_freq_energy": (0, math.inf),
     "min_tile_intensity": (0, 255), "min_non_zero_pixels": (0, 1),
     "pixel_spacing_mm": images.SPACING_RANGE, "max_tiles": (0, math.inf),
-    "tiles_per_epoch": (0, math.inf), "num_workers": (0, 4096), "view_size": (0, 8192),
+    "tiles_per_epoch": (0, math.inf), "energy_share": (0, 1),
+    "num_workers": (0, 4096), "view_size": (0, 8192),
     "input_dim": (1, 65536),
     "hidden_dim": (1, 65536), "proj_dim": (2, 65536), "momentum_base": (0, 1),
     "batch_size": (2, 65536), "epochs": (1, 1_000_000), "max_steps": (0, math.inf), "lr": (0, 100),
     "warmup_epochs": (0, math.inf), "weight_decay": (0, 10), "monitor_tiles": (2, 65536),
-    "freq_loss_weight": (0, 1000), "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
+    "freq_loss_weight": (0, 1000), "structure_loss_weight": (0, 1000), "vicreg_weight": (0, 1000),
+    "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf), "log_every": (1, math.inf), "report_every": (0, math.inf),
-    "seed": (0, 2**63 - 1),
+    "peer_timeout": (0, math.inf), "seed": (0, 2**63 - 1),
 }  # fmt: skip
 
 
@@ -362,121 +376,6 @@ def find_muscle(small: framing.ReducedImage, breast: np.ndarray, view: str = "")
 # ---- 4 Tiles ---------------------------------------------------------------------------------------
 
 
-SPECK_GRID = 0.17  # mm, pixel of the reduced grid on which specks are sought
-SPECK_SIGMA = 0.13  # mm, scale of the second derivatives: passes specks of 0.1-1 mm, best 0.35 mm
-SPECK_WINDOW = 9.0  # mm, side of the square that sets a peak's scale; wider than a tight group
-SPECK_BLOCK = 4  # grid px, side of the blocks on which that scale and the mask's rim are worked out
-SPECK_MARGIN = 1.0  # mm, rim of the mask where a peak may be the mask's own edge
-SPECK_MIN_STRENGTH = 2.0  # local standard deviations; weaker peaks are noise and left out
-GROUP_SIZE = 5  # specks that make a group (ACR BI-RADS 2013: five within 1 cm, spread up to 2 cm)
-GROUP_RADIUS = 7.5  # mm, from one speck of a group to the others
-GROUP_CANDIDATES = 64  # strongest peaks of a tile that may form groups; bounds the time per tile
-ENERGY_PER_STRENGTH = 0.0090  # energy of a group per local deviation; 0.03 is the median of plain tissue
-
-Peaks = tuple[np.ndarray, np.ndarray, np.ndarray]  # rows (px), columns (px), strengths
-
-
-def curvatures(image: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weaker and mean curvature of float32 (H, W) at scale sigma (px), positive on a bright spot.
-
-    These are the smaller eigenvalue and half the trace of minus the Hessian. Along a line one
-    eigenvalue vanishes, so the smaller one answers to specks and not to vessels, ligaments or the
-    skin's edge (Frangi et al. 1998, turned from vessels to blobs).
-    """
-    smooth = cv2.GaussianBlur(image, (0, 0), sigma)
-    one, bend, slope = (np.array(tap) for tap in ([1.0], [1.0, -2.0, 1.0], [-0.5, 0.0, 0.5]))
-    xx = cv2.sepFilter2D(smooth, cv2.CV_32F, bend, one)
-    yy = cv2.sepFilter2D(smooth, cv2.CV_32F, one, bend)
-    xy = cv2.sepFilter2D(smooth, cv2.CV_32F, slope, slope)
-    mean = cv2.addWeighted(xx, -0.5, yy, -0.5, 0)
-    spread = cv2.magnitude(cv2.addWeighted(xx, 0.5, yy, -0.5, 0), xy)
-    return cv2.subtract(mean, spread), mean
-
-
-def speck_grid(
-    image: np.ndarray, mask: np.ndarray, factor: int
-) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Float32 means over factor x factor px of the mask's bounding box, its mask, and its corner (y, x).
-
-    The box starts at a multiple of the factor, so that a tile and its image share one grid. Averages
-    are taken in 16 bits, all of them in use: what they lose is below the noise of any detector.
-    """
-    x0, y0, width, height = images.bounding_box(mask)
-    top, left = y0 // factor * factor, x0 // factor * factor
-    size = ((x0 + width - left) // factor, (y0 + height - top) // factor)
-    if min(size) == 0:
-        return np.zeros((0, 0), np.float32), np.zeros((0, 0), np.uint8), 0, 0
-    box = np.s_[top : top + size[1] * factor, left : left + size[0] * factor]
-    content = image[box]
-    unused = 16 - images.bit_depth(image[box[0]])  # whole rows are read faster than parts of them
-    if unused:
-        content = np.left_shift(content, unused, dtype=np.uint16)
-    small = cv2.resize(content, size, interpolation=cv2.INTER_AREA).astype(np.float32)
-    small *= np.float32(2.0**-unused)
-    inside = cv2.resize(mask[box].view(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-    return small, inside, top, left
-
-
-def speck_peaks(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> Peaks:
-    """Rows (px), columns (px) and strengths of the speck-like peaks of uint8 or uint16 (H, W).
-
-    A peak is a local maximum of the weaker curvature inside the mask (H, W) bool. Its strength is
-    that curvature over the standard deviation of the mean curvature around it, which cancels gain,
-    offset and noise level, and so bit depth, window and vendor. What varies slowly is worked out per
-    block of SPECK_BLOCK x SPECK_BLOCK px of the reduced grid.
-    """
-    factor = max(1, round(SPECK_GRID / spacing_mm))
-    sigma = SPECK_SIGMA / (spacing_mm * factor)
-    small, inside, top, left = speck_grid(image, mask, factor)
-    if not inside.any():
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
-    weaker, mean = curvatures(small, sigma)
-    height, width = (-(-length // SPECK_BLOCK) for length in mean.shape)
-    covered, squares = (np.zeros((height * SPECK_BLOCK, width * SPECK_BLOCK), kind) for kind in "Bf")
-    filled = np.s_[: mean.shape[0], : mean.shape[1]]
-    np.multiply(inside, 255, out=covered[filled])
-    cv2.accumulateSquare(mean, squares[filled], inside)
-    squares = cv2.resize(squares, (width, height), interpolation=cv2.INTER_AREA)
-    covered = cv2.resize(covered, (width, height), interpolation=cv2.INTER_AREA)
-    block = spacing_mm * factor * SPECK_BLOCK  # mm
-    window = (max(1, round(SPECK_WINDOW / block)),) * 2
-    area = cv2.boxFilter(covered, cv2.CV_32F, window) / 255
-    variance = cv2.boxFilter(squares, cv2.CV_32F, window) / np.maximum(area, 1e-3)
-    rim = np.ones((2 * math.ceil(SPECK_MARGIN / block) + 1,) * 2, np.uint8)
-    whole = (covered == 255).view(np.uint8)
-    inner = cv2.erode(whole, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    # Rounding to grey levels adds to the variance, more so in 8 bits: that share is taken off again,
-    # and the rounding error itself is the floor that keeps 8-bit plateaus from firing.
-    rounding = (images.grey_step(image) / factor) ** 2 / 12
-    impulse = np.zeros((31, 31), np.float32)
-    impulse[15, 15] = 1
-    gain = float((curvatures(impulse, sigma)[1] ** 2).sum())
-    deviation = np.sqrt(np.maximum(variance - rounding * gain, rounding))
-    least = np.where(inner > 0, SPECK_MIN_STRENGTH * deviation, np.float32(np.inf))
-    least = cv2.resize(least, None, fx=SPECK_BLOCK, fy=SPECK_BLOCK, interpolation=cv2.INTER_NEAREST)
-    highest = cv2.dilate(weaker, np.ones((5, 5), np.uint8))
-    strong = weaker >= least[: weaker.shape[0], : weaker.shape[1]]
-    # Several times faster than np.nonzero in two dimensions.
-    ys, xs = np.divmod(np.flatnonzero(strong & (weaker == highest)), weaker.shape[1])
-    strengths = weaker[ys, xs] / deviation[ys // SPECK_BLOCK, xs // SPECK_BLOCK]
-    return ys * factor + top + factor // 2, xs * factor + left + factor // 2, strengths
-
-
-def energy_of_peaks(peaks: Peaks, spacing_mm: float = PIXEL_SPACING_MM) -> float:
-    """Energy of the strongest group among a tile's peaks; formula at frequency_energy."""
-    ys, xs, strengths = peaks
-    if len(strengths) < GROUP_SIZE:
-        return 0.0
-    if len(strengths) > GROUP_CANDIDATES:
-        strongest = np.argpartition(-strengths, GROUP_CANDIDATES)[:GROUP_CANDIDATES]
-        ys, xs, strengths = ys[strongest], xs[strongest], strengths[strongest]
-    apart = (ys[:, None] - ys) ** 2 + (xs[:, None] - xs) ** 2
-    near = apart <= (GROUP_RADIUS / spacing_mm) ** 2
-    weakness = np.where(near, 1 / strengths, np.inf)
-    weakness = np.partition(weakness, GROUP_SIZE - 1, axis=1)[:, :GROUP_SIZE]
-    return ENERGY_PER_STRENGTH * float((GROUP_SIZE / weakness.sum(axis=1)).max())
-
-
 def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PIXEL_SPACING_MM) -> float:
     """How much a tile (H, W) looks as if it held a group of micro-calcifications of 0.1-1 mm.
 
@@ -492,7 +391,7 @@ def frequency_energy(image: np.ndarray, mask: np.ndarray, spacing_mm: float = PI
     ENERGY_PER_STRENGTH puts 0.03 at the median of real tissue without a group: half of it goes, and of
     tiles with 5-20 specks of 0.2-0.6 mm at 8-16 local deviations (5-10) 100 % (97 %) stay.
     """
-    return energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
+    return specks.energy_of_peaks(speck_peaks(image, mask, spacing_mm), spacing_mm)
 
 
 @dataclass(frozen=True)
@@ -505,19 +404,28 @@ class Criterion:
     colour: str = "#888888"  # of its mark in pictures
     marker: str = "."
     passes: Callable[[Any, Any], Any] = operator.ge  # (values, threshold); operator.le for "at most"
-    rescued: bool = False  # a tile of HIGH_FREQ_ENERGY need not fulfil it
+    # Column and setting that spare it where a tile reaches both: another way to be kept; 0 = off.
+    spared_by: tuple[str, str] = ("", "")
 
 
+HIGH_ENERGY = ("freq_energy", "high_freq_energy")  # specks may lie in dark fat or at the skin's edge
 # In the order in which tiles are judged. Scoring, rejection, cache key, tables and pictures follow it.
 CRITERIA = (
     Criterion("breast_ratio", "min_breast_ratio", "too little breast", "#999999", "x"),
-    Criterion("mean_intensity", "min_tile_intensity", "too dark", "#cc79a7", "v", rescued=True),
     Criterion(
-        "non_zero_ratio", "min_non_zero_pixels", "too many empty pixels", "#d55e00", "D", rescued=True
+        "mean_intensity", "min_tile_intensity", "too dark", "#cc79a7", "v", spared_by=HIGH_ENERGY
     ),
-    Criterion("freq_energy", "min_freq_energy", "too little fine detail", "#f0e442", "+"),
-)
+    Criterion(
+        "non_zero_ratio", "min_non_zero_pixels", "too many empty pixels", "#d55e00", "D",
+        spared_by=HIGH_ENERGY,
+    ),
+    Criterion(
+        "freq_energy", "min_freq_energy", "too little structure", "#f0e442", "+",
+        spared_by=("convergence", "min_convergence"),
+    ),
+)  # fmt: skip
 COLUMNS = [criterion.column for criterion in CRITERIA]
+SCORES = list(dict.fromkeys([*COLUMNS, *(c.spared_by[0] for c in CRITERIA if c.spared_by[0])]))
 
 
 def tile_positions(length: int, size: int, stride: int) -> np.ndarray:
@@ -543,6 +451,7 @@ def score_tiles(
     mean_intensity    mean of the tile's breast pixels in the image's window, 0-255
     non_zero_ratio    share of the tile's breast pixels that are not 0
     freq_energy       see frequency_energy
+    convergence       strongest convergence at the scale of masses, see structure.convergence
     rejected_by       the first criterion that the tile fails; '' = kept
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
     and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
@@ -558,7 +467,8 @@ def score_tiles(
     elif muscle is None:
         muscle = segment_pectoral_muscle(image, mask)
     spacing_mm = spacing_mm or config.pixel_spacing_mm
-    peaks = speck_peaks(image, mask, spacing_mm)
+    reduced = specks.speck_grid(image, mask, spacing_mm)
+    peaks = speck_peaks(image, mask, spacing_mm, reduced)
 
     def layers(band: tuple[slice, slice]) -> list[tuple[np.ndarray, Callable[[np.ndarray], float]]]:
         inside = mask[band].view(np.uint8)
@@ -576,7 +486,8 @@ def score_tiles(
             "breast_ratio": (breast - covered) / size**2,
             "mean_intensity": np.clip(255 * (grey / breast_or_1 - low) / (high - low), 0, 255),
             "non_zero_ratio": filled / breast_or_1,
-            "freq_energy": _tile_energies(peaks, y, x, size, spacing_mm),
+            "freq_energy": specks.tile_energies(peaks, y, x, size, spacing_mm),
+            "convergence": structure.tile_convergence(reduced, muscle, y, x, size, spacing_mm),
         }
     )
     return table.assign(rejected_by=_first_failure(table, config))
@@ -612,46 +523,28 @@ def tile_sums(
     return tiles.reshape(len(sums), -1)
 
 
-def _tile_energies(
-    peaks: Peaks, y: np.ndarray, x: np.ndarray, size: int, spacing_mm: float
-) -> np.ndarray:
-    """Energy of each tile from its image's peaks."""
-    rows, columns, strengths = peaks
-    energies = np.zeros(len(y))
-    for index, (top, left) in enumerate(zip(y, x, strict=True)):
-        inside = (rows >= top) & (rows < top + size) & (columns >= left) & (columns < left + size)
-        tile_peaks = rows[inside], columns[inside], strengths[inside]
-        energies[index] = energy_of_peaks(tile_peaks, spacing_mm)
-    return energies
-
-
-def failures(table: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """Which tiles of score_tiles fail each of CRITERIA by itself: bool, a column each."""
-    return pd.DataFrame(
-        {c.column: ~c.passes(table[c.column], getattr(config, c.setting)) for c in CRITERIA}
-    )
+def failures(table: pd.DataFrame, config: Config) -> dict[str, np.ndarray]:
+    """Which tiles of score_tiles fail each of CRITERIA by itself: (N,) bool by column."""
+    return {
+        c.column: ~c.passes(table[c.column].to_numpy(), getattr(config, c.setting)) for c in CRITERIA
+    }
 
 
 def _first_failure(table: pd.DataFrame, config: Config) -> np.ndarray:
-    """The first criterion that each tile fails, '' where it fails none.
-
-    Specks may lie in dark fat or at the skin's edge: a tile of high energy is kept there (`is_rescued`).
-    """
+    """The first criterion that each tile fails and is not spared, '' where there is none."""
     failed = failures(table, config)
     # A tile without breast is of no use even where every threshold is 0.
-    failed["breast_ratio"] |= table["breast_ratio"] == 0
-    if config.high_freq_energy:
-        high = table["freq_energy"] >= config.high_freq_energy
-        for criterion in CRITERIA:
-            if criterion.rescued:
-                failed[criterion.column] &= ~high
+    failed["breast_ratio"] |= table["breast_ratio"].to_numpy() == 0
+    for criterion in CRITERIA:
+        column, setting = criterion.spared_by
+        if setting and getattr(config, setting):
+            failed[criterion.column] &= table[column].to_numpy() < getattr(config, setting)
     return np.select([failed[name] for name in COLUMNS], COLUMNS, default="")
 
 
 def is_rescued(table: pd.DataFrame, config: Config) -> pd.Series:
-    """Which tiles of score_tiles are kept for their high energy alone."""
-    rescued = [criterion.column for criterion in CRITERIA if criterion.rescued]
-    return (table["rejected_by"] == "") & failures(table, config)[rescued].any(axis=1)
+    """Which tiles of score_tiles are kept although they fail a criterion, as they are spared it."""
+    return (table["rejected_by"] == "") & np.any(list(failures(table, config).values()), axis=0)
 
 
 def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
@@ -662,8 +555,8 @@ def choose_tiles(records: list[dict[str, Any]], config: Config) -> pd.DataFrame:
         if record.get("tiles", {}).get("x")
     ]
     if not frames:
-        return pd.DataFrame(columns=["image", "x", "y", *COLUMNS])
-    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *COLUMNS]]
+        return pd.DataFrame(columns=["image", "x", "y", *SCORES])
+    tiles = pd.concat(frames, ignore_index=True)[["image", "x", "y", *SCORES]]
     if config.max_tiles and len(tiles) > config.max_tiles:
         rank = tiles.groupby("image")["freq_energy"].rank(method="first", ascending=False)
         order = np.lexsort((-tiles["freq_energy"], rank))
@@ -751,14 +644,16 @@ PIXEL_CODE = (
     (images.__file__, "# ---- Decoding", ""),
     (framing.__file__, "", ""),
     (anatomy.__file__, "", ""),
+    (specks.__file__, "", ""),
+    (structure.__file__, "", ""),
     (caches.__file__, "# ---- Averaged copy", ""),
 )
 
 
 def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
-    names = "tile_size tile_stride high_freq_energy exclude_pectoral pixel_spacing_mm max_tiles".split()
-    names += [criterion.setting for criterion in CRITERIA]
+    names = "tile_size tile_stride exclude_pectoral pixel_spacing_mm max_tiles".split()
+    names += [name for c in CRITERIA for name in (c.setting, c.spared_by[1]) if name]
     rows = sources.drop(columns="path").to_csv(index=False)
     return {
         # As floats: 40, typed as a flag, is 40.0.
@@ -805,39 +700,27 @@ def build_cache(config: Config) -> Path:
     sources = images.list_sources(config.data_dir)
     inputs = cache_inputs(sources, config)
     final = Path(config.cache_dir) / cache_key(inputs)
+    caches.check_readable(final)
     if caches.is_finished(final):
         caches.note_other_versions(final)
         return final
     caches.note_other_code(final, inputs)
-    building = final.with_name(f".{final.name}.building")
-    building.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(building.with_suffix(".lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"note: another process builds {final}: waiting for it", file=sys.stderr)
-        held = lock.acquire()
-    with held:
-        if not caches.is_finished(final):
-            if final.exists():
-                print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
-                files.move_aside(final)
-            if not caches.is_finished(building):  # else the last run was killed before it renamed it
-                records = extract_all(sources, config, building / "extracted")
-                finish_cache(building, records, sources, inputs, config)
-            shutil.rmtree(building / "extracted", ignore_errors=True)
-            files.remove_unfinished(building)
-            os.replace(building, final)
+
+    def build(building: Path, journal: Path) -> None:
+        finish_cache(building, extract_all(sources, config, journal), sources, inputs, config)
+
+    caches.build_once(final, build)
     return final
 
 
-def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[dict[str, Any]]:
-    """Extract the images that no journal below `extracted` holds yet; returns the records of all."""
+def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[dict[str, Any]]:
+    """Extract to the folder `journal` what no other beside it holds yet; returns the records of all."""
     from byol_mammo import extraction
 
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
     if config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
         images.note_unknown_spacing(sources, config.pixel_spacing_mm)
+    images.note_left_out(sources)
     # Images of one polarity share a Config.
     configs = {name: dataclasses.replace(config, polarity=name) for name in CHOICES["polarity"]}
     given = images.known_polarity(sources, config.polarity)
@@ -848,7 +731,7 @@ def extract_all(sources: pd.DataFrame, config: Config, extracted: Path) -> list[
         )
     ]
     records = extraction.extract_missing(
-        extract_to_file, jobs, extracted, config.num_workers, config.progress
+        extract_to_file, jobs, journal, config.num_workers, config.progress
     )
     extraction.note_polarity(sources["image"], [record.get("polarity_margin") for record in records])
     return records
@@ -1258,18 +1141,26 @@ def _three_channels(x: Tensor) -> Tensor:
 class BYOL(Objective):
     """The symmetric loss of BYOL, -1 at perfect agreement (eq. 2 of the paper is 2 + 2 times this).
 
-    Each view passes alone, so that batch statistics belong to one view (section 3.2).
+    Each view passes alone, so that batch statistics belong to one view (section 3.2). With a weight,
+    VICReg's loss (Bardes et al. 2022) beside it spreads the online projections of all ranks.
     """
 
     curves: ClassVar[dict[str, str]] = {
         "loss": "BYOL loss (-1 = agreement)",
+        "vicreg_loss": "VICReg loss",
         "momentum": "target momentum",
     }
 
-    def __init__(self, model: MammogramBYOL, momentum_base: float = MOMENTUM_BASE) -> None:
+    def __init__(
+        self,
+        model: MammogramBYOL,
+        momentum_base: float = MOMENTUM_BASE,
+        vicreg_weight: float = VICREG_WEIGHT,
+    ) -> None:
         super().__init__(model)
-        self.momentum_base = momentum_base
+        self.momentum_base, self.vicreg_weight = momentum_base, vicreg_weight
         self.criterion = NegativeCosineSimilarity()
+        self.vicreg = VICRegLoss(gather_distributed=True)
 
     def trained(self) -> list[ParameterGroup]:
         """The online network."""
@@ -1284,12 +1175,17 @@ class BYOL(Objective):
         self, views: Sequence[View], features: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss from the online features of two views, in fp32 also under autocast."""
-        projection, prediction_1 = self.model.project(features[0])
-        _, prediction_2 = self.model.project(features[1])
+        projection_1, prediction_1 = self.model.project(features[0])
+        projection_2, prediction_2 = self.model.project(features[1])
         target_1, target_2 = (self.model.forward_target(view.image) for view in views)
         loss = self.criterion(prediction_1.float(), target_2.float())
         loss = 0.5 * (loss + self.criterion(prediction_2.float(), target_1.float()))
-        return loss, {"loss": loss.detach(), "feature_std": feature_std(projection.detach())}
+        metrics = {"loss": loss.detach(), "feature_std": feature_std(projection_1.detach())}
+        if self.vicreg_weight:
+            with torch.autocast(projection_1.device.type, enabled=False):
+                spread = self.vicreg(projection_1.float(), projection_2.float())
+            loss, metrics["vicreg_loss"] = loss + self.vicreg_weight * spread, spread.detach()
+        return loss, metrics
 
     def after_step(self, step: int, total_steps: int) -> dict[str, float]:
         """Move the target; its momentum rises from MOMENTUM_BASE to 1 by a cosine (section 3.2)."""
@@ -1302,73 +1198,73 @@ class BYOL(Objective):
         return self.model.projection_head(features)
 
 
-class SpeckBYOL(BYOL):
-    """BYOL, and the frequency target beside it: a linear head finds each cell's specks.
+class TargetBYOL(BYOL):
+    """BYOL, and heads beside it that tell from each view's feature map what the sharp view holds.
 
-    Its loss is the squared error, summed over the quantities, with which the head predicts the
-    standardised speck_targets of each view from its feature map; it starts near SPECK_QUANTITIES.
+    See byol_mammo/targets.py: SpeckHead for specks, StructureHead for the scale of masses.
     """
 
     curves: ClassVar[dict[str, str]] = {
-        "loss": BYOL.curves["loss"],
-        "freq_loss": f"frequency loss (starts near {targets.SPECK_QUANTITIES})",
-        "momentum": BYOL.curves["momentum"],
+        **BYOL.curves,
+        **{head.metric: head.title for head in (targets.SpeckHead, targets.StructureHead)},
     }
-    taps: Tensor
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(
-        self, model: MammogramBYOL, sample: Tensor, input_dim: int, weight: float, momentum_base: float
+        self,
+        model: MammogramBYOL,
+        heads: Sequence[tuple[targets.Head, float]],
+        momentum_base: float = MOMENTUM_BASE,
+        vicreg_weight: float = VICREG_WEIGHT,
     ) -> None:
-        """`sample` (N, 1, S, S): sharp plain views, which scale the quantities."""
-        super().__init__(model, momentum_base)
-        self.weight = weight
-        self.speck_head = nn.Conv2d(input_dim, targets.SPECK_QUANTITIES, 1)  # starts at zero
-        for parameter in self.speck_head.parameters():
-            nn.init.zeros_(parameter)
-        self.register_buffer("taps", torch.tensor(targets.SPECK_TAPS), persistent=False)
-        quantities = torch.cat([targets.speck_targets(part, self.taps) for part in sample.split(32)])
-        deviation = quantities.std((0, 2, 3), keepdim=True).clamp_min(0.05)
-        self.register_buffer("mean", quantities.mean((0, 2, 3), True), persistent=False)
-        self.register_buffer("deviation", deviation, persistent=False)
+        """`heads` and the weights of their losses."""
+        super().__init__(model, momentum_base, vicreg_weight)
+        self.weights = {head.name: weight for head, weight in heads}
+        for head, _ in heads:
+            self.add_module(head.name, head)
+
+    @property
+    def heads(self) -> list[targets.Head]:
+        """The heads, which decay no more than a bias does."""
+        return [getattr(self, name) for name in self.weights]
 
     def trained(self) -> list[ParameterGroup]:
-        """The online network and the head, which decays no more than a bias does."""
-        return [*super().trained(), ParameterGroup([self.speck_head], decays=False)]
+        """The online network and the heads."""
+        return [*super().trained(), ParameterGroup([*self.heads], decays=False)]
 
     def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
-        """BYOL's loss plus the weighted frequency loss."""
+        """BYOL's loss plus the weighted losses of the heads, each a mean over the views."""
         maps = [self.model.feature_map(view.image) for view in views]
         loss, metrics = self.byol_loss(views, [found.mean((2, 3)) for found in maps])
-        errors = [
-            F.mse_loss(self.speck_head(found).float(), self.targets(view))
-            for found, view in zip(maps, views, strict=True)
-        ]
-        freq_loss = targets.SPECK_QUANTITIES * (errors[0] + errors[1]) / 2
-        return loss + self.weight * freq_loss, {**metrics, "freq_loss": freq_loss.detach()}
-
-    @torch.no_grad()
-    def targets(self, view: View) -> Tensor:
-        """Standardised speck_targets (B, SPECK_QUANTITIES, S/32, S/32), in fp32 also under autocast."""
-        with torch.autocast(view.sharp.device.type, enabled=False):
-            return (targets.speck_targets(view.sharp, self.taps) - self.mean) / self.deviation
+        for head in self.heads:
+            errors = [head.loss(found, view.sharp) for found, view in zip(maps, views, strict=True)]
+            error = (errors[0] + errors[1]) / 2
+            loss = loss + self.weights[head.name] * error
+            metrics[head.metric] = error.detach()
+        return loss, metrics
 
 
-SPECK_SAMPLE = 256  # tiles that scale the quantities of speck_targets
+TARGET_SAMPLE = 256  # tiles that scale what the heads are asked for
 
 
 def build_objective(
     model: MammogramBYOL, config: Config, tiles: MammogramTiles, train_ids: np.ndarray
 ) -> Objective:
     """The objective that the settings ask for, on the CPU."""
-    if not config.freq_loss_weight:
-        return BYOL(model, config.momentum_base)
-    ids = train_ids[:: -(-len(train_ids) // SPECK_SAMPLE)]
+    if not config.freq_loss_weight and not config.structure_loss_weight:
+        return BYOL(model, config.momentum_base, config.vicreg_weight)
+    ids = train_ids[:: -(-len(train_ids) // TARGET_SAMPLE)]
     parts = np.array_split(ids, -(-len(ids) // 32))
     views = [make_view(tiles, part, PLAIN_VIEW, config.view_side) for part in parts]
     sample = torch.cat([view.sharp.cpu() for view in views])
-    return SpeckBYOL(model, sample, config.input_dim, config.freq_loss_weight, config.momentum_base)
+    heads: list[tuple[targets.Head, float]] = []
+    if config.freq_loss_weight:
+        heads.append((targets.SpeckHead(sample, config.input_dim), config.freq_loss_weight))
+    if config.structure_loss_weight:
+        # One scale for all images, whose detectors differ by less than masses do.
+        step_mm = float(tiles.images["spacing_mm"].median()) * config.tile_size / config.view_side
+        head = targets.StructureHead(sample, config.input_dim, step_mm)
+        heads.append((head, config.structure_loss_weight))
+    return TargetBYOL(model, heads, config.momentum_base, config.vicreg_weight)
 
 
 def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimizer:
@@ -1404,7 +1300,7 @@ def learning_rate(
 # ---- 9 Checkpoint ----------------------------------------------------------------------------------
 
 # A resumed run says so where this code is not what the run began with.
-LEAVES = ("device.py", "lars.py", "objectives.py", "sampling.py", "targets.py")
+LEAVES = ("device.py", "lars.py", "objectives.py", "sampling.py", "structure.py", "targets.py")
 TRAINING_CODE = (
     (__file__, "# ---- 6 Views", "# ---- 12 Entry"),
     *((Path(files.__file__).with_name(leaf), "", "") for leaf in LEAVES),
@@ -1715,8 +1611,9 @@ def batches(run: Run) -> Iterator[tuple[np.ndarray, MammogramTiles | None]]:
     """
     config, batch, size = run.config, run.config.batch_size, run.ranks.world_size
     epoch, first = divmod(run.step, run.steps_per_epoch)
-    image_row, count = run.tiles.table["image"].to_numpy(), config.tiles_per_epoch
-    order = sampling.epoch_order(image_row, run.train_ids, count, config.seed, epoch)
+    order = sampling.epoch_order(
+        run.tiles.table, run.train_ids, config.tiles_per_epoch, config.seed, epoch, config.energy_share
+    )
     steps = range(first * size + run.ranks.rank, run.steps_per_epoch * size, size)
     ids = [order[step * batch : (step + 1) * batch] for step in steps]
     if run.tiles.pixels.device == run.device:
@@ -1917,7 +1814,7 @@ def prepare_run(config: Config, backbone: nn.Module, cache: Path, ranks: process
         device=device,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         steps_per_epoch=drawn // (config.batch_size * ranks.world_size),
-        wandb_id=hashlib.sha256(f"{config.run_dir.resolve()}{time.time()}".encode()).hexdigest()[:8],
+        wandb_id=hashlib.sha256(bytes(config.run_dir.resolve() / str(time.time()))).hexdigest()[:8],
         ranks=ranks,
         code={"commit": devices.git_commit(), "training": settings.code_version(TRAINING_CODE)},
     )
@@ -1985,14 +1882,15 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     backbone = checkpoints.build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
-    if ranks.is_main and (root / "manifest.csv").is_file() and (root / "test").is_dir():
-        print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
+    if ranks.is_main:
+        images.note_test_images(root)
     lock = processes.exclusive_run_folder(config.run_dir, config.resume)
     with lock if ranks.is_main else nullcontext():
         cache = build_cache(config)  # one process builds, the others wait at its lock
         if ranks.is_main and config.report_every:
             show_extraction(cache, config)
-        processes.join_ranks(ranks, "nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        processes.join_ranks(ranks, backend, config.peer_timeout)
         return train_in_folder(prepare_run(config, backbone, cache, ranks))
 
 
@@ -2047,6 +1945,7 @@ def extract_only(config: Config) -> Path:
     """Build the cache without a model, as on a node without a GPU; returns its folder."""
     from byol_mammo import pictures, report
 
+    images.note_test_images(images.image_folder(config.data_dir))
     if config.qc_pages:  # first: they show why no tile is kept, where none is
         inputs = cache_inputs(images.list_sources(config.data_dir), config)
         pages = config.run_dir / "qc" / cache_key(inputs)
@@ -2089,6 +1988,8 @@ def start_folder(run: Run) -> None:
         f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "
         f"{run.config.view_side} px views, steps {run.step} to {run.last_step}"
     )
+    if np.isin(run.monitor_ids, run.train_ids).any():
+        print(f"monitor   {len(run.monitor_ids)} of these tiles: too few to keep some out of training")
     print(f"tracking  wandb {tracking.wandb_mode(config.wandb_mode)}")
     page = ", report.html tells how it goes" if run.config.report_every else ""
     print(f"run       {run.folder}{page}", flush=True)

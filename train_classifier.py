@@ -251,7 +251,8 @@ def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
 def check_leak(labels: pd.DataFrame, path: str) -> None:
     """Raises MammoError where a study or patient has images in more than one split."""
     for kind in ("study_id", "patient"):
-        for name, found in labels.groupby(kind)["split"].unique().items():
+        keys = labelling.one_spelling(labels[kind])
+        for name, found in labels["split"].groupby(keys).unique().items():
             if len(found) > 1:
                 who = kind.removesuffix("_id")
                 raise MammoError(
@@ -392,13 +393,14 @@ def start_model(settings: Settings) -> tuple[mammo.MammogramBYOL, mammo.Config]:
     torch.manual_seed(settings.seed)
     if settings.weights.endswith(".pth"):
         state = checkpoints.load_checkpoint(settings.weights)
-        recorded, classes = state.get("config", {}), state.get("classes", classes)
+        recorded, classes = checkpoints.recorded_config(state), state.get("classes", classes)
     name = recorded.get("backbone", settings.backbone or mammo.BACKBONE)
     if settings.backbone and settings.backbone != name:
         raise MammoError(f"--backbone {settings.backbone}: {settings.weights} holds a {name}")
-    if settings.weights in UNTRAINED or settings.backbone or recorded:
-        source = "none" if recorded else settings.weights
-        backbone = checkpoints.build_backbone(name, source)
+    if recorded:
+        backbone = checkpoints.build_recorded(name, settings.weights)
+    elif settings.weights in UNTRAINED or settings.backbone:
+        backbone = checkpoints.build_backbone(name, settings.weights)
     else:  # a file that says no architecture: its layers do
         backbone = mammo.load_backbone(settings.weights)
     width = checkpoints.feature_width(backbone)
@@ -507,7 +509,7 @@ def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
     """A trained classifier and the settings with its findings. Raises MammoError for a mere backbone."""
     engine = open_engine(settings)
     state = checkpoints.load_checkpoint(settings.weights) if settings.weights.endswith(".pth") else {}
-    if "classifier" not in state or "optimizer" in state:
+    if not {"classifier", "classes"} <= state.keys() or "optimizer" in state:
         problem = "it is for resuming" if "classifier" in state else "its head is not trained"
         raise MammoError(
             f"{settings.weights}: {problem}; run train_classifier.py train and give its "
@@ -1206,7 +1208,7 @@ def train(settings: Settings) -> Path:
         f"training  {len(job.train_ids):,} tiles ({found}) of {groups[0]} studies, "
         f"validation on {groups[1]} studies"
     )
-    run_id = hashlib.sha256(str(job.folder.resolve()).encode()).hexdigest()[:8]
+    run_id = hashlib.sha256(bytes(job.folder.resolve())).hexdigest()[:8]
     tracker = mammo.start_tracker(run_id, config)
     try:
         if settings.mode == "probe":
@@ -1258,9 +1260,10 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(folder / "compare.csv", table.to_csv(index=False))
     studies_judged = len(set(data.groups[judged]))
+    where = "the split test" if len(parts) == 1 else f"{len(parts)} folds of all patients"
     print(
-        f"{len(judged):,} tiles of {studies_judged} studies; 95 % intervals are for these weights, over "
-        "studies: other seeds give other weights"
+        f"{len(judged):,} tiles of {studies_judged} studies, judged in {where}; 95 % intervals are for "
+        "these weights, over studies: other seeds give other weights"
     )
     note_few(data.names, data.targets[judged], data.groups[judged])
     note_seen([start for start in engines if start.endswith(".pth")], data, judged, settings)
@@ -1277,7 +1280,7 @@ def note_seen(
     images = [folder / name for name in data.table["image"].iloc[judged].unique()]
     for path in starts:
         state = checkpoints.load_checkpoint(path)
-        recorded = state.get("config", {})
+        recorded = checkpoints.recorded_config(state)
         trained_on = recorded.get("data_dir")
         if not trained_on or "classifier" in state:
             continue

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 import sys
-from contextlib import suppress
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 import pandas as pd
-from filelock import FileLock
+from filelock import Timeout
 
-from byol_mammo import files
+from byol_mammo import files, processes
+from byol_mammo.settings import MammoError
+
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}  # what writing to a colleague's folder raises
 
 
 def library_versions() -> dict[str, str]:
@@ -82,6 +92,148 @@ def changed_tiles(state: dict[str, Any], cache: Path, digest: str) -> list[str]:
     return [] if seen == digest else ["the images, their tile settings or the tile code"]
 
 
+def check_readable(cache: Path) -> None:
+    """Raise MammoError where a cache is there, as a colleague's, and this user may not read it."""
+    names = ("cache.json", "images.csv", "tiles.csv", "rejections.csv", "pixels.npy")
+    for path in (cache, *(cache / name for name in names)):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.X_OK * path.is_dir()):
+            raise MammoError(
+                f"{path}: there is such a cache and you may not read it; ask its owner for "
+                f"chmod -R a+rX {cache}, or give another --cache_dir"
+            )
+
+
+def build_once(final: Path, build: Callable[[Path, Path], None]) -> None:
+    """Make the cache `final` unless it is finished; of several processes one builds and the others wait.
+
+    `build(building, journal)` extracts to the folder `journal` what no other beside it holds, and makes
+    the cache in the folder `building`. Raises MammoError where the folder of caches can't be written.
+    """
+    building = final.with_name(f".{final.name}.building")
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=building).close()
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise MammoError(
+            f"{final.parent}: you may not write there, and no finished cache of these images and "
+            "settings is in it; give a --cache_dir of your own"
+        ) from error
+    path = building.with_suffix(".lock")
+    try:
+        held = processes.take_lock(path, timeout=0)
+    except Timeout:
+        print(f"note: another process builds {final}: waiting for it", file=sys.stderr)
+        held = processes.take_lock(path)
+    if not held:
+        build_without_lock(final, building, build)
+        return
+    with held:
+        if not is_finished(final):
+            build_in(
+                building, final, lambda: build(building, building / "extracted" / processes.this_host())
+            )
+
+
+def build_in(building: Path, final: Path, build: Callable[[], None]) -> None:
+    """Have `build` fill the folder `building`, and give it the cache's name."""
+    if final.exists():
+        print(f"note: {final} is damaged: moved aside and built anew", file=sys.stderr)
+        files.move_aside(final)
+    if not is_finished(building):  # else the last run was killed before it renamed it
+        build()
+    shutil.rmtree(building / "extracted", ignore_errors=True)
+    files.remove_unfinished(building)
+    os.replace(building, final)
+    for left in final.parent.glob(f".{final.name}.building_*"):  # of processes without a lock
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def build_without_lock(final: Path, building: Path, build: Callable[[Path, Path], None]) -> None:
+    """Make the cache on a file system without locks: nothing tells whether another process does so too.
+
+    So each writes to folders of its own alone, its images beside those of the others, whose finished
+    ones it takes, and the first to end gives the cache its name. Of a node's ranks one builds.
+    """
+    while processes.find_ranks().local_rank and not is_finished(final):
+        time.sleep(1)
+    if is_finished(final):
+        return
+    print(
+        f"note: {final.parent} is on a file system without locks: if another process builds the same "
+        "cache, both do the work",
+        file=sys.stderr,
+    )
+    own = uuid.uuid4().hex[:8]
+    mine = building.with_name(f"{building.name}_{own}")
+    journal = building / "extracted" / f"{processes.this_host()}_{own}"
+    try:
+        mine.mkdir()
+        build_in(mine, final, lambda: build(mine, journal))
+        shutil.rmtree(building, ignore_errors=True)
+    except (OSError, KeyError):  # it took away what is read here
+        if not is_finished(final):
+            raise
+        print(f"note: another process was the first to finish {final}", file=sys.stderr)
+    finally:
+        shutil.rmtree(mine, ignore_errors=True)
+
+
+def open_reduced(
+    cache: Path, pixels: np.ndarray, images: pd.DataFrame, reduce: int, grey_scale: int
+) -> np.ndarray:
+    """The averaged copy of a cache's pixels, memory-mapped. It is written once, into the cache or, where
+    that is a colleague's, beside it; where this can't be done either, anew for each process."""
+    size = files.NPY_HEADER + 2 * int(reduced_layout(images, reduce)[0].prod(1).sum())
+    folders = (cache, cache.with_name(f".{cache.name}.reduced"))
+    paths = [folder / f"pixels_reduced_{reduce}.npy" for folder in folders]
+
+    def write(file: BinaryIO) -> None:
+        write_reduced(file, pixels, images, reduce, grey_scale)
+
+    for path in paths:
+        if has_size(path, size):  # also in a folder that can't be written
+            return np.load(path, mmap_mode="c")
+    for path in paths:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_once(path, size, write)
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            continue
+        if path.parent != cache:
+            print(f"note: {cache} can't be written: its averaged copy is {path}", file=sys.stderr)
+        return np.load(path, mmap_mode="c")
+    folder = tempfile.gettempdir()
+    print(
+        f"note: {cache} and {cache.parent} can't be written: its averaged copy goes to a temporary file "
+        f"in {folder} at each start; copy the cache to a --cache_dir of your own to spare that",
+        file=sys.stderr,
+    )
+    # Without a name: the file goes however the process ends.
+    with files.name_file_in_errors(Path(folder)), tempfile.TemporaryFile() as file:
+        write(file)
+        file.flush()
+        return np.memmap(file, np.uint16, "c", files.NPY_HEADER)
+
+
+def has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def write_once(path: Path, size: int, write: Callable[[BinaryIO], None]) -> None:
+    """Have `write` make a file of `size` bytes, unless another process has; the others wait."""
+    lock = processes.take_lock(path.with_suffix(".lock"))
+    with lock or nullcontext():
+        if not has_size(path, size):
+            if lock:  # else another process may be writing
+                files.remove_unfinished(path.parent, path.name)
+            with files.atomic_path(path) as temporary, temporary.open("wb") as out:
+                write(out)
+
+
 # ---- Averaged copy: part of a cache's key ------------------------------------------------------------
 
 
@@ -101,27 +253,15 @@ def block_average(pixels: np.ndarray, side: int) -> np.ndarray:
     return cv2.resize(padded, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def open_reduced(
-    cache: Path, pixels: np.ndarray, images: pd.DataFrame, reduce: int, grey_scale: int
-) -> np.ndarray:
-    """The averaged copy of a cache's pixels, memory-mapped; it is written once."""
-    path = cache / f"pixels_reduced_{reduce}.npy"
-    total = int(reduced_layout(images, reduce)[0].prod(1).sum())
-
-    def is_whole() -> bool:
-        return path.is_file() and path.stat().st_size == files.NPY_HEADER + 2 * total
-
-    if is_whole():  # also in a folder that can't be written
-        return np.load(path, mmap_mode="c")
-    with FileLock(path.with_suffix(".lock")):
-        if not is_whole():
-            files.remove_unfinished(cache, path.name)
-            # Written, not mapped: a full disk is an error then, and no crash.
-            with files.atomic_path(path) as temporary, temporary.open("wb") as out:
-                files.write_npy_header(out, np.dtype(np.uint16), total)
-                for image in images.itertuples():
-                    stop = image.offset + image.height * image.width
-                    crop = pixels[image.offset : stop].reshape(image.height, image.width)
-                    small = block_average(crop, reduce)
-                    out.write(np.round(small * grey_scale).astype(np.uint16).data)
-    return np.load(path, mmap_mode="c")
+def write_reduced(
+    file: BinaryIO, pixels: np.ndarray, images: pd.DataFrame, reduce: int, grey_scale: int
+) -> None:
+    """Write the averaged copy of a cache's pixels as a uint16 .npy file."""
+    length = int(reduced_layout(images, reduce)[0].prod(1).sum())
+    files.write_npy_header(file, np.dtype(np.uint16), length)
+    for image in images.itertuples():
+        stop = image.offset + image.height * image.width
+        crop = pixels[image.offset : stop].reshape(image.height, image.width)
+        small = block_average(crop, reduce)
+        # Written, not mapped: a full disk is an error then, and no crash.
+        file.write(np.round(small * grey_scale).astype(np.uint16).data)

@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import io
+import json
+import pickle
+import re
 import socket
 import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
+from safetensors.torch import load as from_safetensors, save as to_safetensors
 from torch import Tensor, nn
+from torchvision.models._api import register_model
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from byol_mammo import files
 from byol_mammo.settings import MammoError
+
+SLIM_WIDTH = 16  # channels behind the first layer of resnet18_slim
+
+
+class SlimResNet(ResNet):
+    """ResNet-18 with `width` instead of 64 channels behind its first layer, 8 * width features.
+
+    For studies on a CPU, where 11 million parameters would take hours.
+    """
+
+    def __init__(self, width: int = SLIM_WIDTH) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2])
+        self.inplanes = width
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        for number in range(4):
+            layer = self._make_layer(BasicBlock, width * 2**number, 2, stride=min(2, number + 1))
+            setattr(self, f"layer{number + 1}", layer)
+        self.fc = nn.Linear(8 * width, 1000)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as torchvision starts its ResNets
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+@register_model("resnet18_slim")
+def resnet18_slim(*, weights: None = None) -> ResNet:
+    """A quarter of ResNet-18's channels; there are no trained weights of it."""
+    if weights is not None:
+        raise ValueError("resnet18_slim has no trained weights")
+    return SlimResNet()
 
 
 def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
@@ -24,13 +59,37 @@ def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
     `weights`: imagenet, none, or a file (state dict, checkpoint of this script, safetensors).
     Raises MammoError with the remedy where weights can't be had or don't fit.
     """
+    if name not in torchvision.models.list_models():  # of a stranger's checkpoint
+        raise MammoError(f"torchvision has no model {name!r}")
     backbone = torchvision.models.get_model(name, weights=None)
+    if not hasattr(backbone, "fc"):
+        raise MammoError(f"{name} is no network that ends in fc, as a ResNet does")
     backbone.fc = nn.Identity()
     if weights == "imagenet":
         load_backbone_state(backbone, imagenet_state(name), "imagenet")
     elif weights != "none":
-        load_backbone_state(backbone, read_backbone_state(weights)[0], weights)
+        load_backbone_state(backbone, read_backbone_state(weights, part_names(backbone))[0], weights)
     return backbone
+
+
+def build_recorded(name: str, source: str | Path) -> nn.Module:
+    """build_backbone for a name that a file records: the file is named where that can't be."""
+    try:
+        return build_backbone(name)
+    except MammoError as error:
+        raise MammoError(f"weights {source}: {error}") from error
+
+
+# The first name in each part of a ResNet, by which weights are known; see part_names for other networks.
+RESNET = ("conv1.weight", "bn1.weight", *(f"layer{number}.0.conv1.weight" for number in range(1, 5)))
+
+
+def part_names(backbone: nn.Module) -> tuple[str, ...]:
+    """The first name in each part of a network, without `fc`."""
+    first: dict[str, str] = {}
+    for name in backbone.state_dict():
+        first.setdefault(name.split(".")[0], name)
+    return tuple(name for part, name in first.items() if part != "fc")
 
 
 def feature_width(backbone: nn.Module) -> int:
@@ -58,31 +117,136 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
         socket.setdefaulttimeout(timeout)
 
 
-def read_backbone_state(path: str | Path) -> tuple[dict[str, Tensor], str]:
+def read_backbone_state(path: str | Path, names: Sequence[str] = ()) -> tuple[dict[str, Tensor], str]:
     """Backbone weights in torchvision names, without `fc`, and the architecture where it is recorded.
 
-    Reads backbone.safetensors, a checkpoint of this script, or a plain state dict. Files are read with
-    weights_only=True: nothing in them is executed.
+    `names`: part_names of the network that they are for; else those of the recorded one, or RESNET.
+    Reads backbone.safetensors, a checkpoint of this script, or a state dict of anyone's, see
+    find_backbone. Files are read with weights_only=True: nothing in them is executed.
     """
     path = Path(path)
     if not path.is_file():
         raise MammoError(f"weights {path}: no such file (imagenet, none or a path)")
+    if path.suffix == ".safetensors":
+        try:
+            data = path.read_bytes()  # safe_open takes no name that is not UTF-8
+            content = from_safetensors(data)
+            # The header: its length in 8 bytes, then JSON (https://github.com/huggingface/safetensors).
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            name = header.get("__metadata__", {}).get("backbone", "")
+        except Exception as error:  # safetensors raises many kinds on damaged files
+            raise MammoError(f"weights {path}: can't be read ({why_unreadable(error)})") from error
+    else:
+        content = read_archive(path, "weights")
+        name = recorded_config(content).get("backbone", "")
+    if not names:
+        names = part_names(build_recorded(name, path)) if name else RESNET
+    state = find_backbone(flatten(content), names, path)
+    refuse_no_numbers(state, f"weights {path}")
+    return state, name
+
+
+def read_archive(path: str | Path, what: str) -> Any:
+    """What torch.save wrote, in types that execute nothing. Raises MammoError, `what` names the file."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                name = (file.metadata() or {}).get("backbone", "")
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            name = content.get("config", {}).get("backbone", "")
-            state = content.get("model_state_dict", content.get("state_dict", content))
-        if any(key.startswith("backbone.") for key in state):
-            prefix = "backbone."
-            state = {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
-        return {key: v for key, v in state.items() if not key.startswith("fc.")}, name
-    except Exception as error:  # torch and safetensors raise many kinds on damaged files
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise MammoError(f"weights {path}: can't be read ({reason})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on pickles that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise MammoError(f"{what} {path}: no such file") from error
+    except Exception as error:  # damaged archives raise many kinds
+        raise MammoError(f"{what} {path}: can't be read ({why_unreadable(error)})") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """A line on an error of torch.load, whose own message is a page with colours."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return (
+            f"it holds {found[1] if found else 'Python objects'}, and nothing but tensors and plain "
+            "types is read; save the weights alone: torch.save(model.state_dict(), FILE)"
+        )
+    return f"damaged, or not a file of weights: {type(error).__name__}"
+
+
+def recorded_config(content: Any) -> dict[str, Any]:
+    """The settings of a run in its checkpoint; empty where the checkpoint is none of this project's."""
+    config = content.get("config") if isinstance(content, dict) else None
+    needed = {"backbone", "hidden_dim", "proj_dim"}
+    return config if isinstance(config, dict) and needed <= config.keys() else {}
+
+
+def flatten(content: Any, prefix: str = "", depth: int = 8) -> dict[str, Tensor]:
+    """The tensors in nested dicts, by their keys joined with dots: a dict around others is a prefix.
+
+    Dicts below `depth` are left out: a stranger's may hold itself.
+    """
+    if isinstance(content, Tensor):
+        return {prefix.removesuffix("."): content}
+    parts = content.items() if isinstance(content, dict) and depth else ()
+    found = [flatten(part, f"{prefix}{key}.", depth - 1) for key, part in parts]
+    return {name: tensor for part in found for name, tensor in part.items()}
+
+
+OWN = ("", "model_state_dict.backbone.")  # where this project keeps a backbone
+# What the trained network is called where it stands beside its momentum copy: in MoCo's code
+# (https://github.com/facebookresearch/moco), and in lightly's and this project's.
+TRAINED = {"encoder_k": "encoder_q", "backbone_momentum": "backbone"}
+
+
+def find_backbone(tensors: dict[str, Tensor], names: Sequence[str], path: Path) -> dict[str, Tensor]:
+    """The one network among tensors by name that has `names` (see part_names), whatever stands before
+    them; from where it is read is a note.
+
+    Raises MammoError where there is none, or several and no convention says which of them is meant.
+    """
+    expected = names[:3]
+    last = expected[-1]
+    found = [name.removesuffix(last) for name in tensors if f".{name}".endswith(f".{last}")]
+    found = [prefix for prefix in found if all(prefix + name in tensors for name in expected)]
+    twins = {prefix: trained_twin(prefix) for prefix in found}
+    prefixes = [prefix for prefix in found if twins[prefix] == prefix or twins[prefix] not in found]
+    if not prefixes:
+        raise MammoError(
+            f"weights {path}: there is no such backbone in it; it holds {some(tensors) or 'no tensor'}, "
+            f"expected is {some(expected)}, perhaps behind a prefix"
+        )
+    if len(prefixes) > 1:
+        raise MammoError(
+            f"weights {path}: there are several backbones in it, as {some(prefixes)}; save the one that "
+            "you mean alone, by torch.save(ITS_STATE_DICT, FILE)"
+        )
+    own = {name[len(prefixes[0]) :]: v for name, v in tensors.items() if name.startswith(prefixes[0])}
+    parts = {name.split(".")[0] for name in names}
+    state = {name: value for name, value in own.items() if name.split(".")[0] in parts}
+    others = [name for name in own if name not in state and not name.startswith("fc.")]
+    if prefixes[0] not in OWN or others:
+        rest = f"; not read: {some(others)}" if others else ""
+        print(f"note: weights {path}: read from {some([prefixes[0] + names[0]])}{rest}", file=sys.stderr)
+    return state
+
+
+def trained_twin(prefix: str) -> str:
+    """The prefix of the network that the one of this prefix is the momentum copy of, or this prefix."""
+    return ".".join(TRAINED.get(word, word) for word in prefix.split("."))
+
+
+def some(names: Iterable[str]) -> str:
+    """Three of these names; no control character of a stranger's reaches the terminal."""
+    names = list(names)
+    return ", ".join(ascii(name)[1:-1] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def refuse_no_numbers(state: dict[str, Tensor], source: str) -> None:
+    """Raise MammoError that names the first tensor with a value that is NaN or infinite."""
+    for name, value in state.items():
+        if not value.float().isfinite().all():
+            raise MammoError(
+                f"{source}: {name} holds NaN or infinite values: the training that wrote it had failed; "
+                "take an earlier checkpoint"
+            )
 
 
 def load_backbone_state(backbone: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -103,10 +267,7 @@ def load_backbone(path: str | Path) -> nn.Module:
     make_view of the main script does: scaled to [0, 1] by the image's window, minus 0.449, over 0.226.
     """
     state, name = read_backbone_state(path)
-    name = name or architecture(state)
-    if name not in torchvision.models.list_models():
-        raise MammoError(f"weights {path}: torchvision has no model {name!r}")
-    backbone = build_backbone(name)
+    backbone = build_recorded(name or architecture(state), path)
     load_backbone_state(backbone, state, str(path))
     return backbone.eval()
 
@@ -115,6 +276,8 @@ def architecture(state: dict[str, Tensor]) -> str:
     """Which of the known ResNets a state dict belongs to, by its blocks."""
     if "layer1.0.conv3.weight" in state:
         return "resnet50"
+    if state["conv1.weight"].shape[0] == SLIM_WIDTH:
+        return "resnet18_slim"
     return "resnet34" if "layer1.2.conv1.weight" in state else "resnet18"
 
 
@@ -147,15 +310,11 @@ def all_finite(content: Any) -> bool:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint with weights_only=True. Raises MammoError where it is missing or damaged."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise MammoError(f"checkpoint {path}: no such file") from error
-    except Exception as error:  # damaged archives raise many kinds
-        raise MammoError(f"checkpoint {path}: can't be read ({type(error).__name__})") from error
+    """Read a checkpoint, see read_archive. Raises MammoError where that can't be or weights are NaN."""
+    content = read_archive(path, "checkpoint")
     if not isinstance(content, dict):
         raise MammoError(f"checkpoint {path}: can't be read (it holds no dict)")
+    refuse_no_numbers(flatten(content.get("model_state_dict")), f"checkpoint {path}")
     return content
 
 

@@ -69,14 +69,15 @@ def append_pixels(path: Path, pixels: np.ndarray) -> int:
 class Journal:
     """The images that an extraction has finished: their pixels, and a line about each in RECORDS.
 
-    Appends only to a folder of its own below `extracted`, that of this host and boot; those of others,
-    whose writes may still be under way, are read (read_records). fsync runs in a thread, so that
-    extraction never waits for the disk. The cache's lock keeps a folder to one extraction at a time.
+    Appends only to `folder`, that of this host and boot; those of others beside it, whose writes may
+    still be under way, are read (read_records). fsync runs in a thread, so that extraction never waits
+    for the disk. The cache's lock keeps a folder to one extraction at a time; where there are no locks,
+    each extraction has a folder of its own.
     """
 
-    def __init__(self, extracted: Path, finished: dict[int, dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, finished: dict[int, dict[str, Any]]) -> None:
         """`finished`: the records that stand, see read_records."""
-        self.folder = extracted / processes.this_host()
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.waiting: list[dict[str, Any]] = []
         self.ends = {pixel_file(self.folder, bits)[0]: files.NPY_HEADER for bits in (8, 16)}
@@ -156,19 +157,21 @@ def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
 def extract_missing(
     extract: Callable[..., dict[str, Any]],
     jobs: Sequence[tuple[Any, ...]],
-    extracted: Path,
+    folder: Path,
     workers: int,
     mode: str,
 ) -> list[dict[str, Any]]:
-    """Records of all jobs (number, path, ...), of which `extracted` may hold some; `mode`: of progress.
+    """Records of all jobs (number, path, ...), of which journals beside `folder` may hold some.
 
-    `extract(*job, folder=...)` extracts an image to that folder and returns its record.
+    `extract(*job, folder=...)` extracts an image to that folder and returns its record; `mode`: of
+    progress.
     """
+    extracted = folder.parent
     finished = read_records(extracted)
     left = [job for job in jobs if job[0] not in finished]
     try:
-        with closing(Journal(extracted, finished)) as journal:
-            call = functools.partial(extract, folder=str(journal.folder))
+        with closing(Journal(folder, finished)) as journal:
+            call = functools.partial(extract, folder=str(folder))
             bar = tracking.progress(mode=mode, total=len(left), desc="tiles", unit="image")
             processes.run_in_parallel(call, left, workers, bar, done=journal.add)
     except BrokenProcessPool as error:
@@ -197,7 +200,8 @@ def write_cache(
     `parts`: where the pixels of each row of images.csv were extracted to; `mode`: of progress.
     """
     images, used = tables["images"], {part[0] for part in parts}
-    if len(used) == 1 and not tables["rejections"]["capped"].any():
+    own = all(path.is_relative_to(building) for path in used)  # not where there are no locks
+    if own and len(used) == 1 and not tables["rejections"]["capped"].any():
         # One dtype and nothing capped: the extraction's file is the cache's already.
         pixels, dtype = used.pop(), parts[0][1]
         with files.name_file_in_errors(pixels), pixels.open("r+b") as out:
@@ -208,6 +212,7 @@ def write_cache(
     else:
         images["offset"] = (images["height"] * images["width"]).cumsum().shift(fill_value=0)
         pixels = building / "extracted" / "pixels.npy"
+        pixels.parent.mkdir(exist_ok=True)
         files.remove_unfinished(pixels.parent)
         pixels.unlink(missing_ok=True)  # of a start that was killed behind this
         with files.atomic_path(pixels) as temporary:

@@ -6,8 +6,9 @@ import html
 import os
 import uuid
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,28 @@ import pandas as pd
 from byol_mammo.settings import MammoError
 
 NPY_HEADER = 128  # bytes before the values of a one-dimensional .npy file
+
+
+# How files begin that are given for a CSV, and what they are.
+OTHER_TABLES = {
+    b"PK\x03\x04": "a ZIP archive: unpack it, and give a CSV that is in it",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook (.xls): export the sheet as CSV, in UTF-8",
+    b"PAR1": "a Parquet table: export it as CSV, by pandas' read_parquet(FILE).to_csv(CSV, index=False)",
+}
+WORKBOOK = "a workbook (Excel or OpenDocument): export the sheet as CSV, in UTF-8"
+
+
+def refuse_other_tables(path: Path) -> None:
+    """Raise MammoError where a file is a table of another kind than CSV."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    kind = OTHER_TABLES.get(start, "")
+    if start == b"PK\x03\x04":
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            kind = WORKBOOK if {"xl/workbook.xml", "xl/workbook.bin", "content.xml"} & {*names} else kind
+    if kind:
+        raise MammoError(f"{path} is {kind}")
 
 
 def parse_table(path: Path, **options: Any) -> pd.DataFrame:
@@ -32,9 +55,13 @@ def parse_table(path: Path, **options: Any) -> pd.DataFrame:
 
 
 def read_table(path: Path, columns: Sequence[str], remedy: str) -> pd.DataFrame:
-    """A CSV as text, '' where empty. Raises MammoError where it is no table with `columns` once each."""
+    """A CSV as text without blanks around it, '' where empty.
+
+    Raises MammoError where it is no table with `columns` once each.
+    """
+    refuse_other_tables(path)
     try:
-        table = parse_table(path)
+        table = parse_table(path).apply(lambda column: column.str.strip())
     except ValueError as error:
         raise MammoError(f"{path} is not a comma-separated UTF-8 table ({error}); {remedy}") from error
     missing = [name for name in columns if name not in table]
@@ -104,9 +131,9 @@ def remove_unfinished(folder: Path, name: str = "") -> None:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; what of a name is no UTF-8 stands in it escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def move_aside(folder: Path) -> None:
@@ -116,6 +143,11 @@ def move_aside(folder: Path) -> None:
     while folder.with_name(f"{folder.name}_{number}").exists():
         number += 1
     os.replace(folder, folder.with_name(f"{folder.name}_{number}"))
+
+
+def is_text(name: str) -> bool:
+    """Whether a name of a file, which may hold any byte, is UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)  # as os.fsdecode writes others
 
 
 def html_table(rows: Iterable[Iterable[Any]], header: Sequence[str] = (), kind: str = "") -> str:

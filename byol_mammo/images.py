@@ -9,6 +9,7 @@ import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,10 +19,30 @@ from PIL import Image
 
 from byol_mammo import files
 from byol_mammo.settings import MammoError
+from byol_mammo.spacing import parse_spacing
 
 SPACING_RANGE = (0.005, 2)  # mm per pixel that can be; others count as unknown
 POLARITIES = ("as_is", "inverted", "unknown")  # of a manifest; unknown is judged
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
+# Folders and files of systems and file servers that hide none by a dot: thumbnails (Synology), resource
+# forks (macOS archives), what fsck found, waste bins.
+SYSTEM_NAMES = frozenset(
+    ("@eadir", "__macosx", "lost+found", "#recycle", "$recycle.bin", "system volume information")
+)
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file's or folder's own name tells that it is hidden or the system's: no mammogram is.
+
+    Editors, notebooks and desktops keep copies of images there (.ipynb_checkpoints, .Trash-0, ._a.png).
+    """
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+FOREIGN_MANIFEST = (  # what to do about a manifest.csv without the paths of the images
+    "prepare_dataset.py writes it, and `file` is an image's path below its folder: rename the column "
+    "that holds this, lay the archive out by prepare_dataset.py, or move the table away to do without"
+)
 
 
 class ImageReadError(MammoError):
@@ -40,13 +61,25 @@ def image_folder(data_dir: str | Path) -> Path:
     return root
 
 
+def note_test_images(root: Path) -> None:
+    """Say so where a folder that is to be trained on is a whole layout, test images and all."""
+    if (root / "manifest.csv").is_file() and (root / "test").is_dir():
+        print(f"note: {root} holds test images too; {root / 'training'} has none", file=sys.stderr)
+
+
 def find_images(data_dir: str | Path) -> list[Path]:
     """All images under a folder, in linked ones too, sorted. Raises MammoError where there is none.
 
     Links that lead nowhere are among them: they are skipped by name later, not lost in silence.
+    Hidden files and folders are not, see is_left_out.
     """
-    root = image_folder(data_dir)
+    return walk_images(image_folder(data_dir))[0]
+
+
+def walk_images(root: Path) -> tuple[list[Path], list[Path]]:
+    """The images of find_images, and the hidden files and folders left out. Raises MammoError."""
     found: list[Path] = []
+    left_out: list[Path] = []
     entered: set[str] = set()  # links may lead in circles, or to a folder that is here by its own name
     folders, linked = [root], []
     while folders:
@@ -55,7 +88,9 @@ def find_images(data_dir: str | Path) -> list[Path]:
             entered.add(os.path.realpath(folder))
             with suppress(PermissionError):  # as lost+found; any other failure must not lose images
                 for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                    if entry.is_symlink() and os.path.isdir(entry):
+                    if is_left_out(entry.name):
+                        left_out.append(Path(entry))
+                    elif entry.is_symlink() and os.path.isdir(entry):
                         linked.append(Path(entry))
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(Path(entry))
@@ -66,8 +101,9 @@ def find_images(data_dir: str | Path) -> list[Path]:
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         hint = "; prepare_dataset.py makes PNG of DICOM" if found else ""
+        hint += f"; {len(left_out)} hidden files and folders are left out" if left_out else ""
         raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it{hint}")
-    return paths
+    return paths, left_out
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:
@@ -75,9 +111,10 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
 
     That is study_id, laterality, view, spacing_mm and polarity, from manifest.csv in the folder or
     beside it (written by prepare_dataset.py); without one, each image counts as a study of its own.
+    `attrs["left_out"]` tells how many hidden files and folders there are beside them, and the first.
     """
-    root = Path(os.path.abspath(data_dir))  # links stay: their names are the images'
-    paths = find_images(root)
+    root = image_folder(os.path.abspath(data_dir))  # links stay: their names are the images'
+    paths, left_out = walk_images(root)
     stats = [path.stat() if path.is_file() else path.lstat() for path in paths]
     sources = pd.DataFrame(
         {
@@ -93,10 +130,21 @@ def list_sources(data_dir: str | Path) -> pd.DataFrame:
     known = read_manifest(root)
     sources = sources.merge(known, on="path", how="left")
     stems = sources["image"].map(lambda name: str(Path(name).with_suffix("")))
-    sources["study_id"] = sources["study_id"].fillna(stems)
+    sources["study_id"] = sources["study_id"].astype(object).where(sources["study_id"].notna(), stems)
     for column in ("laterality", "view", "polarity"):
         sources[column] = sources[column].astype(object).where(sources[column].notna(), "")
+    if left_out:
+        sources.attrs["left_out"] = len(left_out), str(min(left_out).relative_to(root))
     return sources
+
+
+def note_left_out(sources: pd.DataFrame) -> None:
+    """Say what is hidden in the folder, where anything is."""
+    if "left_out" in sources.attrs:
+        count, first = sources.attrs["left_out"]
+        print(
+            f"note: {count} hidden or system files and folders left out: {first!r} ...", file=sys.stderr
+        )
 
 
 def note_unknown_spacing(sources: pd.DataFrame, taken: float) -> None:
@@ -117,14 +165,22 @@ def known_polarity(sources: pd.DataFrame, asked: str) -> list[str]:
     return sources["polarity"].where(sources["polarity"].isin(POLARITIES[:2]), "auto").tolist()
 
 
+CLAIMS = ".prepare_dataset.claims.csv"  # what an unfinished run of prepare_dataset.py set out to make
+
+
 def read_manifest(root: Path) -> pd.DataFrame:
     """What manifest.csv knows of images, by path; empty where there is none. Raises MammoError."""
     columns = ["path", "study_id", "laterality", "view", "spacing_mm", "polarity"]
     real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
     for folder in (root, root.parent, real.parent):
+        if (folder / CLAIMS).exists():
+            raise MammoError(
+                f"{folder} is being written by prepare_dataset.py, or that was stopped: images, labels "
+                "and splits may be of two runs; wait, or give the same prepare_dataset.py command again"
+            )
         if not (folder / "manifest.csv").is_file():
             continue
-        manifest = files.read_table(folder / "manifest.csv", ["file"], "rerun prepare_dataset.py")
+        manifest = files.read_table(folder / "manifest.csv", ["file"], FOREIGN_MANIFEST)
         paths = [folder / name for name in manifest["file"]]
         manifest["path"] = [
             str(root / path.relative_to(real) if path.is_relative_to(real) else path) for path in paths
@@ -132,10 +188,19 @@ def read_manifest(root: Path) -> pd.DataFrame:
         manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
         check_polarity(manifest["polarity"], folder / "manifest.csv")
-        spacing = pd.to_numeric(manifest["spacing_mm"], errors="coerce")
+        cells = manifest["spacing_mm"]
+        spacing = pd.to_numeric(cells, errors="coerce")
+        spacing = spacing.fillna(cells[spacing.isna()].map(_spacing_or_nan))
         manifest["spacing_mm"] = spacing.where(spacing.between(*SPACING_RANGE))
         return manifest
     return pd.DataFrame({column: pd.Series(dtype=object) for column in columns})
+
+
+def _spacing_or_nan(cell: Any) -> float:
+    """parse_spacing of a manifest's cell, NaN where it is empty or not understood: both are unknown."""
+    with suppress(ValueError):
+        return parse_spacing(str(cell)) or math.nan
+    return math.nan
 
 
 def check_polarity(column: pd.Series, path: Path) -> None:
@@ -199,7 +264,7 @@ def declared_samples(path: str | Path) -> int:
             warnings.simplefilter("ignore")  # Pillow's, of large images and of odd tags
             with Image.open(path, formats=("PNG", "TIFF", "JPEG", "PPM")) as image:
                 channels = 3 if image.mode == "P" else len(image.getbands())
-                return image.width * image.height * channels
+                samples, problem = image.width * image.height * channels, stored_otherwise(image)
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which it names
         raise ImageReadError(path, f"declares more values than a mammogram has: {error}") from error
     except OSError as error:
@@ -211,6 +276,27 @@ def declared_samples(path: str | Path) -> int:
         raise ImageReadError(path, f"can't be decoded: {reason}") from error
     except Exception as error:  # Pillow raises almost anything on damaged headers
         raise ImageReadError(path, "can't be decoded: its header is damaged") from error
+    if problem:
+        raise ImageReadError(path, problem)
+    return samples
+
+
+def stored_otherwise(image: Image.Image) -> str:
+    """Why an open file is not one picture that is shown as it is stored, '' where it is one.
+
+    A tag may ask to turn or mirror the picture (EXIF and TIFF, Orientation). Nothing tells whether
+    boxes and sides belong to the turned picture or to the stored one, and decoders disagree: OpenCV 5.0
+    turns TIFF and leaves JPEG and PNG. So it is refused, not guessed.
+    """
+    # Not PngImageFile's own method, which decodes all pixels to look for a tag behind them.
+    orientation = Image.Image.getexif(image).get(0x0112, 1)
+    pictures = getattr(image, "n_frames", 1)
+    if orientation in range(2, 9):
+        return (
+            f"to be turned by its EXIF tag (orientation {orientation}), and boxes may belong to either; "
+            "save it turned (mogrify -auto-orient) or remove the tag (exiftool -Orientation=)"
+        )
+    return f"holds {pictures} pages; save the one that is the mammogram" if pictures > 1 else ""
 
 
 def _grey(image: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ PROBE_FOLDS = 3  # by study
 PROBE_STRENGTH = 0.01  # inverse weight decay of its logistic regression on standardised features
 # VinDr-Mammo's names of findings that have a column of another name.
 FINDING_ALIASES = {"suspicious_calcification": "calcification"}
+SPLIT_NAMES = {  # what others call ours, in any case of letters
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 def finding_column(name: str) -> str:
@@ -57,6 +63,7 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     for name in ("study_id", "patient_id", "split", "laterality", "view", "breast_density", "boxes"):
         if name not in table:
             table[name] = ""
+    table["split"] = table["split"].map(lambda name: SPLIT_NAMES.get(name.lower(), name))
     table["boxes"] = [
         _read_boxes(path, *row) for row in zip(table["image"], table["boxes"], strict=True)
     ]
@@ -82,23 +89,47 @@ def match_labels(
 ) -> np.ndarray:
     """Row of `labels` for each of `images` (paths relative to data_dir), -1 where there is none.
 
-    `folder` is that of labels.csv; full paths are compared first, then bare file names, where one alone
-    has that name.
+    `folder` is that of labels.csv. A path there is first taken from that folder. Else it stands for the
+    image whose path ends in it, such as a bare file name, where that is one image and one row: an image
+    of the same name in another folder is another image.
     """
     folder, data_dir = folder.resolve(), data_dir.resolve()
     by_path = {str(folder / name): row for row, name in enumerate(labels["image"])}
-    names = labels["image"].map(lambda name: Path(name).name)
-    single = names[~names.duplicated(keep=False)]
-    by_name = dict(zip(single, single.index, strict=True))
-    rows = [by_path.get(str(data_dir / name), by_name.get(Path(name).name, -1)) for name in images]
+    rows_of: dict[tuple[str, ...], list[int]] = {}
+    for row, name in enumerate(labels["image"]):
+        rows_of.setdefault(Path(name).parts, []).append(row)
+    lengths = sorted({len(parts) for parts in rows_of}, reverse=True)
+    paths = [(data_dir / name).parts for name in images]
+    endings = [{parts[-length:] for length in lengths} & rows_of.keys() for parts in paths]
+    images_of = Counter(ending for found in endings for ending in found)
+    rows = []
+    for parts, found in zip(paths, endings, strict=True):
+        claims = [row for ending in found for row in rows_of[ending]]
+        by_ending = claims[0] if len(claims) == 1 and images_of[min(found)] == 1 else -1
+        rows.append(by_path.get(str(Path(*parts)), by_ending))
     return np.array(rows, dtype=int)
+
+
+def same_name(name: str) -> str:
+    """What an id is compared by: as spreadsheets spoil them, P1 is p1, and 007 is 7 and 7.0."""
+    text = name.strip().casefold()
+    return (text.partition(".")[0].lstrip("0") or "0") if re.fullmatch(r"\d+(\.0*)?", text) else text
+
+
+def one_spelling(names: pd.Series) -> pd.Series:
+    """Ids that differ as same_name says written in one way, the first of them in order."""
+    spellings: dict[str, str] = {}
+    for name in sorted(names.unique()):
+        spellings.setdefault(same_name(name), name)
+    return names.map({name: spellings[same_name(name)] for name in names.unique()})
 
 
 def group_keys(table: pd.DataFrame) -> pd.Series:
     """What splits, folds and intervals go by, for rows with study_id and patient_id ('' = unknown): the
-    patient of the study where any of its rows names one, else the study."""
-    known = table["patient_id"].where(table["patient_id"] != "")
-    return known.groupby(table["study_id"]).transform("first").fillna(table["study_id"])
+    patient of the study where any of its rows names one, else the study; spelled in one way."""
+    study, patient = one_spelling(table["study_id"]), one_spelling(table["patient_id"])
+    known = patient.where(patient != "")
+    return known.groupby(study).transform("first").fillna(study)
 
 
 def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame) -> pd.DataFrame:
@@ -116,13 +147,20 @@ def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame
 
 
 def tile_labels(
-    tiles: pd.DataFrame, rows: np.ndarray, labels: pd.DataFrame, size: int, findings: Sequence[str]
+    tiles: pd.DataFrame,
+    rows: np.ndarray,
+    labels: pd.DataFrame,
+    size: int,
+    findings: Sequence[str],
+    cover: float = LABEL_COVER,
+    by_centre: bool = True,
 ) -> np.ndarray:
     """(N, findings) float32: 1, 0, or NaN = left out, for `tiles` (x, y, image) of `size` px.
 
     `rows` gives the row of `labels` for each image, -1 = unlabelled. A tile is positive where it holds
-    a box's centre or LABEL_COVER of it, and left out where it merely touches one. Away from boxes it
-    is negative if the image is known to be without the finding, or if boxes say where it lies.
+    a box's centre (where `by_centre`) or `cover` of it, and left out where it merely touches one. Away
+    from boxes it is negative if the image is known to be without the finding, or if boxes say where it
+    lies.
     """
     out = np.full((len(tiles), len(findings)), np.nan, np.float32)
     for image, group in tiles.groupby("image"):
@@ -137,13 +175,15 @@ def tile_labels(
                 out[index, column] = 0
             for state in (np.nan, 1):  # positive wins where a tile touches one box and holds another
                 for box in boxes:
-                    holds, touches = _tile_holds(group, box, size)
+                    holds, touches = _tile_holds(group, box, size, cover, by_centre)
                     out[index[touches if np.isnan(state) else holds], column] = state
     return out
 
 
-def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which tiles hold a box's centre or LABEL_COVER of it, and which touch it; both (N,) bool."""
+def _tile_holds(
+    tiles: pd.DataFrame, box: dict[str, Any], size: int, least: float, by_centre: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tiles hold a box's centre or `least` of it, and which touch it; both (N,) bool."""
     x, y = tiles["x"].to_numpy(), tiles["y"].to_numpy()
     x0, y0, x1, y1 = (float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
     across = (np.minimum(x + size, x1) - np.maximum(x, x0)).clip(0)
@@ -151,7 +191,7 @@ def _tile_holds(tiles: pd.DataFrame, box: dict[str, Any], size: int) -> tuple[np
     cover = across * down / ((x1 - x0) * (y1 - y0))
     centre_x, centre_y = (x0 + x1) / 2, (y0 + y1) / 2
     centred = (x <= centre_x) & (centre_x < x + size) & (y <= centre_y) & (centre_y < y + size)
-    return centred | (cover >= LABEL_COVER), cover > 0
+    return (centred & by_centre) | (cover >= least), cover > 0
 
 
 @dataclass(frozen=True)

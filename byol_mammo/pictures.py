@@ -33,6 +33,7 @@ class Outcome:
     colour: str
     marker: str
     threshold: float = 0
+    spared_by: tuple[str, float] = ("", 0)  # column and threshold that would have kept it nevertheless
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,13 @@ class Sample:
 
 def list_outcomes(criteria: Sequence[Any], settings: Any) -> list[Outcome]:
     """What may become of a tile: kept, or failed at one of the criteria of `settings`."""
-    kept = Outcome("", "kept", "#009e73", "s")
-    return [kept] + [
-        Outcome(c.column, c.title, c.colour, c.marker, getattr(settings, c.setting)) for c in criteria
-    ]
+    outcomes = [Outcome("", "kept", "#009e73", "s")]
+    for c in criteria:
+        other, setting = c.spared_by
+        spared_by = (other, getattr(settings, setting) if setting else 0)
+        threshold = getattr(settings, c.setting)
+        outcomes.append(Outcome(c.column, c.title, c.colour, c.marker, threshold, spared_by))
+    return outcomes
 
 
 def extraction_samples(
@@ -182,13 +186,15 @@ def draw_grid(samples: list[Sample], outcomes: Sequence[Outcome], path: Path) ->
 
 
 def draw_tiles(samples: list[Sample], outcomes: Sequence[Outcome], path: Path) -> None:
-    """tiles.png: tiles with the most and the least fine detail among those kept, and rejected ones."""
+    """tiles.png: kept tiles of the highest speck energy and convergence, and rejected ones."""
     tables = [sample.table.assign(number=number) for number, sample in enumerate(samples)]
     table = pd.concat(tables, ignore_index=True)
-    kept = table[table["rejected_by"] == ""].sort_values("freq_energy")
+    kept = table[table["rejected_by"] == ""]
+    specks = in_turn(kept.sort_values("freq_energy", ascending=False), "number")[:3]
+    others = kept.drop(specks.index).sort_values("convergence", ascending=False)
     lost = table[(table["rejected_by"] != "") & (table["breast_ratio"] > 0)]
     lost = in_turn(lost.sort_values("breast_ratio", ascending=False), "rejected_by")
-    rows = {0: in_turn(kept[::-1], "number")[:3], 3: in_turn(kept, "number")[:3], 6: lost[:6]}
+    rows = {0: specks, 3: in_turn(others, "number")[:3], 6: lost[:6]}
     figure, panels = panel_grid(12, 3, 2.35)
     for axes in panels:
         axes.set_axis_off()
@@ -197,12 +203,14 @@ def draw_tiles(samples: list[Sample], outcomes: Sequence[Outcome], path: Path) -
             sample, reason = samples[tile["number"]], tile["rejected_by"]
             area = tuple(slice(tile[axis], tile[axis] + sample.tile_size) for axis in "yx")
             masked = np.where(sample.mask[area], sample.image[area], 0)
-            text = f"kept\nenergy {tile['freq_energy']:.3f}"
+            text = f"energy {tile['freq_energy']:.3f}\nconvergence {tile['convergence']:.2f}"
             if reason:
                 failed = next(outcome for outcome in outcomes if outcome.column == reason)
                 text = f"{failed.title}\n{tile[reason]:.3g} of {failed.threshold:g}"
+                other, bar = failed.spared_by
+                text += f"\n{other} {tile[other]:.3g} of {bar:g}" if bar else ""
             show_grey(axes, masked, text, *sample.window)
-    figure.suptitle("Kept: most and least fine detail. Below: rejected", fontsize=11)
+    figure.suptitle("Kept: highest energy, then convergence. Below: rejected", fontsize=11)
     save_figure(figure, path)
 
 
@@ -256,9 +264,13 @@ def draw_embedding(features: Tensor, tiles: pd.DataFrame, views: np.ndarray, pat
     unit, values, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
     x, y = (unit[:, :2] * values[:2]).T.tolist()
     share = values**2 / (values**2).sum().clamp_min(1e-12)
-    known = views.astype(bool).any()
-    figure, panels = panel_grid(3 if known else 2, 2, 2.9)
-    names = {"mean_intensity": "mean grey (0-255)", "freq_energy": "speck energy"}
+    known = bool(views.astype(bool).any())
+    names = {
+        "mean_intensity": "mean grey (0-255)",
+        "freq_energy": "speck energy",
+        "convergence": "convergence",
+    }
+    figure, panels = panel_grid(len(names) + known, 2, 2.9)
     for axes, (name, title) in zip(panels, names.items(), strict=False):
         low, high = np.percentile(tiles[name], (2, 98))  # a few outliers would take all colours
         dots = axes.scatter(x, y, s=8, c=tiles[name], cmap="cividis", vmin=low, vmax=high)
@@ -267,9 +279,9 @@ def draw_embedding(features: Tensor, tiles: pd.DataFrame, views: np.ndarray, pat
     if known:
         for view, colour in zip(sorted(set(views)), OKABE_ITO, strict=False):
             points = np.column_stack([x, y])[views == view].T
-            panels[2].scatter(*points, s=8, color=colour, label=view or "unknown")
-        panels[2].set_title("view", fontsize=10)
-        panels[2].legend(fontsize=8)
+            panels[-1].scatter(*points, s=8, color=colour, label=view or "unknown")
+        panels[-1].set_title("view", fontsize=10)
+        panels[-1].legend(fontsize=8)
     for axes in panels:
         axes.set_xlabel(f"1st axis ({share[0]:.0%} of variance)", fontsize=9)
         axes.set_ylabel(f"2nd axis ({share[1]:.0%})", fontsize=9)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import signal
 import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +126,7 @@ def process_pool(
 
     Plain fork can hang once torch has started threads; a fork server can't.
     """
+    shorten_socket_names()
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload(list(modules))
@@ -134,6 +139,29 @@ def process_pool(
             for process in set(multiprocessing.active_children()) - others:
                 process.kill()
             raise
+
+
+SOCKET_NAME = 107  # bytes that the name of a Unix socket may have (man 7 unix)
+
+
+def shorten_socket_names() -> None:
+    """Let multiprocessing put its sockets into /tmp where names in TMPDIR are longer than a socket's.
+
+    Raises MammoError where /tmp can't be written either.
+    """
+    former = tempfile.gettempdir()
+    if len(os.fsencode(former)) + len("/pymp-xxxxxxxx/listener-xxxxxxxx") <= SOCKET_NAME:
+        return
+    tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # it stays with the folder that it makes at its first call
+    except OSError as error:
+        raise MammoError(
+            f"TMPDIR {former} is too long for the sockets of processes, and /tmp can't be written "
+            f"({error.strerror}): export TMPDIR=a shorter folder"
+        ) from error
+    finally:
+        tempfile.tempdir = former
 
 
 def start_worker(begin: Callable[[], None] | None = None) -> None:
@@ -156,7 +184,8 @@ def start_worker(begin: Callable[[], None] | None = None) -> None:
         begin()
 
 
-PEER_TIMEOUT = 60  # minutes that a process waits for the others, as at the end of an epoch
+STEP_TIMEOUT = 60  # minutes that a process waits for the others, as at the end of an epoch
+NOTE_AFTER = 20.0  # s of waiting for the other ranks to start, after which it is said
 
 
 @dataclass(frozen=True)
@@ -188,8 +217,11 @@ def find_ranks() -> Ranks:
     return Ranks(rank, size, local_rank)
 
 
-def join_ranks(ranks: Ranks, backend: str) -> None:
-    """Connect with the other ranks by nccl or gloo. Raises MammoError where they can't be found."""
+def join_ranks(ranks: Ranks, backend: str, peer_timeout: float) -> None:
+    """Connect with the other ranks by nccl or gloo, within `peer_timeout` minutes.
+
+    Raises MammoError where they can't be found or don't come.
+    """
     if ranks.world_size == 1:
         return
     from torch import distributed  # here: prepare_dataset.py has no use for torch
@@ -200,12 +232,80 @@ def join_ranks(ranks: Ranks, backend: str) -> None:
             f"{ranks.world_size} processes but no {' and '.join(missing)}: start by torchrun or "
             "submit_byol.sh"
         )
-    distributed.init_process_group(
-        backend,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=datetime.timedelta(minutes=PEER_TIMEOUT),
-    )
+    store = await_ranks(ranks, peer_timeout)
+    limit = datetime.timedelta(minutes=STEP_TIMEOUT)
+    store.set_timeout(limit)
+    try:
+        distributed.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=limit
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MammoError(f"rank {ranks.rank} can't connect with the others ({reason})") from error
+
+
+def await_ranks(ranks: Ranks, peer_timeout: float) -> Any:
+    """The torch.distributed.Store of all ranks, once each of them has reached it. Raises MammoError.
+
+    torch's own rendezvous waits in one piece: it says nothing and leaves Ctrl-C unanswered.
+    """
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 2**16 or not 0 <= ranks.rank < ranks.world_size:
+        raise MammoError(
+            f"rank {ranks.rank} of {ranks.world_size} at {host}:{port}: ranks go from 0 to "
+            f"{ranks.world_size - 1}, MASTER_PORT from 1 to 65535; start by torchrun or submit_byol.sh"
+        )
+    begun, said, store = time.monotonic(), False, None
+    while True:
+        absent = ranks.world_size - 1  # as far as is known before a store answers
+        try:
+            if store := store or open_store(ranks, host, int(port)):
+                absent = sum(not store.check([str(rank)]) for rank in range(ranks.world_size))
+        except RuntimeError:  # rank 0 came and went
+            store = None
+        if not absent:
+            return store
+        waits = f"rank {ranks.rank} waits for {absent} of {ranks.world_size} ranks at {host}:{port}"
+        waits += "" if store else ", where nothing answers"
+        waited = time.monotonic() - begun
+        if waited > 60 * peer_timeout:
+            raise MammoError(
+                f"{waits}, since --peer_timeout {peer_timeout:g} minutes: see the logs of the others, "
+                "give more minutes, or unset RANK and WORLD_SIZE to run as one process"
+            )
+        if waited > NOTE_AFTER and not said:
+            print(f"note: {waits}", file=sys.stderr)
+            said = True
+        time.sleep(0.2)
+
+
+def open_store(ranks: Ranks, host: str, port: int) -> Any:
+    """The store at an address, with this rank in it, or None where it doesn't answer yet.
+
+    Rank 0 serves it, unless torchrun does. Raises MammoError where it can't.
+    """
+    from torch import distributed
+
+    serves = ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        if not serves:  # torch would warn at length for each attempt that fails
+            socket.create_connection((host, port), timeout=1).close()
+        short = datetime.timedelta(seconds=5)
+        store = distributed.TCPStore(
+            host, port, ranks.world_size, serves, short, wait_for_workers=False, multi_tenant=True
+        )
+    except (OSError, RuntimeError) as error:
+        if not serves:
+            return None
+        reason = " ".join(str(error).split())[:200]
+        raise MammoError(
+            f"rank 0 can't serve the others at {host}:{port} ({reason}); give MASTER_ADDR this "
+            "machine's name and MASTER_PORT a free port"
+        ) from error
+    # Each start of torchrun's has names of its own in the store, which outlives them.
+    own = distributed.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    own.set(str(ranks.rank), "")
+    return own
 
 
 def available_cores() -> int:
@@ -229,6 +329,24 @@ def is_restarted() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in counts)
 
 
+# What a lock raises on a file system that has none, as some mounts of Lustre, NFS and FUSE have.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def take_lock(path: Path, timeout: float = -1) -> AbstractContextManager[Any] | None:
+    """A lock that is held until the context ends, or None on a file system without locks.
+
+    Raises filelock.Timeout where another process holds it for `timeout` s; -1 waits for ever.
+    """
+    try:
+        # No soft lock instead: where a process is killed, its file keeps others away for ever.
+        return FileLock(path, fallback_to_soft=False).acquire(timeout=timeout)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+
+
 @contextmanager
 def exclusive_run_folder(folder: Path, resume: bool) -> Iterator[None]:
     """Make the run's folder and hold it: two runs that write to one would mix their results.
@@ -240,14 +358,13 @@ def exclusive_run_folder(folder: Path, resume: bool) -> Iterator[None]:
     mark = folder / ".job"
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # a folder that can't be written is known by now
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        lock = take_lock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     except Timeout as error:
         raise MammoError(f"another run is writing to {folder}; give --run_name NAME") from error
-    except (OSError, NotImplementedError):
-        pass  # a file system without locks
-    try:
+    except OSError:
+        lock = None  # the folder of all runs can't be written, this one can
+    with lock or nullcontext():
         own = is_restarted() and mark.is_file() and mark.read_text(encoding="utf-8") == this_job()
         left = not (folder / "last.pth").is_file() and any(folder.glob("mammogram_byol_*.pth"))
         if left or not (resume or own or all(path == mark for path in folder.iterdir())):
@@ -255,6 +372,8 @@ def exclusive_run_folder(folder: Path, resume: bool) -> Iterator[None]:
             folder.mkdir()
         if not resume:
             files.write_atomic(mark, this_job())
-        yield
-    finally:
-        lock.release()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was written

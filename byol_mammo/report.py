@@ -56,7 +56,7 @@ def describe_funnel(rejections: pd.DataFrame, columns: list[str]) -> str:
     lines = [
         f"images    {len(rejections):,}, skipped {len(skipped):,}",
         f"positions {total['positions']:,.0f}, kept {total['kept']:,.0f} "
-        f"({total['rescued']:,.0f} for high energy alone); rejected: {lost or 'none'}",
+        f"({total['rescued']:,.0f} for high energy or convergence alone); rejected: {lost or 'none'}",
     ]
     lines += [f"  skipped {row.image}: {row.error}" for row in skipped.head(10).itertuples()]
     if len(skipped) > 10:
@@ -266,8 +266,9 @@ def html_funnel(
     )
     return (
         f"<h2>From images to tiles</h2><p>{summary.get('images', 0):,} images, of which "
-        f"{sum(skipped.values()):,} were skipped; {funnel.get('rescued', 0):,} dark tiles were kept for "
-        f"their fine detail. {summary.get('training_tiles', 0):,} tiles train, "
+        f"{sum(skipped.values()):,} were skipped; {funnel.get('rescued', 0):,} tiles were kept for high "
+        "energy, although dark or nearly empty, or for convergence, although without energy. "
+        f"{summary.get('training_tiles', 0):,} tiles train, "
         f"{summary.get('monitor_tiles', 0):,} are monitor tiles.</p>"
         f'<div class="wide"><table>{"".join(lines)}</table></div>'
         + (files.html_table(skipped.items(), ("why skipped", "images")) if skipped else "")

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import os
 import re
 import signal
 import sys
@@ -110,15 +111,45 @@ class StoppedError(Exception):
         self.code = 128 + number
 
 
+READER_GONE = 128 + 13  # exit code of a program that SIGPIPE ends
+
+
+def escape_names() -> None:
+    """Print names of files that are no text in the output's encoding with escapes, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end_without_reader() -> int:
+    """READER_GONE, after a BrokenPipeError: who read the output, as `head` does, has gone.
+
+    What is still to be flushed at the interpreter's end goes nowhere, as Python's signal module advises.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return READER_GONE
+
+
 def exit_code(job: Callable[[], None], memory_advice: str) -> int:
-    """Do a script's job: 0, or 2 after an error that the user can mend, or 128 + signal number."""
+    """Do a script's job: 0, or 2 after an error that the user can mend, or 128 + signal number.
+
+    READER_GONE where nobody reads the output any more.
+    """
     import torch
     from torch import distributed
 
     code = 2
+    escape_names()
     try:
         job()
+        sys.stdout.flush()  # here: at the interpreter's end an error could no longer be told
         return 0
+    except BrokenPipeError:
+        return end_without_reader()
     except StoppedError as stopped:
         code, message = stopped.code, str(stopped)
     except KeyboardInterrupt:
@@ -148,7 +179,10 @@ def exit_code(job: Callable[[], None], memory_advice: str) -> int:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    print(message, file=sys.stderr)
+    try:
+        print(message, file=sys.stderr)
+    except BrokenPipeError:
+        end_without_reader()
     return code
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from byol_mammo import structure
+from byol_mammo.settings import MammoError
 
 # What BYOL may ignore gets a target of its own: nothing in BYOL's loss asks for specks, which the blur
 # of one view hides from the other. One number for a whole tile is learnt too slowly (few tiles hold
@@ -45,3 +51,208 @@ def speck_targets(sharp: Tensor, taps: Tensor) -> Tensor:
     energy = F.adaptive_avg_pool2d(mean**2, cells)
     excess = (prominence - PLAIN_PROMINENCE).clamp_min(0)
     return torch.cat([prominence.log(), excess, (energy + 1e-7).log() / 2], dim=1)
+
+
+class Head(nn.Module):
+    """Tells from a view's last feature map what the view holds before photometry."""
+
+    name: ClassVar[str]  # of the module in an objective and of its part of a run's state
+    metric: ClassVar[str]  # column of metrics.csv
+    title: ClassVar[str]  # of its curve
+
+    def loss(self, found: Tensor, sharp: Tensor) -> Tensor:
+        """The error for a feature map (B, input_dim, f, f) and its sharp view (B, 1, S, S): a scalar."""
+        raise NotImplementedError
+
+
+class SpeckHead(Head, nn.Conv2d):
+    """The frequency target: a linear head that finds each cell's specks.
+
+    Its loss is the squared error, summed over the quantities, of the standardised speck_targets.
+    """
+
+    name, metric = "speck_head", "freq_loss"
+    title = f"frequency loss (starts near {SPECK_QUANTITIES})"
+    taps: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, sample: Tensor, input_dim: int) -> None:
+        """`sample` (N, 1, S, S): sharp plain views, which scale the quantities."""
+        nn.Conv2d.__init__(self, input_dim, SPECK_QUANTITIES, 1)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("taps", torch.tensor(SPECK_TAPS), persistent=False)
+        quantities = torch.cat([speck_targets(part, self.taps) for part in sample.split(32)])
+        deviation = quantities.std((0, 2, 3), keepdim=True).clamp_min(0.05)
+        self.register_buffer("mean", quantities.mean((0, 2, 3), True), persistent=False)
+        self.register_buffer("deviation", deviation, persistent=False)
+
+    @torch.no_grad()
+    def targets(self, sharp: Tensor) -> Tensor:
+        """Standardised speck_targets (B, SPECK_QUANTITIES, S/32, S/32), in fp32 also under autocast."""
+        with torch.autocast(sharp.device.type, enabled=False):
+            return (speck_targets(sharp, self.taps) - self.mean) / self.deviation
+
+    def loss(self, found: Tensor, sharp: Tensor) -> Tensor:
+        """See Head.loss."""
+        return SPECK_QUANTITIES * F.mse_loss(self(found).float(), self.targets(sharp))
+
+
+# What a mass is to its surroundings, in mm; the tiles' convergence is two of these discs.
+DISC_RADII = (2.0, 3.2, 5.0, 7.0, 10.0, 13.0)  # mm, of the discs that gradients converge over
+BLOB_SIGMAS = (
+    0.8,
+    1.6,
+    3.0,
+    6.0,
+)  # mm, of the narrower of two Gaussians; the wider has 1.6 times as much
+STRUCTURE_CELLS = (9.0, 17.0)  # mm, about: sides of the cells whose strongest structure is asked for
+STRUCTURE_QUANTITIES = len(DISC_RADII) + 2 * len(BLOB_SIGMAS)
+MIN_STRUCTURE_SIDE = 20.0  # mm of a view below which it has no room for such structure
+STRUCTURE_HIDDEN = 256  # units of the head
+
+
+class StructureMaps(nn.Module):
+    """Mass-scale structure of views before photometry, place by place.
+
+    Of (B, 1, S, S) in units of the window it makes (B, STRUCTURE_QUANTITIES, h, h): convergence over
+    discs of DISC_RADII, defined as in byol_mammo/structure.py, then bright and dark blobs (Marr and
+    Hildreth 1980: differences of Gaussians, over the spread of the view's tissue). 0 where nothing
+    counts: near the skin, and where more than half of a disc lies beyond the view.
+    """
+
+    taps: Tensor
+    counts: Tensor
+    blurs: Tensor
+
+    def __init__(self, side: int, step_mm: float) -> None:
+        """`side` of the views in px of `step_mm`."""
+        super().__init__()
+        self.factor, self.pool = structure.reductions(step_mm)
+        grid = step_mm * self.factor
+        self.margin = max(1, round(structure.SKIN / (self.pool * grid)))
+        sigma = structure.SMOOTHING / grid
+        reach = math.ceil(3 * sigma)
+        taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+        self.register_buffer("taps", taps / taps.sum(), persistent=False)
+        length = side // (self.pool * self.factor)
+        inside = []
+        for index, radius in enumerate(DISC_RADII):
+            disc = torch.from_numpy(structure.disc_kernels(radius / (self.pool * grid)))[None]
+            self.register_buffer(f"disc{index}", disc, persistent=False)
+            share = disc.norm(dim=1, keepdim=True)
+            inside.append(F.conv2d(torch.ones(1, 1, length, length), share, padding="same") >= 0.5)
+        self.register_buffer("counts", torch.cat(inside, dim=1), persistent=False)
+        places = torch.arange(float(length))
+        away = (places - places[:, None]) * self.pool * grid
+        blurs = [
+            torch.exp(-0.5 * (away / s) ** 2) for sigma in BLOB_SIGMAS for s in (sigma, 1.6 * sigma)
+        ]
+        blurs = [blur / blur.sum(1, keepdim=True) for blur in blurs]
+        self.register_buffer("blurs", torch.stack(blurs), persistent=False)
+
+    def forward(self, sharp: Tensor) -> Tensor:
+        """Maps of (B, 1, S, S) float32."""
+        length = self.pool * self.factor * self.blurs.shape[-1]
+        sharp = sharp[:, :, :length, :length]
+        tissue, cover = sharp, (sharp > 0).to(sharp.dtype)
+        if self.factor > 1:
+            tissue, cover = (F.avg_pool2d(x, self.factor) for x in (tissue, cover))
+        area = cover.sum((1, 2, 3), keepdim=True).clamp_min(1)
+        mean = tissue.sum((1, 2, 3), keepdim=True) / area
+        # Air is filled with the mean of the tissue, which is taken off: small numbers lose less in TF32.
+        filled = tissue - cover * mean
+        bare = (F.avg_pool2d(cover, self.pool) <= 0.5).to(sharp.dtype)
+        side = 2 * self.margin + 1
+        counts = F.max_pool2d(bare, side, stride=1, padding=self.margin) == 0
+        spread = ((filled**2).sum((1, 2, 3), keepdim=True) / area).sqrt() + 1e-3
+        blobs = self.blobs(F.avg_pool2d(filled, self.pool)) / spread
+        gradients = F.avg_pool2d(self.unit_gradients(filled, mean), self.pool) * counts
+        discs = [self.get_buffer(f"disc{index}") for index in range(len(DISC_RADII))]
+        converging = torch.cat([F.conv2d(gradients, disc, padding="same") for disc in discs], dim=1)
+        return torch.cat([converging * self.counts, blobs, -blobs], dim=1) * counts
+
+    def unit_gradients(self, filled: Tensor, mean: Tensor) -> Tensor:
+        """x and y of the directions in which (B, 1, h, w) rises: (B, 2, h, w)."""
+        reach = len(self.taps) // 2
+        smooth = F.conv2d(F.pad(filled, (reach,) * 4, mode="reflect"), self.taps.view(1, 1, 1, -1))
+        smooth = F.pad(F.conv2d(smooth, self.taps.view(1, 1, -1, 1)), (1,) * 4, mode="reflect")
+        left, right, above, below = (
+            smooth[..., :-2], smooth[..., 2:], smooth[..., :-2, :], smooth[..., 2:, :]
+        )  # fmt: skip
+        x, y = right - left, below - above
+        x = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
+        y = y[..., :-2] + 2 * y[..., 1:-1] + y[..., 2:]
+        steepness = torch.hypot(x, y) + 1e-5 * mean + 1e-12
+        return torch.cat([x / steepness, y / steepness], dim=1)
+
+    def blobs(self, grey: Tensor) -> Tensor:
+        """Differences of Gaussians of (B, 1, h, w): (B, len(BLOB_SIGMAS), h, w)."""
+        down = (self.blurs.flatten(0, 1) @ grey[:, 0]).unflatten(1, self.blurs.shape[:2])
+        blurred = down @ self.blurs.transpose(1, 2)
+        return blurred[:, ::2] - blurred[:, 1::2]
+
+
+class StructureHead(Head):
+    """The structure target: a small head for each size of cells tells their strongest StructureMaps.
+
+    Its loss is the mean smooth L1 error, standardised by a sample that stays in a run's state.
+    """
+
+    name, metric = "structure_head", "structure_loss"
+    title = "structure loss (starts near 0.4)"
+
+    def __init__(self, sample: Tensor, input_dim: int, step_mm: float) -> None:
+        """`sample` (N, 1, S, S): sharp plain views with px of `step_mm`."""
+        super().__init__()
+        side = sample.shape[-1]
+        if side * step_mm < MIN_STRUCTURE_SIDE:
+            raise MammoError(
+                f"views of {side * step_mm:.0f} mm have no room for structure at the scale of masses "
+                f"({MIN_STRUCTURE_SIDE:.0f} mm at least): raise --tile_size, correct "
+                "--pixel_spacing_mm, or give --structure_loss_weight 0"
+            )
+        self.maps = StructureMaps(side, step_mm)
+        features = -(-side // FEATURE_STRIDE)
+        wanted = (max(1, min(features, round(side * step_mm / cell))) for cell in STRUCTURE_CELLS)
+        self.cells = list(dict.fromkeys(wanted))  # along a side of the view
+        self.tellers = nn.ModuleList()
+        for index, cells in enumerate(self.cells):
+            last = nn.Conv2d(STRUCTURE_HIDDEN, STRUCTURE_QUANTITIES, 1)
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+            self.tellers.append(
+                nn.Sequential(nn.Conv2d(input_dim, STRUCTURE_HIDDEN, 1), nn.ReLU(), last)
+            )
+            found = torch.cat([F.adaptive_max_pool2d(self.maps(x), cells) for x in sample.split(32)])
+            self.register_buffer(f"mean{index}", found.mean((0, 2, 3), keepdim=True))
+            deviation = found.std((0, 2, 3), keepdim=True).clamp_min(0.02)
+            self.register_buffer(f"deviation{index}", deviation)
+            # As a product, since the pooling of the library has no deterministic gradient on a GPU.
+            pooling = F.adaptive_avg_pool2d(torch.eye(features)[None], (cells, features))[0]
+            self.register_buffer(f"pooling{index}", pooling, persistent=False)
+
+    def forward(self, found: Tensor) -> list[Tensor]:
+        """What a feature map (B, input_dim, f, f) tells of each size of cells: (B, quantities, n, n)."""
+        poolings = [self.get_buffer(f"pooling{index}") for index in range(len(self.cells))]
+        return [
+            teller(pooling @ found @ pooling.T)
+            for teller, pooling in zip(self.tellers, poolings, strict=True)
+        ]
+
+    @torch.no_grad()
+    def targets(self, sharp: Tensor) -> list[Tensor]:
+        """Standardised strongest structure of each cell, in fp32 also under autocast."""
+        with torch.autocast(sharp.device.type, enabled=False):
+            maps = self.maps(sharp)
+            return [
+                (F.adaptive_max_pool2d(maps, cells) - self.get_buffer(f"mean{index}"))
+                / self.get_buffer(f"deviation{index}")
+                for index, cells in enumerate(self.cells)
+            ]
+
+    def loss(self, found: Tensor, sharp: Tensor) -> Tensor:
+        """See Head.loss."""
+        pairs = zip(self(found), self.targets(sharp), strict=True)
+        return torch.stack([F.smooth_l1_loss(told.float(), wanted) for told, wanted in pairs]).mean()

@@ -138,6 +138,9 @@ class Tracker:
         # Otherwise wandb's own telemetry calls its makers, even offline.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
+            for text in map(str, (self.folder.absolute(), *self.settings.values())):
+                if not files.is_text(text):  # wandb prints a page about them, and stops
+                    raise ValueError(f"it takes no name that is not UTF-8, as {text}")
             import wandb
 
             run = wandb.init(

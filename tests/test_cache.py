@@ -56,7 +56,7 @@ def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flag
 def test_tables_hold_the_contract_and_agree(tiles):
     columns = "image study_id laterality view offset height width y0 x0 low high bit_depth spacing_mm"
     assert list(tiles.images.columns) == columns.split()
-    assert list(tiles.table.columns) == ["image", "x", "y", *mammo.COLUMNS]
+    assert list(tiles.table.columns) == ["image", "x", "y", *mammo.SCORES]
     funnel = pd.read_csv(tiles.cache / "rejections.csv", keep_default_na=False)
     rejected = funnel[[*mammo.COLUMNS, "capped"]].sum(axis=1)
     assert (funnel["positions"] == funnel["kept"] + rejected).all()
@@ -90,7 +90,8 @@ def test_labels_outside_the_breast_never_reach_the_cache(tmp_path):
 SETTINGS = {
     "tile_size": 256, "tile_stride": 128, "min_breast_ratio": 0.5, "min_freq_energy": 0.1,
     "min_tile_intensity": 1.0, "min_non_zero_pixels": 0.1, "exclude_pectoral": False,
-    "pixel_spacing_mm": 0.1, "max_tiles": 7, "high_freq_energy": 0.05, "polarity": "as_is",
+    "pixel_spacing_mm": 0.1, "max_tiles": 7, "high_freq_energy": 0.05, "min_convergence": 0.5,
+    "polarity": "as_is",
 }  # fmt: skip
 OTHERS = {
     "batch_size": 4, "view_size": 64, "seed": 3, "epochs": 2, "num_workers": 1, "output_dir": "x"
@@ -226,18 +227,24 @@ def test_what_another_node_extracted_is_used_and_left_alone(archive, tmp_path, m
     assert_same_cache(cache, mammo.build_cache(small_config(archive)))
 
 
-class NoLock:
-    """A lock of a file system that has none."""
+def no_lock(number):
+    """FileLock on a file system whose locks don't reach other nodes (0), or that raises this error."""
 
-    def __init__(self, path):
-        self.path = path
+    class NoLock:
+        def __init__(self, path, **options):
+            self.path = path
 
-    def acquire(self, timeout=0):
-        return contextlib.nullcontext()
+        def acquire(self, timeout=0):
+            if number:
+                raise OSError(number, os.strerror(number))
+            return contextlib.nullcontext()
+
+    return NoLock
 
 
-def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_path, monkeypatch):
-    """On file systems whose locks don't reach other nodes: a second one extracts in between."""
+@pytest.mark.parametrize("number", [0, errno.ENOLCK])
+def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_path, monkeypatch, number):
+    """A second one extracts in between."""
     config = left_by_a_first_start(tmp_path, archive, monkeypatch)
     extract, calls = mammo.extract_image, []
 
@@ -245,7 +252,8 @@ def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_pa
         calls.append(job)
         if len(calls) == 1:
             with monkeypatch.context() as patch:
-                patch.setattr(socket, "gethostname", lambda: "another")
+                if not number:  # else they may share a node
+                    patch.setattr(socket, "gethostname", lambda: "another")
                 patch.setattr(mammo, "finish_cache", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     mammo.build_cache(config)
@@ -254,7 +262,7 @@ def test_two_builders_whose_lock_fails_them_extract_side_by_side(archive, tmp_pa
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mammo, "FileLock", NoLock)
+    monkeypatch.setattr(mammo.processes, "FileLock", no_lock(number))
     monkeypatch.setattr(mammo, "extract_image", disturbed)
     cache = mammo.build_cache(config)
     assert len(calls) == 2  # both extracted the fourth image
@@ -272,7 +280,7 @@ def test_a_line_whose_pixels_are_gone_never_comes_back(tmp_path):
 
     for index, grey in ((0, 1), (7, 2)):
         finished = byol_mammo.extraction.read_records(tmp_path)
-        journal = byol_mammo.extraction.Journal(tmp_path, finished)
+        journal = byol_mammo.extraction.Journal(tmp_path / "here", finished)
         extract(index, grey)
         journal.close()
         assert set(byol_mammo.extraction.read_records(tmp_path)) == {index}
@@ -325,7 +333,7 @@ def test_jobs_that_end_while_another_fails_are_not_lost(archive, monkeypatch):
 
 def test_an_image_without_tiles_takes_no_place_behind_one_that_was_cut_short(tmp_path):
     write_images(tmp_path / "images", 1, bits=12)
-    config = small_config(tmp_path, "--min_freq_energy", "1e9")
+    config = small_config(tmp_path, "--min_freq_energy", "1e9", "--min_convergence", "0")
     path, _ = byol_mammo.extraction.pixel_file(tmp_path, 12)
     path.write_bytes(b"cut")
     image = str(tmp_path / "images" / "s0_i0.png")
@@ -357,7 +365,7 @@ def test_unusable_images_are_skipped_by_name_with_the_reason(tmp_path):
 def test_no_tile_at_all_is_an_error_with_the_funnel(tmp_path):
     write_images(tmp_path / "images", 1)
     with pytest.raises(mammo.MammoError, match=r"no tile was kept(.|\n)*freq_energy"):
-        mammo.build_cache(small_config(tmp_path, "--min_freq_energy", "1e9"))
+        mammo.build_cache(small_config(tmp_path, "--min_freq_energy", "1e9", "--min_convergence", "0"))
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
@@ -471,7 +479,7 @@ def test_a_folder_that_fails_to_list_its_images_is_an_error(tmp_path, monkeypatc
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
         return real(folder)
 
-    monkeypatch.setattr(mammo.os, "scandir", failing)
+    monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(OSError, match=r"Input/output error.*b"):
         mammo.images.find_images(tmp_path)
 

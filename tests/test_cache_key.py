@@ -40,8 +40,9 @@ EDITS = {  # a piece of the code, what stands there instead, whether that makes 
         '    """Other words,\n\n    in two more lines."""',
         False,
     ),
-    "plumbing": ("lock.acquire(timeout=0)", "lock.acquire(timeout=1)", False),
-    "a filter": (OPENING, "OPENING = 7", True),
+    "plumbing": ("caches.build_once(final, build)", "caches.build_once(final, build=build)", False),
+    "a mask": (OPENING, "OPENING = 7", True),
+    "a filter": ("SPECK_SIGMA = 0.13", "SPECK_SIGMA = 0.14", True),
     "the choice of tiles": ("(GROUP_RADIUS / spacing_mm)", "(GROUP_SIZE / spacing_mm)", True),
 }
 

@@ -546,7 +546,7 @@ def test_compare_says_which_images_a_checkpoint_has_seen(labelled, tmp_path, cap
     )
     data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
     path = tmp_path / "run.pth"
-    config = {"data_dir": str(labelled / "training"), "labels": "labels.csv"}
+    config = dataclasses.asdict(mammo.Config(data_dir=str(labelled / "training"), labels="labels.csv"))
     mammo.checkpoints.write_checkpoint(path, {"config": config})
     classifier.note_seen([str(path)], data, data.in_split("test"), settings)
     assert capsys.readouterr().err == ""
@@ -670,4 +670,4 @@ def test_wrong_checkpoints_are_refused(trained, labelled, tmp_path, capsys):
     torch.save(state, tmp_path / "nan.pth")
     flags = ["--weights", tmp_path / "nan.pth", labelled / "test", "--run_name", "nan"]
     assert run_main("predict", labelled, *flags, out=tmp_path) == 2
-    assert "no numbers" in capsys.readouterr().err
+    assert "backbone.conv1.weight holds NaN" in capsys.readouterr().err

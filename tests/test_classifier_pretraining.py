@@ -92,45 +92,57 @@ def test_the_map_has_the_shape_of_the_feature_map_whose_mean_are_the_features(si
     torch.testing.assert_close(found.mean((2, 3)), model.get_features(view), rtol=1e-4, atol=1e-5)
 
 
-def test_the_target_is_learnt_and_stays_out_of_the_model(archive):
-    run = open_run(
-        archive,
-        "--freq_loss_weight",
-        "1",
-        "--run_name",
-        "energy",
-        "--lr",
-        "3e-3",
-        "--warmup_epochs",
-        "0",
-    )
+SPECKS, MASSES = ("--freq_loss_weight", "1"), ("--structure_loss_weight", "2")
+TARGETS = {  # flags, and the parts of a run's state and metrics that they bring
+    "specks": (SPECKS, {"speck_head": "freq_loss"}),
+    "masses": (MASSES, {"structure_head": "structure_loss"}),
+    "both": ((*SPECKS, *MASSES), {"speck_head": "freq_loss", "structure_head": "structure_loss"}),
+    "both in bf16": (
+        (*SPECKS, *MASSES, "--precision", "bf16"),
+        {"speck_head": "freq_loss", "structure_head": "structure_loss"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_targets_are_learnt_and_stay_out_of_the_model(archive, name):
+    flags, heads = TARGETS[name]
+    run = open_run(archive, *flags, "--run_name", name, "--lr", "3e-3", "--warmup_epochs", "0")
     plain = open_run(archive, "--run_name", "without")
     assert set(run.model.state_dict()) == set(plain.model.state_dict())
     assert plain.objective.own_state() == {}
     ids = run.train_ids[:8]
-    losses = [float(mammo.train_step(run, ids)["freq_loss"]) for _ in range(24)]
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    steps = [mammo.train_step(run, ids) for _ in range(24)]
+    for metric in heads.values():
+        losses = [float(step[metric]) for step in steps]
+        assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     mammo.save_checkpoint(run.folder / "last.pth", run, resumable=True)
     mammo.save_checkpoint(run.folder / "plain.pth", run)
     own = torch.load(run.folder / "last.pth")["objective"]
-    assert sorted(own) == ["speck_head.bias", "speck_head.weight"]
+    assert {key.split(".")[0] for key in own} == set(heads)
+    if name == "specks":
+        assert sorted(own) == ["speck_head.bias", "speck_head.weight"]
     assert "objective" not in torch.load(run.folder / "plain.pth")
 
 
-def test_with_the_target_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
+def test_with_the_targets_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
     (tmp_path / "images").symlink_to(archive / "images")
     shutil.copytree(archive / "cache", tmp_path / "cache")
-    flags = ["--epochs", "2", "--freq_loss_weight", "1"]
+    flags = ["--epochs", "2", *SPECKS, *MASSES, "--energy_share", "0.5", "--vicreg_weight", "0.1"]
     for name, parts in (("whole", [[]]), ("parts", [["--max_steps", "3"], []])):
         for more in parts:
             mammo.train(small_config(tmp_path, *flags, *more, "--run_name", name))
     files = [tmp_path / "runs" / name / "last.pth" for name in ("whole", "parts")]
     assert weights_hash(files[0]) == weights_hash(files[1])
-    heads = [torch.load(file)["objective"]["speck_head.weight"] for file in files]
-    assert torch.equal(*heads)
-    assert heads[0].abs().max() > 0
+    whole, parts = (torch.load(file)["objective"] for file in files)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert all(value.abs().max() > 0 for value in whole.values())
     table = pd.read_csv(files[0].with_name("metrics.csv"))
     assert table["freq_loss"].dropna().between(0, 20).all()
+    assert table["structure_loss"].dropna().between(0, 2).all()
+    assert table["vicreg_loss"].dropna().between(0, 100).all()
+    assert len(table["structure_loss"].dropna()) == len(table["freq_loss"].dropna()) > 0
     assert table["loss"].dropna().between(-1, 1).all()  # BYOL's own loss, without the target's
 
 

@@ -52,7 +52,8 @@ def start_processes(folder, archive, *flags, size=2):
 
 
 def test_two_processes_hold_the_same_weights_and_share_the_tiles(archive, tmp_path):
-    flags = ("--epochs", "10", "--tiles_per_epoch", "64", "--max_steps", "20")
+    flags = ("--freq_loss_weight", "1", "--structure_loss_weight", "2", "--vicreg_weight", "0.1")
+    flags += ("--epochs", "10", "--tiles_per_epoch", "64", "--max_steps", "20")
     processes = start_processes(tmp_path, archive, *flags)
     for rank, process in enumerate(processes):
         log = tmp_path / f"{rank}.log"
@@ -90,7 +91,7 @@ def test_processes_without_an_address_are_told_how_to_start(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(mammo.MammoError, match="start by torchrun"):
-        mammo.processes.join_ranks(mammo.processes.Ranks(0, 2, 0), "gloo")
+        mammo.processes.join_ranks(mammo.processes.Ranks(0, 2, 0), "gloo", 1)
 
 
 def slurm(rank, tasks, local, **step):

@@ -26,6 +26,7 @@ FLAGS = {
     "slim": ("--precision", "fp32"),
     "resnet18": (*RESNET18, "--precision", "fp32"),
     "frequency target": ("--precision", "fp32", "--freq_loss_weight", "1"),
+    "structure target": ("--precision", "fp32", "--structure_loss_weight", "2"),
     "lars": ("--precision", "fp32", "--optimizer", "lars", "--lr", "0.025"),
 }
 

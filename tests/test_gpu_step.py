@@ -68,6 +68,14 @@ def no_gpu_is_asked(monkeypatch):
     monkeypatch.setattr(mammo.devices, "to_device", pinned_copy)
 
 
+def target_objective(model, side):
+    """BYOL with both heads, for views of `side` px and 38 mm."""
+    sample = torch.rand(4, 1, side, side)
+    specks = mammo.targets.SpeckHead(sample, small_network.WIDTH)
+    masses = mammo.targets.StructureHead(sample, small_network.WIDTH, 38 / side)
+    return mammo.TargetBYOL(model, [(specks, 1.0), (masses, 2.0)])
+
+
 def gpu_run(folder, monkeypatch, *flags):
     """A Run whose tensors are on a GPU; call it inside FakeTensorMode."""
     flags = ("--device", "cuda", "--batch_size", "4", "--output_dir", str(folder), *flags)
@@ -77,7 +85,7 @@ def gpu_run(folder, monkeypatch, *flags):
     )
     objective: mammo.Objective = mammo.BYOL(model)
     if config.freq_loss_weight:
-        objective = mammo.SpeckBYOL(model, torch.rand(4, 1, 32, 32), small_network.WIDTH, 1.0, 0.996)
+        objective = target_objective(model, 32)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         without_data(objective).train()
@@ -112,7 +120,8 @@ def test_a_step_stays_on_the_gpu_and_waits_for_nothing(tmp_path, monkeypatch, no
     with mode, NoCopyFromTheHost():
         found = [mammo.train_step(run, ids) for ids in (np.arange(4), np.arange(4, 8))]
     assert run.step == 2
-    names = {"loss", "feature_std", *(["freq_loss"] if "--freq_loss_weight" in flags else [])}
+    names = {"loss", "feature_std"}
+    names |= {"freq_loss", "structure_loss"} if "--freq_loss_weight" in flags else set()
     for metrics in found:
         tensors = {name: value for name, value in metrics.items() if isinstance(value, torch.Tensor)}
         assert set(tensors) == names
@@ -275,8 +284,7 @@ def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
     )
     images = torch.randn(2, 4, 1, 64, 64)
     views = [mammo.View(spec.kind, x, x.sigmoid()) for spec, x in zip(mammo.VIEWS, images, strict=True)]
-    specks = mammo.SpeckBYOL(model, torch.rand(4, 1, 64, 64), small_network.WIDTH, 1.0, 0.996)
-    for objective in (mammo.BYOL(model), specks):
+    for objective in (mammo.BYOL(model), target_objective(model, 64)):
         compiled = torch.compile(objective, backend="eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
             loss, metrics = compiled(views)
@@ -336,7 +344,9 @@ def default_modes():
 
 
 @needs_gpu
-@pytest.mark.parametrize("flags", [(), ("--no_compile",), ("--freq_loss_weight", "1")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--no_compile",), ("--freq_loss_weight", "1", "--structure_loss_weight", "1")]
+)
 def test_a_step_never_waits_for_the_gpu(archive, tmp_path, default_modes, flags):
     run = real_run(archive, tmp_path, *flags)
     batches = mammo.batches(run)

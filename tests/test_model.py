@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from conftest import RESNET18, small_config
-from lightly.loss import NegativeCosineSimilarity
+from lightly.loss import NegativeCosineSimilarity, VICRegLoss
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import update_momentum
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
@@ -87,6 +87,23 @@ def test_loss_equals_lightlys_and_the_papers():
         1
     ).mean()
     torch.testing.assert_close(4 + 4 * loss, paper)  # equation 2, in both directions
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_vicreg_beside_it_is_lightlys_of_the_projections_in_fp32(precision):
+    model, (a, b) = small_model(), views()
+    plain, with_it = mammo.BYOL(model), mammo.BYOL(copy.deepcopy(model), vicreg_weight=0.5)
+    seen = []
+    with_it.model.projection_head.register_forward_hook(lambda *words: seen.append(words[2].float()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        (alone, metrics), (both, measured) = plain(as_views(a, b)), with_it(as_views(a, b))
+    assert "vicreg_loss" not in metrics
+    expected = VICRegLoss()(*seen)
+    torch.testing.assert_close(measured["vicreg_loss"], expected.detach())
+    torch.testing.assert_close(both, alone + 0.5 * expected)
+    torch.testing.assert_close(measured["loss"], metrics["loss"])  # BYOL's, without it
+    both.backward()
+    assert with_it.model.projection_head.layers[0].weight.grad.abs().sum() > 0
 
 
 def test_gradient_reaches_the_online_network_alone():

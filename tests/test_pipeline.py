@@ -237,7 +237,7 @@ def test_extraction_alone_leaves_a_cache_that_training_finds(tmp_path):
     done = train_script(tmp_path, "--extract_only", "--qc_pages", "--min_breast_ratio", "0.5")
     assert done.returncode == 0, done.stderr
     assert len(list((run / "qc").glob("*/*.png"))) == 4  # pages of other tiles stand beside them
-    none = ("--min_freq_energy", "50", "--high_freq_energy", "0")
+    none = ("--min_freq_energy", "50", "--high_freq_energy", "0", "--min_convergence", "0")
     done = train_script(tmp_path, "--extract_only", "--qc_pages", *none)
     assert done.returncode == 2
     assert "no tile was kept" in done.stderr

@@ -271,7 +271,7 @@ def edited(tmp_path_factory):
         before, after = (
             "".join(f"{text}\n" for sign, text in lines if sign in signs) for signs in ("- ", "+ ")
         )
-        places = [path for path in folder.glob("*.py") if before in path.read_text()]
+        places = [path for path in folder.rglob("*.py") if before in path.read_text()]
         assert len(places) == 1, before
         source = places[0].read_text()
         assert source.count(before) == 1, before

@@ -117,7 +117,7 @@ def test_the_curves_are_of_what_the_run_has_measured(monkeypatch, tmp_path):
         byol_mammo.pictures, "save_figure", lambda figure, path: panels.extend(figure.axes)
     )
     table = pd.DataFrame({"step": [5, 10], "loss": [-0.5, -0.6], "freq_loss": [3.0, 2.5]})
-    curves = byol_mammo.report.learning_curves(mammo.SpeckBYOL.curves, mammo.CLASSES)
+    curves = byol_mammo.report.learning_curves(mammo.TargetBYOL.curves, mammo.CLASSES)
     table = table.reindex(columns=mammo.METRICS)
     byol_mammo.pictures.draw_curves(table, curves, mammo.COLLAPSE_STD, tmp_path / "curves.png")
     shown = {axes.get_title().split(" (")[0]: axes.lines[0].get_ydata().tolist() for axes in panels}

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 import train_byol_mammo as mammo
 
 CONFIG = mammo.Config(tile_size=128, tile_stride=64)
-COLUMNS = "x y breast_ratio mean_intensity non_zero_ratio freq_energy rejected_by".split()
+COLUMNS = "x y breast_ratio mean_intensity non_zero_ratio freq_energy convergence rejected_by".split()
 
 
 @given(st.integers(1, 5000), st.integers(32, 600), st.integers(8, 600))
@@ -66,12 +66,14 @@ THRESHOLDS = st.tuples(st.floats(0, 1), st.floats(0, 255), st.floats(0, 1), st.f
 @settings(max_examples=100)
 def test_stricter_thresholds_never_add_tiles(first, second):
     rng = np.random.default_rng(0)
-    table = pd.DataFrame(rng.random((200, 4)) * (1, 255, 1, 0.2), columns=list(mammo.COLUMNS))
+    table = pd.DataFrame(rng.random((200, 5)) * (1, 255, 1, 0.2, 1), columns=mammo.SCORES)
     table.iloc[:20, 0] = 0
     kept = []
     for bars in (np.minimum(first, second), np.maximum(first, second)):
         names = ("min_breast_ratio", "min_tile_intensity", "min_non_zero_pixels", "min_freq_energy")
-        config = mammo.Config(**dict(zip(names, bars.tolist(), strict=True)), high_freq_energy=0)
+        config = mammo.Config(
+            **dict(zip(names, bars.tolist(), strict=True)), high_freq_energy=0, min_convergence=0
+        )
         failure = mammo._first_failure(table, config)
         kept.append(failure == "")
         for name, bar in zip(mammo.COLUMNS, bars, strict=True):
@@ -110,14 +112,22 @@ def test_thresholds_of_zero_keep_everything_with_breast():
     assert ((table["rejected_by"] == "") == (table["breast_ratio"] > 0)).all()
 
 
-def test_high_energy_keeps_dark_and_empty_tiles_and_is_counted():
-    row = {"breast_ratio": 0.5, "mean_intensity": 90, "non_zero_ratio": 1.0, "freq_energy": 0.035}
+def test_high_energy_and_convergence_keep_tiles_and_are_counted():
+    row = {
+        "breast_ratio": 0.5, "mean_intensity": 90, "non_zero_ratio": 1.0, "freq_energy": 0.035,
+        "convergence": 0.4,
+    }  # fmt: skip
     cases = [
         ({}, "", False),
         ({"mean_intensity": 10}, "mean_intensity", False),
         ({"mean_intensity": 10, "freq_energy": 0.05}, "", True),
         ({"non_zero_ratio": 0.1, "freq_energy": 0.05}, "", True),
         ({"breast_ratio": 0.1, "freq_energy": 0.05}, "breast_ratio", False),
+        ({"freq_energy": 0.01}, "freq_energy", False),
+        ({"freq_energy": 0.01, "convergence": 0.7}, "", True),
+        ({"convergence": 0.7}, "", False),
+        ({"mean_intensity": 10, "convergence": 0.9}, "mean_intensity", False),
+        ({"breast_ratio": 0.1, "convergence": 0.9}, "breast_ratio", False),
     ]
     table = pd.DataFrame([{**row, **change} for change, _, _ in cases])
     config = mammo.Config()
@@ -126,3 +136,5 @@ def test_high_energy_keeps_dark_and_empty_tiles_and_is_counted():
     assert mammo.is_rescued(table, config).tolist() == [rescued for _, _, rescued in cases]
     off = mammo._first_failure(table, mammo.Config(high_freq_energy=0))
     assert off[2] == "mean_intensity"
+    off = mammo._first_failure(table, mammo.Config(min_convergence=0))
+    assert [off[5], off[6]] == ["freq_energy", "freq_energy"]

@@ -23,8 +23,10 @@ import train_byol_mammo as mammo
 
 
 def epoch_order(run, epoch):
-    config, image = run.config, run.tiles.table["image"].to_numpy()
-    return mammo.sampling.epoch_order(image, run.train_ids, config.tiles_per_epoch, config.seed, epoch)
+    config = run.config
+    return mammo.sampling.epoch_order(
+        run.tiles.table, run.train_ids, config.tiles_per_epoch, config.seed, epoch, config.energy_share
+    )
 
 
 def open_run(archive, *flags):
@@ -164,6 +166,28 @@ def test_an_epoch_shows_every_tile_once_spread_over_images(archive):
     counts = np.bincount(few.tiles.table["image"].to_numpy()[drawn])
     assert len(drawn) == 20
     assert counts.max() - counts.min() <= 1
+
+
+def test_energy_share_prefers_an_images_best_tiles_and_0_is_chance(archive):
+    run = open_run(archive, "--run_name", "share")
+    seen = run.tiles.table.iloc[run.train_ids]
+    rank = pd.Series(mammo.sampling.appeal(seen), seen.index)
+    assert rank.between(0, 1).all()
+
+    def draw(share, epoch=0):
+        return mammo.sampling.epoch_order(run.tiles.table, run.train_ids, 20, 0, epoch, share)
+
+    means = [np.mean([rank[draw(share, epoch)].mean() for epoch in range(8)]) for share in (0, 0.5, 1)]
+    assert means[0] < means[1] < means[2]
+    for share in (0.5, 1):
+        assert (draw(share) == draw(share)).all()
+        counts = seen["image"][draw(share)].value_counts()
+        assert counts.max() - counts.min() <= 1
+    assert set(draw(0.5)) != set(draw(0.5, 1))
+    best = rank.groupby(seen["image"]).nlargest(5).droplevel(0)
+    assert sorted(rank[draw(1)]) == sorted(best)
+    plain = mammo.sampling.spread_over_images(seen["image"].to_numpy(), np.random.default_rng([0, 2, 0]))
+    assert set(draw(0)) == set(run.train_ids[plain[:20]])
 
 
 def test_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):

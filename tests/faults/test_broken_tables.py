@@ -66,7 +66,7 @@ SPOILT = [  # what is wrong, the table, what the refusal says
     ("absolute image", table(*ROWS, "s9,/etc/passwd,L,CC,1,1,1,A,test"), "image_id is '/etc/passwd'"),
     ("upward split", table(*ROWS, "s9,i9,L,CC,1,1,1,A,../test"), "split is '../test'"),
     ("null byte", table(*ROWS, "s9,i\0,L,CC,1,1,1,A,test"), "image_id is 'i"),
-    ("rows that disagree", table(*ROWS, ROWS[0].replace("L,CC", "R,CC")), "disagree in laterality"),
+    ("rows that disagree", table(*ROWS, ROWS[0].replace("L,CC", "R,CC")), "line 8): laterality"),
     ("two splits", table(*ROWS, "s0,i9,L,CC,1,1,1,A,test"), "more than one split"),
     ("row too long", table(*ROWS, f"{ROWS[0]},more"), "not a comma-separated UTF-8 table"),
     ("open quote", table(*ROWS, 's9,"i9,L'), "not a comma-separated UTF-8 table"),

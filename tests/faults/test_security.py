@@ -100,8 +100,21 @@ def test_a_malicious_checkpoint_runs_nothing_in_the_classifier(
     assert not marker.exists()
 
 
+RECORDED = {"backbone": "resnet18", "hidden_dim": 16, "proj_dim": 8}
+
+
 @pytest.mark.parametrize(
-    "content", [[1, 2], {"model_state_dict": 3}, {"config": {"tile_size": "x"}}, {}]
+    "content",
+    [
+        [1, 2],
+        {"model_state_dict": 3},
+        {"config": "of another project", "model": {}},
+        {"config": RECORDED | {"tile_size": "x"}, "model_state_dict": {}},
+        {"config": RECORDED | {"backbone": "vit_b_16"}, "model_state_dict": {}},
+        {"config": RECORDED | {"backbone": ["resnet18"]}, "model_state_dict": {}},
+        {"config": RECORDED},
+        {},
+    ],
 )
 def test_a_checkpoint_of_something_else_is_refused(archive, tmp_path, capsys, content):
     torch.save(content, tmp_path / "odd.pth")

@@ -1,0 +1,292 @@
+# ruff: noqa: E501 - a table reads better in long lines
+"""prepare_dataset: labels, splits and images that part company. What can be read in two ways is refused in
+one line or said in the summary; what is read in one way is read so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import pandas as pd
+import pytest
+from test_prepare_archives import (
+    CBIS_MASS,
+    CMMD,
+    FINDINGS,
+    INBREAST,
+    RSNA,
+    VINDR,
+    Archive,
+    cbis_row,
+    finding,
+    vindr_row,
+)
+
+import byol_mammo.images
+import byol_mammo.labels
+import prepare_dataset as prep
+from byol_mammo import archives
+from byol_mammo.settings import MammoError
+
+PATHS = ("--columns", "image=path,study=exam")
+LABELLED = ("--columns", "image=path,study=exam,patient=who,mass=m,birads=grade,laterality=side")
+
+
+@pytest.fixture
+def archive(tmp_path):
+    return Archive(tmp_path)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images and tables, a command, its exit code and what it says; what the manifest has then."""
+
+    images: tuple[str, ...]
+    tables: tuple[str, ...]
+    code: int
+    says: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    manifest: dict[str, list[str]] = field(default_factory=dict)
+    labels: dict[str, list[str]] = field(default_factory=dict)
+
+
+LCC = tuple(f"p{n}/LCC.png" for n in (1, 2, 3))
+FLAT = ("a.png", "b.png")
+MANY = tuple(f"{name}/{n}.png" for name in ("left", "right") for n in range(20))
+CASES = {
+    # One name, several images -------------------------------------------------------------------
+    "a bare name in several folders": Case(
+        LCC, ("path,exam\nLCC.png,e1\n",), 2, ("t0.csv line 2 (p1/LCC.png, p2/LCC.png, p3/LCC.png)",), PATHS),
+    "a bare name whose study is the folder": Case(
+        LCC, ("path,exam\nLCC.png,p1\nLCC.png,p2\n",), 0, ("extra: 1",), PATHS,
+        {"source": ["p1/LCC.png", "p2/LCC.png"]}),
+    "a bare name whose patient is the folder": Case(
+        LCC, ("path,exam,who\nLCC.png,e1,p1\nLCC.png,e2,p3\n",), 0, (),
+        ("--columns", "image=path,study=exam,patient=who"), {"source": ["p1/LCC.png", "p3/LCC.png"]}),
+    "two rows of one file": Case(
+        ("p1/a.png",), ("path,exam\np1/a.png,e1\na.png,e2\n",), 2,
+        ("1 files are meant by several rows: p1/a.png (t0.csv line 2, t0.csv line 3)",), PATHS),
+    "folders of another machine": Case(
+        ("p1/a.png", "p2/a.png", "p3/b c.png"),
+        ("path,exam\n/data/x/p1/a.png,e1\nC:\\x\\p2\\a.png,e2\n./p3/b c.png,e3\n",), 0, (), PATHS,
+        {"source": ["p1/a.png", "p2/a.png", "p3/b c.png"]}),
+    "a path that is elsewhere": Case(
+        ("p1/a.png", "p2/b.png"), ("path,exam\np1/a.png,e1\np3/b.png,e2\n",), 1, ("missing: 1",), PATHS),
+    # Rows that disagree -------------------------------------------------------------------------
+    "two tables that disagree": Case(
+        FLAT, ("path,exam,m\na.png,e1,1\nb.png,e2,0\n", "path,exam,m\na.png,e1,0\n"), 2,
+        ("rows about e1/a disagree (t0.csv line 2, t1.csv line 2): m: '1' and '0'", "--on_conflict"),
+        ("--columns", "image=path,study=exam,mass=m")),
+    **{f"two tables that disagree, {rule}": Case(
+        FLAT, ("path,exam,who,m,grade,side\na.png,e1,p,1,2,L\nb.png,e2,q,0,1,L\n",
+               "path,exam,who,m,grade,side\na.png,e1,p,0,4b,L\n"), 0,
+        (f"1 have rows that disagree; --on_conflict {rule} chose",), (*LABELLED, "--on_conflict", rule),
+        {"breast_birads": [grade, "BI-RADS 1"]}, {"mass": [mass, "0"]})
+       for rule, mass, grade in (("first", "1", "BI-RADS 2"), ("last", "0", "BI-RADS 4B"), ("max", "1", "BI-RADS 4B"))},
+    "max cannot choose a side": Case(
+        FLAT, ("path,exam,who,m,grade,side\na.png,e1,p,1,2,L\na.png,e1,p,1,2,R\n",), 2,
+        ("side: 'L' and 'R'; max cannot tell",), (*LABELLED, "--on_conflict", "max")),
+    "CMMD with two opinions of a breast": Case(
+        ("D1-0001/1.dcm",), (CMMD + "D1-0001,L,4,2,mass,Benign,\nD1-0001,L,4,2,mass,Malignant,\n",), 2,
+        ("rows about D1-0001/L disagree", "classification: '0' and '1'")),
+    "CBIS film with opposite abnormalities": Case(
+        ("Mass-Training_P_1_LEFT_CC/a.png",),
+        (CBIS_MASS + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 1)
+         + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 2, pathology="MALIGNANT"),), 0,
+        ("1 films have rows of several abnormalities, 1 of them benign and malignant", "cancer"),
+        (), {}, {"cancer": ["1"]}),
+    "CBIS path without a split": Case(
+        ("x/a.png",), (CBIS_MASS + cbis_row("mass", "Other", "P_1", "LEFT", "CC", 1),), 2,
+        ("t0.csv line 2: image file path 'Mass-Other_P_1_LEFT_CC",)),
+    # Folders ------------------------------------------------------------------------------------
+    "folders named as splits": Case(
+        ("Train/p1/a.png", "Train/p2/b.png", "VALID/p3/c.png", "test/p4/d.png"), (), 0,
+        ("the folders Train, VALID, test are taken as splits: test 1 images, training 2 images",), (),
+        {"split": ["training", "training", "validation", "test"], "patient_id": ["p1", "p2", "p3", "p4"]}),
+    "a patient in two folders named as splits": Case(
+        ("train/p1/a.png", "test/p1/b.png"), (), 2, ("p1 (test and training)",)),
+    "some folders named as splits": Case(
+        ("train/a/1.png", "p1/b.png"), (), 2, ("train are named as splits, beside them p1",)),
+    "splits below another folder": Case(
+        ("data/train/1.png", "data/test/2.png"), (), 2, ("test, train) lie below data", "--images_root")),
+    "images alone below splits": Case(
+        ("train/1.png", "test/1.png"), (), 0, ("2 images lie in no folder of their own",), (),
+        {"split": ["test", "training"]}),
+    "classes by name": Case(
+        ("benign/1.png", "malignant/2.png"), (), 2, ("benign (1 images), malignant (1 images) look like classes",)),
+    "classes below splits": Case(("train/benign/1.png", "test/benign/2.png"), (), 2, ("look like classes",)),
+    "classes by size": Case(MANY, (), 2, ("left (20 images), right (20 images)", "--patient_pattern")),
+    "classes and a pattern": Case(
+        tuple(f"{name}/w{n // 2}_{n}.png" for name in ("left", "right") for n in range(20)), (), 0, (),
+        ("--patient_pattern", r"/(w\d+)_"), {"patient_id": [f"w{n // 2}" for _ in range(2) for n in range(20)]}),
+    "a pattern that misses": Case(
+        FLAT, (), 2, (r"'(\\d+)' finds no patient in 'a'",), ("--patient_pattern", r"(\d+)")),
+    "no pattern": Case(FLAT, (), 2, ("is no regular expression",), ("--patient_pattern", "(")),
+    "a flat folder": Case(FLAT, (), 0, ("images of one woman may fall on both sides", "--patient_pattern")),
+    "studies without a patient": Case(
+        FLAT, ("path,exam\na.png,e1\nb.png,e2\n",), 0, ("each of 2 studies counts as one",), PATHS),
+    # Women --------------------------------------------------------------------------------------
+    "INbreast's numbers alone": Case(
+        ("22678622.png", "22678646.png"), (), 2, ("eight digits alone, as INbreast's", "--test_share 0")),
+    "INbreast's numbers alone, no test split": Case(
+        ("22678622.png", "22678646.png"), (), 0, (), ("--test_share", "0")),
+    "INbreast's names without a table": Case(
+        ("22678622_3d44a9ec6e1a1bc0_MG_R_CC_ANON.png", "22678646_3d44a9ec6e1a1bc0_MG_L_CC_ANON.png"), (), 0, (),
+        (), {"patient_id": ["3d44a9ec6e1a1bc0"] * 2}),
+    "INbreast's table and bare names": Case(
+        ("22678622.png",), (INBREAST + "removed;removed;R;CC;2010;22678622;2;4a\n",), 2,
+        ("1 files are named by INbreast's image number alone",)),
+    "INbreast's table with patients and totals": Case(
+        ("22678622.png", "22678646.png"),
+        (INBREAST + "P7;removed;R;CC;2010;22678622.0;2;4a\nP7;removed;L;CC;2010;22678646;2;1\nTotal;;;;;;410;\n",),
+        0, ("1 rows without a number as File Name left out: totals",), (), {"patient_id": ["P7", "P7"]}),
+    "a patient in two spellings, two splits": Case(
+        ("a.png", "b.png"), ("path,exam,who,fold\na.png,e1,007,train\nb.png,e2,7.0,test\n",), 2,
+        ("007 (test and training)",), ("--columns", "image=path,study=exam,patient=who,split=fold")),
+    "a patient in two spellings, split by chance": Case(
+        tuple(f"{n}.png" for n in range(8)),
+        ("path,exam,who\n" + "".join(f"{n}.png,e{n},{'P p'[n % 2 * 2]}{n // 2}\n" for n in range(8)),), 0,
+        ("4 values of patient_id are written in several ways", "P0 = p0"),
+        ("--columns", "image=path,study=exam,patient=who", "--test_share", "0.5")),
+    "a study of which one row names the patient": Case(
+        ("a.png", "b.png", "c.png"), ("path,exam,who\na.png,e1,w\nb.png,e1,\nc.png,e2,w\n",), 0, (),
+        ("--columns", "image=path,study=exam,patient=who", "--test_share", "0.5")),
+    "a study of two women": Case(
+        FLAT, ("path,exam,who\na.png,e1,p1\nb.png,e1,p2\n",), 2, ("e1 (p1 and p2)", "A study is of one woman"),
+        ("--columns", "image=path,study=exam,patient=who")),
+    "no study": Case(
+        FLAT, ("path,exam\na.png,e1\nb.png,\n",), 2, ("t0.csv line 3: exam is empty",), PATHS),
+    # Values -------------------------------------------------------------------------------------
+    "usual spellings": Case(
+        FLAT, ("path,exam,who,m,grade,side\na.png,e1,p,2,BI-RADS: 4,rt\nb.png,e2,q,absent,birads 5,Left breast\n",),
+        0, (), LABELLED, {"laterality": ["R", "L"], "breast_birads": ["BI-RADS 4", "BI-RADS 5"]},
+        {"mass": ["1", "0"]}),
+    "a column that is another": Case(
+        FLAT, ("path,exam,who,m,grade,side\na.png,e1,p,maybe,1,L\nb.png,e2,q,0,1,L\n",), 2,
+        ("t0.csv line 2: 1 of 2 values of m are not understood: 'maybe' (1)",), LABELLED),
+    "a few values not understood": Case(
+        tuple(f"{n}.png" for n in range(20)),
+        ("path,exam,m\n" + "".join(f"{n}.png,e{n},{'<1' if n == 3 else 0}\n" for n in range(20)),), 0,
+        ("1 of 20 values of m are not understood and left empty: '<1' (1)", "19 without, 1 unknown"),
+        ("--columns", "image=path,study=exam,mass=m")),
+    # Labels that reach no image -----------------------------------------------------------------
+    "CMMD as PNG": Case(
+        ("D1-0001/1.png",), (CMMD + "D1-0001,L,4,2,mass,Benign,\n",), 2, ("given by breast", "D1-0001/1.png")),
+    "RSNA's test table": Case(
+        ("1/2.png",), (RSNA.replace("cancer,", "") + "2,1,2,L,CC,61.0,0,0,,0,,29,False\n",), 2,
+        ("no value for cancer",)),
+    "findings as the table": Case(
+        ("s1/a.png",), (FINDINGS + finding("s1", "a", "['Mass']"),), 2, ("--findings_csv",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_can_be_read_in_two_ways_is_said(archive, capsys, name):
+    case = CASES[name]
+    for image in case.images:
+        archive.dicom(image) if image.endswith(".dcm") else archive.png(image)
+    tables = [archive.table(text, f"t{n}.csv") for n, text in enumerate(case.tables)]
+    code = archive.run(tables or "none", *case.flags)
+    out, err = capsys.readouterr()
+    assert code == case.code, err + out
+    for text in case.says:
+        assert text in err + out
+    if code == 2:
+        assert err.count("\n") == 1
+        assert not archive.out.exists()
+        return
+    manifest = archive.read("manifest.csv")
+    for column, values in case.manifest.items():
+        assert sorted(manifest[column]) == sorted(values)
+    for column, values in case.labels.items():
+        assert archive.labels().sort_index()[column].tolist() == values
+    if "patient_id" in manifest:  # whatever was asked, no woman is on both sides
+        women = byol_mammo.labels.group_keys(manifest)
+        assert (manifest.groupby(women)["split"].nunique() == 1).all()
+
+
+def test_findings_of_other_images(archive, capsys):
+    archive.png("s1/a.png")
+    archive.png("s2/b.png")
+    table = archive.table(VINDR + vindr_row("s1", "a", "training") + vindr_row("s2", "b", "training"))
+    other = archive.table(FINDINGS + finding("x", "y", "['Mass']"), "other.csv")
+    assert archive.run(table, "--findings_csv", other) == 2
+    assert "no image of" in capsys.readouterr().err
+    some = archive.table(FINDINGS + finding("s1", "a", "['Mass']"), "some.csv")
+    assert archive.run(table, "--findings_csv", some) == 0
+    out = capsys.readouterr().out
+    assert "1 images are not in some.csv, so not labelled: s2/b" in out
+    assert "1 images with, 0 without, 1 unknown" in out
+
+
+READERS = [
+    (archives.side, {"rt": "R", "LT": "L", "right breast": "R", "L.": "L", "both": "", "LR": ""}),
+    (archives.birads, {"BI-RADS: 4": "BI-RADS 4", "birads_4a": "BI-RADS 4A", "Category 0": "BI-RADS 0",
+                       "BI RADS 3.0": "BI-RADS 3", "7": "", "four": ""}),
+    (archives.density, {"fatty": "DENSITY A", "ACR B": "DENSITY B", "iv": "DENSITY D", "Type 3": "DENSITY C",
+                        "Heterogeneously dense": "DENSITY C", "<1": "", "5": ""}),
+    (archives.flag, {"2": "1", "2.0": "1", "0.0": "0", "Present": "1", "neg": "0", "0.5": "", "-1": ""}),
+    (archives.cancer, {"MALIGNANT": "1", "benign": "0", "1": "1", "BENIGN_WITHOUT_CALLBACK": "0", "B": ""}),
+    (archives.finding, {"Calcification": "calcification", "mass": "mass", "asymmetry": ""}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reader", "values"), READERS, ids=lambda item: getattr(item, "__name__", ""))
+def test_readers_of_cells(reader, values):
+    assert {text: reader(text) for text in values} == values
+
+
+JOINS = [  # images below data/training, images of labels.csv beside training, the rows joined
+    ("paths", ["a/1.png", "b/1.png"], ["training/b/1.png", "training/a/1.png"], [1, 0]),
+    ("same name elsewhere", ["a/1.png"], ["training/b/1.png"], [-1]),
+    ("bare and unique", ["a/1.png", "a/2.png"], ["2.png", "1.png"], [1, 0]),
+    ("bare, two images", ["a/1.png", "b/1.png"], ["1.png"], [-1, -1]),
+    ("bare, one taken by its path", ["a/1.png", "b/1.png"], ["training/a/1.png", "1.png"], [0, -1]),
+    ("bare, and a path of that end", ["a/1.png"], ["1.png", "a/1.png"], [-1]),
+    ("labels of another folder", ["a/1.png", "b/2.png"], ["a/1.png", "x/2.png"], [0, -1]),
+]
+
+
+@pytest.mark.parametrize(("images", "names", "rows"), [j[1:] for j in JOINS], ids=[j[0] for j in JOINS])
+def test_labels_are_joined_by_path(tmp_path, images, names, rows):
+    table = pd.DataFrame({"image": names})
+    found = byol_mammo.labels.match_labels(table, tmp_path, images, tmp_path / "training")
+    assert found.tolist() == rows
+
+
+def test_cells_of_labels_are_stripped_and_splits_read(tmp_path):
+    text = "image,study_id,patient_id,split,mass\n a.png , s1,P1 ,Train,1\nb.png,s2,p1,training ,0\n"
+    (tmp_path / "labels.csv").write_text(text)
+    table = byol_mammo.labels.read_labels(tmp_path / "labels.csv", ["mass"])
+    assert table["split"].tolist() == ["training"] * 2
+    assert byol_mammo.labels.group_keys(table).nunique() == 1
+
+
+def test_a_layout_that_is_not_finished_is_not_read(archive, monkeypatch):
+    archive.png("s1/a.png")
+    archive.png("s2/b.png")
+    monkeypatch.setattr(prep, "remove_stale", lambda plan: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        archive.run("none", "--test_share", "0")
+    with pytest.raises(MammoError, match="same prepare_dataset"):
+        byol_mammo.images.list_sources(archive.out / "training")
+    monkeypatch.undo()
+    assert archive.run("none", "--test_share", "0") == 0
+    assert len(byol_mammo.images.list_sources(archive.out / "training")) == 2
+
+
+def test_labels_of_other_choices_do_not_stay(archive, capsys):
+    """Boxes of the image as it was, beside the image as it is, were the worst of all."""
+    archive.png("s1/a.png")
+    table = archive.table(VINDR + vindr_row("s1", "a", "training", side="R"))
+    found = finding("s1", "a", "['Mass']", "5,6,20,30", side="R")
+    findings = archive.table(FINDINGS + found, "findings.csv")
+    assert archive.run(table, "--findings_csv", findings) == 0
+    first = (archive.out / "labels.csv").read_bytes()
+    assert json.loads(archive.labels()["boxes"].iloc[0])
+    assert archive.run(table, "--flip_right") == 0
+    assert (
+        "labels.csv of an earlier run with other choices is labels_1.csv now" in capsys.readouterr().out
+    )
+    assert not (archive.out / "labels.csv").exists()
+    assert (archive.out / "labels_1.csv").read_bytes() == first
