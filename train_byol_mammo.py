@@ -13,8 +13,8 @@ BYOL then learns from two medically safe views of every tile: full bit depth, on
 
 Contents
     1 Configuration    constants, Config                           (flags: byol_mammo/settings.py)
-    2 Image            full bit depth, polarity                    (files, decoding: images.py)
-    3 Breast mask      frames, labels, skin line, pectoral muscle
+    2 Image            full bit depth, polarity                    (images.py, framing.py)
+    3 Breast mask      frames, labels, skin line, pectoral muscle  (framing.py, anatomy.py)
     4 Tiles            grid, criteria, one image -> its tiles    (scores: specks.py, structure.py)
     5 Pixel cache      key, parallel extraction, MammogramTiles    (journal: extraction.py, cache.py)
     6 Views            random homographies and photometry, one bilinear gather

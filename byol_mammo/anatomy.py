@@ -336,7 +336,8 @@ def best_arc(slopes: list[np.ndarray], breast: np.ndarray) -> tuple[np.ndarray, 
     bend = np.tile(MUSCLE_BENDS, len(best))
     top, left = (np.repeat(axis[best], len(MUSCLE_BENDS)) for axis in (top, left))
     first = int(score(top, left, bend).argmax())
-    x, y, nx, ny = arcs(*(axis[first : first + 1] for axis in (top, left, bend)), 40)
+    one = slice(first, first + 1)
+    x, y, nx, ny = arcs(top[one], left[one], bend[one], 40)
     return x[0], y[0], nx[0], ny[0]
 
 

@@ -20,6 +20,7 @@ LINE_SMOOTHING = 4.0  # px of the reduced copy, sigma along a row or column, aga
 NOISE_SPAN = 3.0  # standard deviations that smoothed white noise spans: 1.5 on 400 px, with room
 AIR_MARGIN = 24  # blocks of air kept around what has structure: the air's grey is measured there
 CUT_SHARE = 0.2  # share of the picture's border line that is no air where it cuts tissue off
+MIN_SIDE = 16  # blocks, least side of a picture that can be judged
 STRIP_DEPTH = 0.1  # share of the image within which a bright strip along a side ends
 STRIP_STEP = 0.12  # share of the grey range by which it is brighter than what it borders on
 
@@ -83,7 +84,9 @@ def reduce_image(image: np.ndarray) -> ReducedImage:
 def picture_of(content: ReducedImage) -> ReducedImage:
     """What is bright on dark in a file, with some of its air, without bright strips along its sides."""
     core = content.core()
-    span = FLAT_SPAN / 2 * float(np.ptp(core)) if core.size else 0.0
+    if min(core.shape) < MIN_SIDE:
+        return content
+    span = FLAT_SPAN / 2 * float(np.ptp(core))
     top, bottom, left, right = content.margins
     height, width = content.image.shape
 
@@ -146,6 +149,8 @@ def content_box(image: np.ndarray, mirrored: bool) -> tuple[tuple[slice, slice],
         side = max(1, *image[box].shape)
         factor = 2 ** max(0, math.ceil(math.log2(side / SEGMENT_SIDE)))
         area = _block_means(image[box], factor, mirrored)
+        if min(area.shape) < MIN_SIDE:
+            break
         inner = structured_part(area)
         span = float(np.ptp(area[inner]))
         box = _refined(image, _inside(box, inner, area.shape, factor, mirrored), box, factor, span)
@@ -155,11 +160,11 @@ def content_box(image: np.ndarray, mirrored: bool) -> tuple[tuple[slice, slice],
 
 
 def structured_part(area: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns from the first to the last that has structure; all where fewer than 16 were."""
+    """Rows and columns from the first to the last that has structure; all where that is too little."""
     top, bottom, left, right = 0, area.shape[0], 0, area.shape[1]
     for _ in range(8):  # rows without the columns of a frame may lose their structure, and so on
         inner = area[top:bottom, left:right]
-        if min(inner.shape) < 16:
+        if min(inner.shape) < MIN_SIDE:
             break
         span = float(np.ptp(inner))
         borders = np.concatenate([has_structure(lines[[0, -1]], span) for lines in (inner, inner.T)])
@@ -167,7 +172,7 @@ def structured_part(area: np.ndarray) -> tuple[slice, slice]:
             break
         rows = np.flatnonzero(has_structure(inner, span))
         cols = np.flatnonzero(has_structure(inner.T, span))
-        if min(np.ptp(rows) if len(rows) else 0, np.ptp(cols) if len(cols) else 0) < 16:
+        if min(np.ptp(rows) if len(rows) else 0, np.ptp(cols) if len(cols) else 0) < MIN_SIDE:
             break
         peeled = rows[0], inner.shape[0] - 1 - rows[-1], cols[0], inner.shape[1] - 1 - cols[-1]
         if not any(peeled):
@@ -191,13 +196,13 @@ def has_structure(lines: np.ndarray, span: float) -> np.ndarray:
 def inner_part(area: np.ndarray, width_of: Callable[[np.ndarray], int]) -> tuple[slice, slice]:
     """Rows and columns of a reduced image left when as many lines go on each side as `width_of` says.
 
-    All of them where fewer than 16 were left.
+    All of them where fewer than MIN_SIDE were left.
     """
     height, width = area.shape
-    if min(area.shape) >= 16:
+    if min(area.shape) >= MIN_SIDE:
         inwards = (area, area[::-1], area.T, area.T[::-1])
         top, bottom, left, right = (width_of(lines) for lines in inwards)
-        if min(height - top - bottom, width - left - right) >= 16:
+        if min(height - top - bottom, width - left - right) >= MIN_SIDE:
             return slice(top, height - bottom), slice(left, width - right)
     return slice(0, height), slice(0, width)
 
@@ -302,7 +307,7 @@ def polarity_votes(content: ReducedImage) -> dict[str, float]:
     area = content.core()
     dy, dx = (round(JUDGED_PART * side) for side in area.shape)
     area = area[dy : area.shape[0] - dy, dx : area.shape[1] - dx]
-    if min(area.shape) < 16:
+    if min(area.shape) < MIN_SIDE:
         return {}
     low, high = np.percentile(area[::2, ::2], (1, 99))
     grey = cv2.GaussianBlur(((area - low) / max(high - low, 1e-6)).clip(0, 1), (0, 0), 1)
