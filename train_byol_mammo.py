@@ -1694,8 +1694,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (  # and those of the objective, see Objective.curves
     "step epoch loss lr momentum feature_std tiles_per_s batches_per_s seconds_left breast_ratio "
-    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss monitor_auroc "
-    "monitor_auroc_mass monitor_auroc_calcification"
+    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss structure_loss vicreg_loss "
+    "monitor_auroc monitor_auroc_mass monitor_auroc_calcification"
 ).split()
 
 
