@@ -767,6 +767,7 @@ def score_tiles(
     config: Config,
     spacing_mm: float | None = None,
     muscle: np.ndarray | None = None,
+    window: tuple[float, float] | None = None,
 ) -> pd.DataFrame:
     """Score every grid position of an image (H, W) with its breast mask (H, W) bool.
 
@@ -778,14 +779,14 @@ def score_tiles(
     convergence       strongest convergence at the scale of masses, see structure.convergence
     rejected_by       the first criterion that the tile fails; '' = kept
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
-    and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
-    search where it is known already.
+    and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` and `window`
+    save a second search where they are known already.
     """
     size = config.tile_size
     ys = tile_positions(image.shape[0], size, config.tile_stride)
     xs = tile_positions(image.shape[1], size, config.tile_stride)
     y, x = (axis.ravel() for axis in np.meshgrid(ys, xs, indexing="ij"))
-    low, high = intensity_window(image, mask)
+    low, high = window or intensity_window(image, mask)
     if not config.exclude_pectoral:
         muscle = np.zeros_like(mask)
     elif muscle is None:
@@ -919,9 +920,9 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
         raise ImageReadError(path, "no breast found (empty, all-white or noise)")
     mask = small.enlarged(breast)
     muscle = small.enlarged(find_muscle(small, breast)) & mask
-    table = score_tiles(image, mask, config, spacing_mm, muscle)
+    window = intensity_window(image, mask)
+    table = score_tiles(image, mask, config, spacing_mm, muscle, window)
     kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
-    low, high = intensity_window(image, mask)
     rows, cols = tile_box(kept, config, image.shape)
     pixels = image[rows, cols]
     if pixels.size:
@@ -930,7 +931,7 @@ def extract_image(path: str, spacing_mm: float, config: Config) -> tuple[dict[st
     record = {
         "origin": (rows.start, cols.start),
         "shape": pixels.shape,
-        "window": (low, high),
+        "window": window,
         "bit_depth": images.bit_depth(image, small.brightest),
         "spacing_mm": spacing_mm,
         "positions": len(table),
