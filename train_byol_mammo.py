@@ -443,6 +443,7 @@ def score_tiles(
     config: Config,
     spacing_mm: float | None = None,
     muscle: np.ndarray | None = None,
+    window: tuple[float, float] | None = None,
 ) -> pd.DataFrame:
     """Score every grid position of an image (H, W) with its breast mask (H, W) bool.
 
@@ -454,14 +455,14 @@ def score_tiles(
     convergence       strongest convergence at the scale of masses, see structure.convergence
     rejected_by       the first criterion that the tile fails; '' = kept
     The means are over the breast in the tile, not over the tile: skin edges hold calcifications too,
-    and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` saves a second
-    search where it is known already.
+    and how much of a tile may be air is MIN_BREAST_RATIO's business alone. `muscle` and `window`
+    save a second search where they are known already.
     """
     size = config.tile_size
     ys = tile_positions(image.shape[0], size, config.tile_stride)
     xs = tile_positions(image.shape[1], size, config.tile_stride)
     y, x = (axis.ravel() for axis in np.meshgrid(ys, xs, indexing="ij"))
-    low, high = intensity_window(image, mask)
+    low, high = window or intensity_window(image, mask)
     if not config.exclude_pectoral:
         muscle = np.zeros_like(mask)
     elif muscle is None:
@@ -597,9 +598,9 @@ def extract_image(
         raise ImageReadError(path, "no breast found (empty, all-white or noise)")
     mask = small.enlarged(breast)
     muscle = small.enlarged(find_muscle(small, breast, view)) & mask
-    table = score_tiles(image, mask, config, spacing_mm, muscle)
+    window = intensity_window(image, mask)
+    table = score_tiles(image, mask, config, spacing_mm, muscle, window)
     kept = table[table["rejected_by"] == ""].drop(columns="rejected_by")
-    low, high = intensity_window(image, mask)
     rows, cols = tile_box(kept, config, image.shape)
     pixels = image[rows, cols]
     if pixels.size:
@@ -608,7 +609,7 @@ def extract_image(
     record = {
         "origin": (rows.start, cols.start),
         "shape": pixels.shape,
-        "window": (low, high),
+        "window": window,
         "bit_depth": images.bit_depth(image, small.brightest),
         "spacing_mm": spacing_mm,
         "polarity_margin": margin,
@@ -1371,8 +1372,8 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
 COLLAPSE_STD = 0.2  # feature std below which a run counts as collapsed (1 = isotropic)
 METRICS = (  # and those of the objective, see Objective.curves
     "step epoch loss lr momentum feature_std tiles_per_s batches_per_s seconds_left breast_ratio "
-    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss monitor_auroc "
-    "monitor_auroc_mass monitor_auroc_calcification"
+    "gpu_memory_gb gpu_utilisation monitor_std monitor_rankme freq_loss structure_loss vicreg_loss "
+    "monitor_auroc monitor_auroc_mass monitor_auroc_calcification"
 ).split()
 
 

@@ -66,7 +66,7 @@ def unit_gradients(grey: np.ndarray, inside: np.ndarray, step_mm: float) -> tupl
     steepness = cv2.magnitude(x, y) + 1e-5 * mean + np.float32(1e-12)  # rounding is no gradient
     margin = 2 * max(1, round(SKIN / (pool * step_mm * factor))) + 1
     covered = cv2.resize(cover, coarse, interpolation=cv2.INTER_AREA) > 0.5
-    # Beyond the image lies tissue, not skin: erosion takes nothing away there.
+    # At the array's sides tissue may go on as well as end: erosion takes nothing away there.
     counts = cv2.erode(covered.view(np.uint8), np.ones((margin, margin), np.uint8))
     parts = [cv2.resize(each / steepness, coarse, interpolation=cv2.INTER_AREA) for each in (x, y)]
     return np.stack([*parts, np.ones(counts.shape, np.float32)]) * counts, pool * factor

@@ -101,12 +101,7 @@ class SpeckHead(Head, nn.Conv2d):
 
 # What a mass is to its surroundings, in mm; the tiles' convergence is two of these discs.
 DISC_RADII = (2.0, 3.2, 5.0, 7.0, 10.0, 13.0)  # mm, of the discs that gradients converge over
-BLOB_SIGMAS = (
-    0.8,
-    1.6,
-    3.0,
-    6.0,
-)  # mm, of the narrower of two Gaussians; the wider has 1.6 times as much
+BLOB_SIGMAS = (0.8, 1.6, 3.0, 6.0)  # mm, of a blob's inner Gaussian; the outer one has 1.6 times it
 STRUCTURE_CELLS = (9.0, 17.0)  # mm, about: sides of the cells whose strongest structure is asked for
 STRUCTURE_QUANTITIES = len(DISC_RADII) + 2 * len(BLOB_SIGMAS)
 MIN_STRUCTURE_SIDE = 20.0  # mm of a view below which it has no room for such structure
