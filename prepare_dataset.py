@@ -8,7 +8,8 @@
     python prepare_dataset.py --csv_path none --images_root dicom     no table: every image there
     python prepare_dataset.py --csv_path my.csv --images_root my_images \\
         --columns image=path,study=exam,patient=mrn_hash,laterality=side,mass=has_mass
-    python prepare_dataset.py check split_images/manifest.csv    contact sheets, the oddest images first
+    python prepare_dataset.py check split_images/manifest.csv --sample 2000    contact sheets, the
+                                  oddest of the images first; check --help lists its flags
 
 The archive is told by its header (ADAPTERS): VinDr-Mammo and what is laid out like it, CBIS-DDSM,
 INbreast, CMMD, RSNA 2022; --columns maps any other table. A table without a split gets one by
@@ -1699,6 +1700,8 @@ def print_summary(plan: Plan) -> None:
     for note in plan.notes:
         print(f"note: {note}")
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
+    if plan.manifest:
+        print(f"Look: python prepare_dataset.py check {options.output_dir / 'manifest.csv'}")
     splits = sorted(set(rows["split"]) - {"test"}, key=lambda name: (name != "training", name))
     if splits:
         print(f"Next: python train_byol_mammo.py --data_dir {options.output_dir / splits[0]}")

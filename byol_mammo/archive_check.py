@@ -6,9 +6,11 @@ them show is how that source is, not what is odd about one of them.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ USUAL_Z = 2.0  # robust standard deviations within which a share is usual
 # Measures that are held against the median of the source, and their least standard deviation: where
 # images are alike, a hair's breadth is not odd.
 HELD = {"mask_share": 0.02, "outline": 0.1, "aspect": 0.02}
+LEAST_PART = 0.05  # of the oddity, from which a sign is named
 TABLE = "check.csv"
 SHEET = re.compile(r"sheet_\d{3,}\.png")
 COLUMNS = [
@@ -50,7 +53,6 @@ class Method:
     find_muscle: Callable[[framing.ReducedImage, np.ndarray, str], np.ndarray]  # the last: view
     score_tiles: Callable[..., pd.DataFrame]  # image, mask, settings, spacing, muscle
     settings: Any
-    polarity: str = "auto"
 
 
 # Measures of one image ------------------------------------------------------------------------------
@@ -162,8 +164,8 @@ def wrong_side(table: pd.DataFrame) -> pd.Series:
 
 
 SIGNS = (
-    Sign("unreadable", 4, "cannot be read", lambda t: t["reason"] != ""),
-    Sign("no breast", 4, "nothing is found that is a breast", lambda t: t["mask_share"] == 0),
+    Sign("unreadable", 6, "cannot be read", lambda t: t["reason"] != ""),
+    Sign("no breast", 6, "nothing is found that is a breast", lambda t: t["mask_share"] == 0),
     Sign("polarity in doubt", 3, "the votes are close, or say that it is a negative", doubt),
     Sign(
         "polarity dissents", 3, "a negative among others, or not", lambda t: dissent(t, "polarity")
@@ -208,19 +210,23 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     """The table of measures with `source`, `signs` and `oddity`, the oddest image first.
 
     A sign counts by its strength, and by how rare it is in its source: in full where the image is alone
-    with it or too few are there to tell, not at all where all show it.
+    with it or too few are there to tell, not at all where all show it. `signs` are those that count, the
+    heaviest first; `attrs["shown"]` tells how many images show each.
     """
     table = add_sources(table)
-    oddity, shown = pd.Series(0.0, table.index), pd.Series("", table.index)
-    for sign in SIGNS:
-        strength = sign.strength(table).astype(float).fillna(0)
-        present = strength > 0
-        alike = present.groupby(table["source"]).transform("sum").clip(lower=1)
-        rarity = 1 - np.log(alike) / np.log(table["size"].clip(lower=2))
-        oddity += sign.weight * strength * rarity.where(table["size"] >= MIN_SOURCE, 1)
-        shown = shown.where(~present, shown + "; " + sign.name)
-    table = table.assign(oddity=oddity, signs=shown.str.removeprefix("; "))
-    return table.sort_values(["oddity", "image"], ascending=[False, True], ignore_index=True)
+    strength = pd.DataFrame({s.name: s.strength(table).astype(float).fillna(0) for s in SIGNS})
+    alike = (strength > 0).groupby(table["source"]).transform("sum").clip(lower=1)
+    rarity = 1 - np.log(alike).div(np.log(table["size"].clip(lower=2)), axis=0)
+    rarity[table["size"] < MIN_SOURCE] = 1.0
+    parts = strength * rarity * [sign.weight for sign in SIGNS]
+    signs = [
+        "; ".join(row[row >= LEAST_PART].sort_values(ascending=False, kind="stable").index)
+        for _, row in parts.iterrows()
+    ]
+    table = table.assign(oddity=parts.sum(axis=1), signs=signs)
+    table = table.sort_values(["oddity", "image"], ascending=[False, True], ignore_index=True)
+    table.attrs["shown"] = (strength > 0).sum().to_dict()
+    return table
 
 
 # Pictures -------------------------------------------------------------------------------------------
@@ -249,17 +255,16 @@ def outlined(image: np.ndarray, mask: np.ndarray, muscle: np.ndarray) -> np.ndar
     return picture
 
 
-def caption(row: pd.Series) -> list[str]:
-    """Place and name, what is known, and what is odd, in lines of LINE_LENGTH characters."""
+def caption(row: pd.Series) -> str:
+    """Place and name, what is known, and what is odd, in three lines of LINE_LENGTH characters."""
     name = str(Path(row["image"]).with_suffix(""))
     said = " ".join(filter(None, (row["laterality"], row["view"], f"{row['oddity']:.1f}")))
-    told = row["reason"] or row["signs"]
-    lines = [f"{row['place']}  {name[-LINE_LENGTH + 5 :]}", f"{said}  {told}"]
-    return [lines[0], lines[1][:LINE_LENGTH], lines[1][LINE_LENGTH : 2 * LINE_LENGTH]]
+    told = textwrap.wrap(f"{said}  {row['reason'] or row['signs']}", LINE_LENGTH, max_lines=2)
+    return "\n".join([f"{row['place']}  {name[-LINE_LENGTH + 5 :]}", *told])
 
 
-def draw_sheet(rows: pd.DataFrame, pictures: BinaryIO) -> np.ndarray:
-    """A contact sheet of rows of the table, (H, W, 3) uint8 BGR; `pictures` holds theirs."""
+def draw_sheet(rows: pd.DataFrame, pictures: BinaryIO) -> Image.Image:
+    """A contact sheet of rows of the table; `pictures` holds theirs."""
     width, height = CELL[0] + 8, CELL[1] + CAPTION + 8
     lines = math.ceil(len(rows) / SHEET_COLUMNS)
     canvas = Image.new("RGB", (width * SHEET_COLUMNS, height * lines), "white")
@@ -270,12 +275,9 @@ def draw_sheet(rows: pd.DataFrame, pictures: BinaryIO) -> np.ndarray:
         offset, length = row["picture"]
         if length:
             pictures.seek(offset)
-            content = np.frombuffer(pictures.read(length), np.uint8)
-            picture = cv2.imdecode(content, cv2.IMREAD_COLOR)[..., ::-1]
-            canvas.paste(Image.fromarray(np.ascontiguousarray(picture)), (left, top))
-        text = "\n".join(caption(row))
-        draw.multiline_text((left, top + CELL[1] + 2), text, "black", font, spacing=2)
-    return np.asarray(canvas)[..., ::-1]
+            canvas.paste(Image.open(io.BytesIO(pictures.read(length))), (left, top))
+        draw.multiline_text((left, top + CELL[1] + 2), caption(row), "black", font, spacing=2)
+    return canvas
 
 
 # The check ------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ def check(
     OSError. `mode`: of progress.
     """
     prepare_folder(folder)
-    sources = sources.assign(polarity=images.known_polarity(sources, method.polarity))
+    sources = sources.assign(polarity=images.known_polarity(sources, "auto"))
     columns = ["path", "view", "polarity", "spacing_mm"]
     rows = sources[columns].assign(
         spacing_mm=sources["spacing_mm"].astype(object).where(sources["spacing_mm"].notna(), None)
@@ -379,8 +381,7 @@ def write_all(table: pd.DataFrame, pictures: BinaryIO, folder: Path) -> int:
     table["sheet"], table["place"] = names, place % on_sheet + 1
     for name, rows in table.groupby("sheet"):
         with files.atomic_path(folder / str(name)) as temporary:
-            content = cv2.imencode(".png", draw_sheet(rows, pictures))[1]
-            temporary.write_bytes(content.tobytes())
+            draw_sheet(rows, pictures).save(temporary)
     files.write_atomic(folder / TABLE, table[COLUMNS].round(3).to_csv(index=False))
     return len(set(names))
 
@@ -388,7 +389,7 @@ def write_all(table: pd.DataFrame, pictures: BinaryIO, folder: Path) -> int:
 def summary(table: pd.DataFrame, sheets: int, folder: Path) -> str:
     """What was found, in lines: how many images show which sign, and the first ones."""
     lines = [f"{len(table)} images, {sheets} sheets and {TABLE} in {folder}, the oddest first"]
-    counts = table["signs"].str.split("; ").explode().value_counts()
-    lines += [f"  {s.name:<18} {counts[s.name]:>6}  {s.meaning}" for s in SIGNS if s.name in counts]
+    counts = table.attrs["shown"]
+    lines += [f"  {s.name:<18} {counts[s.name]:>6}  {s.meaning}" for s in SIGNS if counts[s.name]]
     first = table["image"][table["oddity"] > 0].head(3).tolist()
     return "\n".join([*lines, f"look at {', '.join(first)} first" if first else "nothing is odd"])
