@@ -1753,7 +1753,7 @@ def make_check_parser() -> argparse.ArgumentParser:
 def check(argv: Sequence[str]) -> int:
     """Check an archive: 0, 1 where images could not be read, 2 where refused, 3 where stopped."""
     try:
-        code = check_images(make_check_parser().parse_args(settings.with_underscores(argv)))
+        text, code = check_images(make_check_parser().parse_args(settings.with_underscores(argv)))
     except MammoError as error:
         print(f"prepare_dataset: error: {error}", file=sys.stderr)
         return 2
@@ -1761,11 +1761,12 @@ def check(argv: Sequence[str]) -> int:
         reason = str(error).partition(";")[0] or "interrupted"
         print(f"prepare_dataset: {reason}. The same command starts anew.", file=sys.stderr)
         return 3
+    print(text)
     return code
 
 
-def check_images(options: argparse.Namespace) -> int:
-    """`check` without what becomes of its errors. Raises MammoError, StoppedError or OSError."""
+def check_images(options: argparse.Namespace) -> tuple[str, int]:
+    """What `check` prints, and its code. Raises MammoError, StoppedError or OSError."""
     import train_byol_mammo as mammo  # here: only this command has use for torch
     from byol_mammo import archive_check
 
@@ -1785,8 +1786,8 @@ def check_images(options: argparse.Namespace) -> int:
         mammo.read_and_reduce, mammo.find_breast, mammo.find_muscle, mammo.score_tiles, mammo.Config()
     )
     table, sheets = archive_check.check(sources, method, options.output_dir, options.num_workers, "auto")
-    print(archive_check.summary(table, sheets, options.output_dir))
-    return int((table["reason"] != "").any())
+    unread = bool((table["reason"] != "").any())
+    return archive_check.summary(table, sheets, options.output_dir), int(unread)
 
 
 # 12 Entry -----------------------------------------------------------------------------------------
