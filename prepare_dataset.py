@@ -1734,7 +1734,8 @@ def make_check_parser() -> argparse.ArgumentParser:
     """The flags of `prepare_dataset.py check`."""
     parser = settings.make_parser(
         "Look at an archive before training: contact sheets of its images with the outlines of breast "
-        "(blue) and pectoral muscle (orange), and check.csv, the oddest images first.",
+        "(blue) and pectoral muscle (orange), and check.csv, the oddest images first. Exit codes: 0, "
+        "1 some images can't be read, 2 refused, 3 stopped, with nothing half-written.",
         "check --help lists the flags",
     )
     parser.prog = "prepare_dataset.py check"
@@ -1774,7 +1775,7 @@ def check_images(options: argparse.Namespace) -> tuple[str, int]:
         if getattr(options, name) < least:
             raise MammoError(f"--{name} {getattr(options, name)} is less than {least}")
     root = options.images if options.images.is_dir() else options.images.parent
-    if options.images.is_dir() and options.output_dir.resolve().is_relative_to(root.resolve()):
+    if options.output_dir.resolve().is_relative_to(root.resolve()):
         raise MammoError(
             f"--output_dir {options.output_dir} lies among the images, and training would read the "
             "sheets as mammograms; give another folder"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import tempfile
 import textwrap
@@ -134,10 +135,10 @@ def doubt(table: pd.DataFrame) -> pd.Series:
     return ((framing.CLOSE_VOTE - table["vote"]) / framing.CLOSE_VOTE).clip(0, 2)
 
 
-def dissent(table: pd.DataFrame, column: str) -> pd.Series:
-    """Whether an image has another value than nearly all of its source."""
-    alike = table.groupby(["source", column])["image"].transform("size")
-    return (table[column] != "") & (table["size"] >= MIN_SOURCE) & (alike <= FEW * table["size"])
+def dissent(table: pd.DataFrame) -> pd.Series:
+    """Whether an image is a negative and nearly all of its source are not, or the other way round."""
+    alike = table.groupby(["source", "polarity"])["image"].transform("size")
+    return (table["size"] >= MIN_SOURCE) & (alike <= FEW * table["size"])
 
 
 def far_from_usual(z: pd.Series) -> pd.Series:
@@ -167,9 +168,7 @@ SIGNS = (
     Sign("unreadable", 6, "cannot be read", lambda t: t["reason"] != ""),
     Sign("no breast", 6, "nothing is found that is a breast", lambda t: t["mask_share"] == 0),
     Sign("polarity in doubt", 3, "the votes are close, or say that it is a negative", doubt),
-    Sign(
-        "polarity dissents", 3, "a negative among others, or not", lambda t: dissent(t, "polarity")
-    ),
+    Sign("polarity dissents", 3, "a negative among others, or not", dissent),
     Sign("mask share", 3, "the mask covers more or less than usual",
          lambda t: far_from_usual(t["mask_share_z"])),
     Sign("outline", 2, "the mask is more ragged than usual",
@@ -297,7 +296,7 @@ def list_images(path: Path) -> pd.DataFrame:
         )
     root = Path(path.parent.absolute())
     sources = images.read_manifest(root)
-    sources["image"] = [Path(name).relative_to(root).as_posix() for name in sources["path"]]
+    sources["image"] = [Path(os.path.relpath(name, root)).as_posix() for name in sources["path"]]
     if sources.empty:
         raise MammoError(f"{path} lists no image")
     for column in ("study_id", "laterality", "view", "polarity"):

@@ -161,6 +161,17 @@ def test_a_stop_leaves_what_was_there(folder, tmp_path, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_folder_of_which_nothing_can_be_read_is_a_table_of_reasons(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        (tmp_path / f"images/{number}.png").write_bytes(b"no picture")
+    assert check(tmp_path / "images", "--output_dir", tmp_path / "out") == 1
+    table = pd.read_csv(tmp_path / "out/check.csv", keep_default_na=False)
+    assert table["reason"].str.contains("not an image").tolist() == [True, True]
+    assert (table["signs"] == "unreadable").all()
+    assert cv2.imread(str(tmp_path / "out/sheet_001.png")) is not None
+
+
 def test_what_trips_the_method_is_a_row(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(archive_check, "outlined", lambda *areas: 1 / 0)
     assert check(folder / "manifest.csv", "--output_dir", tmp_path, "--sample", "2") == 1
@@ -172,6 +183,7 @@ def test_what_trips_the_method_is_a_row(folder, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["{folder}/training", "--output_dir", "{folder}/training/check"], "lies among the images"),
+        (["{folder}/manifest.csv", "--output_dir", "{folder}/check"], "lies among the images"),
         (["{folder}/labels.csv"], "is neither a folder of images nor the manifest.csv"),
         (["{folder}/nothing"], "is neither a folder"),
         (["{folder}", "--sample", "-1"], "--sample -1 is less than 0"),
