@@ -390,5 +390,5 @@ def summary(table: pd.DataFrame, sheets: int, folder: Path) -> str:
     lines = [f"{len(table)} images, {sheets} sheets and {TABLE} in {folder}, the oddest first"]
     counts = table.attrs["shown"]
     lines += [f"  {s.name:<18} {counts[s.name]:>6}  {s.meaning}" for s in SIGNS if counts[s.name]]
-    first = table["image"][table["oddity"] > 0].head(3).tolist()
+    first = table["image"][table["signs"] != ""].head(3).tolist()
     return "\n".join([*lines, f"look at {', '.join(first)} first" if first else "nothing is odd"])
