@@ -8,6 +8,8 @@
     python prepare_dataset.py --csv_path none --images_root dicom     no table: every image there
     python prepare_dataset.py --csv_path my.csv --images_root my_images \\
         --columns image=path,study=exam,patient=mrn_hash,laterality=side,mass=has_mass
+    python prepare_dataset.py check split_images/manifest.csv --sample 2000    contact sheets, the
+                                  oddest of the images first; check --help lists its flags
 
 The archive is told by its header (ADAPTERS): VinDr-Mammo and what is laid out like it, CBIS-DDSM,
 INbreast, CMMD, RSNA 2022; --columns maps any other table. A table without a split gets one by
@@ -43,7 +45,8 @@ Contents
     8 Labels          findings and boxes to labels.csv
     9 Checks          what is wrong with images that were laid out
     10 Report         manifest and lists, prepare_report.html, summary
-    11 Entry          main
+    11 Archive check  check: contact sheets and check.csv
+    12 Entry          main
 
 Exit codes
     0  every image in the table is laid out (problems.csv may name doubtful ones)
@@ -71,7 +74,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,7 +84,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from byol_mammo import files, labels as labelling, settings
+from byol_mammo import anatomy, files, framing, labels as labelling, settings
 from byol_mammo.archive_files import (
     DICOM_INSIDE,
     EVERY_FILE,
@@ -133,10 +136,8 @@ CLOCK_TOLERANCE_NS = 2_000_000_000  # FAT and exFAT keep modification times to 2
 POOL_FROM = 100_000_000  # bytes to decode from which starting processes (about a second) pays
 ASPECT_TOLERANCE = 0.01  # relative; rounding in a resize stays below, 912 x 1520 of a 2:3 film does not
 DICOM_VERSION = 2  # counts up when the same DICOM file would give other pixels, or is kept out
-CHECK_SIDE = 256  # px, longest side of the copy on which polarity and side are judged
-BRIGHT_BORDER = 0.5  # share of the border brighter than Otsu's threshold from which air counts as bright
-FAINT_TISSUE = 0.25  # of the way from air to Otsu's threshold, where tissue begins
-CLEAR_SIDE = 0.2  # difference of tissue along the left and right edge, over their sum, that is clear
+FLIP_VERSION = 2  # counts up when --flip_right would see the chest wall of the same image elsewhere
+JUDGED_SIDE = 16  # px, least side of an image on which polarity and side are judged
 
 DEFAULT = " (default: %(default)s)"  # argparse fills it in
 SIZE = ["height", "width", "bit_depth"]
@@ -147,19 +148,22 @@ HEADER = [  # what is taken from a DICOM header, see mammogram_dicom.HEADER
     *("bits_stored", "intent", "relationship", "compression", "padding", "doubts"),
 ]
 KEPT_OUT = {"magnified", "spot"}  # view modifiers: their scale and field are not those of a contact view
-MEASURED = ["content", "minimum", "maximum", "air", "chest_wall", "flipped"]  # see examine
+MEASURED = ["content", "minimum", "maximum", "air", "chest_wall", "margin", "flipped"]  # see examine
 LABELS = [
     *("image", "study_id", "split", "laterality", "view", "breast_birads", "breast_density"),
     *("mass", "calcification", "boxes"),
 ]
 EARLIER = ".earlier"  # where files of earlier runs are set aside that nothing else holds
+PHOTOMETRIC = {"MONOCHROME1": "inverted", "MONOCHROME2": "as_is"}
+SEEN = {"dark": "as_is", "bright": "inverted"}  # polarity by the air
+NO_VOTE = "none"  # margin of an image that is blank or too small to be judged
 NOT_FINDINGS = {*LABELS, "patient_id"} - set(FINDINGS)
 JOURNAL = ".prepare_dataset.journal.jsonl"  # what an unfinished run has decoded
 REPORTS = {  # file name -> columns; a file of this name with other columns is not ours
     "manifest.csv": [
         *("file", "study_id", "image_id", "laterality", "view", "breast_birads", "breast_density"),
         *(*SIZE, "split", *SOURCE, "spacing_mm", "patient_id", "implant", "view_modifier"),
-        *("flipped", "settings"),
+        *("flipped", "settings", "polarity", "polarity_from"),
     ],
     "missing.csv": ["study_id", "image_id", "split"],
     "extra.csv": ["file"],
@@ -172,7 +176,7 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
 SIGNATURES = {
     **REPORTS,
     "manifest.csv": REPORTS["manifest.csv"][:14],
-    "image_checks.csv": REPORTS["image_checks.csv"][:-1],
+    "image_checks.csv": [n for n in REPORTS["image_checks.csv"] if n not in ("margin", "doubts")],
     "labels.csv": LABELS,
 }
 OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
@@ -749,32 +753,46 @@ def decode_raster(path: Path) -> np.ndarray:
 def examine(pixels: np.ndarray) -> dict[str, str]:
     """What the checks need of an image, as text.
 
-    content: hash of shape and pixels. minimum, maximum: grey values. air: dark or bright, by the share
-    of the border brighter than Otsu's threshold. chest_wall: left or right, the edge with more tissue.
-    Both are '' where they are not clear, as in a blank or tiny image.
+    content: hash of shape and pixels. minimum, maximum: grey values. margin: of the votes on polarity
+    (framing.polarity_votes), NO_VOTE without any. air: dark or bright, '' where the vote is close.
+    chest_wall: left or right, '' where no breast is found, as in a blank or tiny image.
     """
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())
     digest.update(np.ascontiguousarray(pixels).data)
-    grey = pixels if pixels.ndim == 2 else pixels[..., 0]
+    grey = pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., 0])
     low, high = int(grey.min()), int(grey.max())
     facts = {"content": f"pixels {digest.hexdigest()[:32]}", "minimum": str(low), "maximum": str(high)}
-    factor = CHECK_SIDE / max(grey.shape)
-    if low == high or min(grey.shape) < CHECK_SIDE // 4:
-        return facts | {"air": "", "chest_wall": ""}
-    small = cv2.resize(grey, None, fx=min(1, factor), fy=min(1, factor), interpolation=cv2.INTER_AREA)
-    small = ((small.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
-    threshold, bright = cv2.threshold(small, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-    border = np.concatenate([bright[0], bright[-1], bright[:, 0], bright[:, -1]]).mean()
-    air_is_bright = bool(border > BRIGHT_BORDER)
-    if air_is_bright:
-        small, threshold = 255 - small, 254 - threshold
-    air = float(np.median(small[small <= threshold]))
-    tissue = small > air + FAINT_TISSUE * (threshold - air)
-    band = max(1, tissue.shape[1] // 20)
-    left, right = float(tissue[:, :band].mean()), float(tissue[:, -band:].mean())
-    balance = (left - right) / max(left + right, 1e-6)
-    chest_wall = "left" if balance > CLEAR_SIDE else "right" if balance < -CLEAR_SIDE else ""
-    return facts | {"air": "bright" if air_is_bright else "dark", "chest_wall": chest_wall}
+    judged = low < high and min(grey.shape) >= JUDGED_SIDE
+    votes, wall = judge(grey) if judged else ({}, "")
+    margin = framing.polarity_margin(votes)
+    air = "" if abs(margin) < framing.CLOSE_VOTE else "dark" if margin > 0 else "bright"
+    return facts | {"air": air, "chest_wall": wall, "margin": f"{margin:.2f}" if votes else NO_VOTE}
+
+
+def judge(grey: np.ndarray) -> tuple[dict[str, float], str]:
+    """The votes on an image's polarity, and the side of its chest wall: left, right or ''.
+
+    `grey` (H, W) uint8 or uint16. By the rules of training, on as few pixels; for the side a rough
+    outline of the breast will do.
+    """
+    content = framing.content_of(grey)
+    votes = framing.polarity_votes(content)
+    if framing.polarity_margin(votes) < -framing.MIN_INVERTED:
+        content = replace(content, image=content.brightest - content.image)
+    small = framing.picture_of(content)
+    if min(small.image.shape) < JUDGED_SIDE:
+        return votes, ""
+    smooth = cv2.GaussianBlur(small.image, (0, 0), 1)
+    levels = anatomy.grey_levels(smooth)
+    if levels is None:
+        return votes, ""
+    air, noise, tissue = levels
+    skin = air + anatomy.SKIN_LEVELS[1] * (tissue - air) + 2 * noise
+    breast = anatomy.without_rims(anatomy.breast_above(small.image, smooth, skin))
+    if not breast.any():
+        return votes, ""
+    at_left = (anatomy.chest_side(breast) == 0) != small.mirrored
+    return votes, "left" if at_left else "right"
 
 
 def encode_png(pixels: np.ndarray, spacing_mm: str = "") -> bytes:
@@ -933,6 +951,9 @@ def read_reports(plan: Plan) -> None:
     reports = {name: read_report(folder / name, name) for name in REPORTS}
     plan.previous, plan.claimed = reports["manifest.csv"], reports[CLAIMS]
     plan.checked = {**reports["image_checks.csv"], **read_journal(folder / JOURNAL)}
+    for facts in plan.checked.values():
+        if not facts.get("margin"):  # an earlier version's, which took most films for negatives
+            facts |= dict.fromkeys(("air", "chest_wall", "margin"), "")
     if plan.labels:
         read_report(folder / "labels.csv", "labels.csv")
 
@@ -987,7 +1008,8 @@ def inspect(row: dict[str, str], options: Options, ours: bool) -> Item:
     if kind not in (".png", ".dcm", *RASTER):
         raise SkipImageError(f"the format {kind or 'without suffix'} is not read; convert to PNG")
     changes = [f"dicom {DICOM_VERSION} window {options.window}"] if kind == ".dcm" else []
-    changes += [f"flip_right {row.get('laterality', '')}".strip()] if options.flip_right else []
+    if options.flip_right:
+        changes.append(f"flip_right {FLIP_VERSION} {row.get('laterality', '')}".strip())
     if kind != ".png" and row.get("spacing_mm"):
         changes.append(f"spacing {row['spacing_mm']}")
     item = Item(row, source, output, found, kind, " ".join(changes))
@@ -1175,7 +1197,7 @@ def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
     options, tasks = plan.options, []
     for item in plan.items:
         current = is_current(item, plan)
-        known = plan.facts(item).get("content", "").startswith("pixels")
+        known = bool(plan.facts(item).get("margin"))
         if (item.may_be_encoded and not current) or (options.verify and not known):
             tasks.append((item, options, not current))
     if not tasks:
@@ -1223,8 +1245,24 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
         # The table counts before the header, but for the pixels' size, which the detector knows best.
         values[name] = found or told if name == "spacing_mm" and item.kind == ".dcm" else told or found
     values["flipped"] = values["flipped"] or "0"  # a PNG that was not decoded is as it was
+    values["polarity"], values["polarity_from"] = polarity_of(item, facts, plan.options.verify)
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
+
+
+def polarity_of(item: Item, facts: dict[str, str], verify: bool) -> tuple[str, str]:
+    """The manifest's polarity of an output (as_is, inverted, unknown), and who says so.
+
+    The header, after which DICOM is written bright on dark; else the table; else the pixels, where this
+    command decodes them; else nobody ('').
+    """
+    if item.kind == ".dcm":
+        return "as_is", "header"
+    if told := item.row.get("polarity", ""):
+        return told, "table"
+    if facts.get("margin") and (item.may_be_encoded or verify):
+        return SEEN.get(facts["air"], "unknown"), "judged"
+    return "unknown", ""
 
 
 def place(item: Item, mode: str) -> str:
@@ -1492,7 +1530,7 @@ CHECKS = {  # check -> what it means, for people
     "different size": "not as in the CSV",
     "aspect": "resized or cropped otherwise than in proportion: mm per pixel and boxes no longer hold",
     "blank": "all pixels have one value",
-    "polarity": "air is bright: inverted, or no mammogram",
+    "polarity": "a negative, in doubt, or pixels, header and table disagree",
     "padding": "most of the image was padding",
     "side": "the breast is not on the side that its laterality says",
     "laterality": "the table and the DICOM header disagree; the table counts",
@@ -1554,8 +1592,8 @@ def check_pixels(plan: Plan, row: dict[str, str], facts: dict[str, str]) -> None
     expected = {"L": "left", "R": "right"}.get(row["laterality"], "")
     if facts["minimum"] == facts["maximum"]:
         plan.report("blank", row, f"value {facts['minimum']}")
-    if facts["air"] == "bright":
-        plan.report("polarity", row, "the border is brighter than the rest")
+    elif facts["margin"] not in ("", NO_VOTE):
+        check_polarity(plan, row, facts)
     if expected and facts["chest_wall"] not in ("", expected):
         plan.report("side", row, f"laterality {row['laterality']}, chest wall {facts['chest_wall']}")
     if plan.options.flip_right and not expected and not facts["chest_wall"]:
@@ -1564,12 +1602,28 @@ def check_pixels(plan: Plan, row: dict[str, str], facts: dict[str, str]) -> None
         plan.report("padding", row, f"{float(facts['padding']):.0%} of the pixels")
 
 
+def check_polarity(plan: Plan, row: dict[str, str], facts: dict[str, str]) -> None:
+    """Report an image of which the pixels contradict header or table, or that neither tells of and that
+    looks like a negative or may be one."""
+    seen, said, by = SEEN.get(facts["air"], ""), row["polarity"], row["polarity_from"]
+    vote = f"(vote {facts['margin']} between -1 and 1)"
+    if by in ("header", "table"):
+        word = facts.get("photometric", "") if by == "header" else said
+        if seen not in ("", said):
+            plan.report("polarity", row, f"{by} {word} counts, but the pixels look {seen} {vote}")
+    elif seen != "as_is":
+        plan.report("polarity", row, f"the pixels look {seen} {vote}" if seen else f"in doubt {vote}")
+
+
 def check_header(plan: Plan, row: dict[str, str], facts: dict[str, str], stated: dict[str, str]) -> None:
     """Report where a DICOM header disagrees with the table or with what an image for reading has."""
     for name, column in (("laterality", "laterality"), ("view", "view_position")):
         pair = stated.get(column, ""), facts[name]
         if all(pair) and pair[0] != pair[1]:
             plan.report(name, row, f"table {pair[0]}, header {pair[1]}")
+    told, header = stated.get("polarity"), PHOTOMETRIC.get(facts["photometric"], "")
+    if told and header and told != header:
+        plan.report("polarity", row, f"table {told}, header {facts['photometric']}: the header counts")
     if facts["intent"] == "FOR PROCESSING":
         plan.report("raw", row, f"FOR PROCESSING {facts['relationship']}".strip())
     if not facts["modality"]:
@@ -1624,6 +1678,10 @@ def bits_used(row: dict[str, str], facts: dict[str, str]) -> str:
     return str(max(1, int(maximum).bit_length()))
 
 
+SHOWN_VALUES = (  # columns of the manifest that are counted in the report
+    *("laterality", "view", "implant", "view_modifier", "flipped", "spacing_mm"),
+    *("polarity", "polarity_from"),
+)
 REPORT_STYLE = """
 body { font: 16px/1.4 system-ui, sans-serif; max-width: 1180px; margin: auto; padding: 1rem }
 section { display: inline-block; vertical-align: top; min-width: 12rem; margin-right: 1.5rem }
@@ -1658,7 +1716,7 @@ def make_report(plan: Plan) -> str:
         "<section><h2>bits used</h2>" + files.html_table(sorted(depths.items()), ["bits", "images"]),
         "</section>",
     ]
-    for column in ("laterality", "view", "implant", "view_modifier", "flipped", "spacing_mm"):
+    for column in SHOWN_VALUES:
         values = images[column].replace("", "unknown").value_counts().sort_index()
         table = files.html_table(values.items(), [column, "images"])
         parts.append(f"<section><h2>{column}</h2>{table}</section>")
@@ -1716,6 +1774,8 @@ def print_summary(plan: Plan) -> None:
     for note in plan.notes:
         print(f"note: {note}")
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
+    if plan.manifest:
+        print(f"Look: python prepare_dataset.py check {options.output_dir / 'manifest.csv'}")
     splits = sorted(set(rows["split"]) - {"test"}, key=lambda name: (name != "training", name))
     if splits:
         print(f"Next: python train_byol_mammo.py --data_dir {options.output_dir / splits[0]}")
@@ -1739,7 +1799,73 @@ def print_labels(plan: Plan) -> None:
         print(f"  {name:<22} {told}")
 
 
-# 11 Entry -----------------------------------------------------------------------------------------
+# 11 Archive check ---------------------------------------------------------------------------------
+
+CHECK_DIR = "./archive_check"  # folder of the contact sheets and check.csv
+
+
+def make_check_parser() -> argparse.ArgumentParser:
+    """The flags of `prepare_dataset.py check`."""
+    parser = settings.make_parser(
+        "Look at an archive before training: contact sheets of its images with the outlines of breast "
+        "(blue) and pectoral muscle (orange), and check.csv, the oddest images first. Exit codes: 0, "
+        "1 some images can't be read, 2 refused, 3 stopped, with nothing half-written.",
+        "check --help lists the flags",
+    )
+    parser.prog = "prepare_dataset.py check"
+    add = parser.add_argument
+    text = "a folder of images, or the manifest.csv of an archive that was laid out"
+    add("images", type=Path, metavar="IMAGES_OR_MANIFEST", help=text)
+    text = "as many images, drawn by chance, the same in every run; 0: all"
+    add("--sample", type=int, default=0, metavar="N", help=text + DEFAULT)
+    text = "where to write; made if needed; not among the images, which training reads"
+    add("--output_dir", type=Path, metavar="FOLDER", default=CHECK_DIR, help=text + DEFAULT)
+    text = "processes, at most one per core"
+    add("--num_workers", type=int, default=NUM_WORKERS, metavar="N", help=text + DEFAULT)
+    return parser
+
+
+def check(argv: Sequence[str]) -> int:
+    """Check an archive: 0, 1 where images could not be read, 2 where refused, 3 where stopped."""
+    try:
+        text, code = check_images(make_check_parser().parse_args(settings.with_underscores(argv)))
+    except MammoError as error:
+        print(f"prepare_dataset: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, KeyboardInterrupt, settings.StoppedError) as error:
+        reason = str(error).partition(";")[0] or "interrupted"
+        print(f"prepare_dataset: {reason}. The same command starts anew.", file=sys.stderr)
+        return 3
+    print(text)
+    return code
+
+
+def check_images(options: argparse.Namespace) -> tuple[str, int]:
+    """What `check` prints, and its code. Raises MammoError, StoppedError or OSError."""
+    import train_byol_mammo as mammo  # here: only this command has use for torch
+    from byol_mammo import archive_check
+
+    for name, least in (("sample", 0), ("num_workers", 1)):
+        if getattr(options, name) < least:
+            raise MammoError(f"--{name} {getattr(options, name)} is less than {least}")
+    root = options.images if options.images.is_dir() else options.images.parent
+    if options.output_dir.resolve().is_relative_to(root.resolve()):
+        raise MammoError(
+            f"--output_dir {options.output_dir} lies among the images, and training would read the "
+            "sheets as mammograms; give another folder"
+        )
+    sources = archive_check.list_images(options.images)
+    if 0 < options.sample < len(sources):
+        sources = sources.sample(options.sample, random_state=0).sort_index()
+    method = archive_check.Method(
+        mammo.read_and_reduce, mammo.find_breast, mammo.find_muscle, mammo.score_tiles, mammo.Config()
+    )
+    table, sheets = archive_check.check(sources, method, options.output_dir, options.num_workers, "auto")
+    unread = bool((table["reason"] != "").any())
+    return archive_check.summary(table, sheets, options.output_dir), int(unread)
+
+
+# 12 Entry -----------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1755,6 +1881,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> int:
     """The program without what becomes of its output."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] == "check":
+        return check(words[1:])
     try:
         options = parse_options(argv)
     except MammoError as error:

@@ -231,6 +231,17 @@ def finding(value: str) -> str:
     return "calcification" if text.startswith("calc") else "mass" if text.startswith("mass") else ""
 
 
+POLARITIES = {
+    **dict.fromkeys(("as_is", "normal", "monochrome2", "0", "0.0"), "as_is"),
+    **dict.fromkeys(("inverted", "negative", "monochrome1", "1", "1.0"), "inverted"),
+}
+
+
+def polarity(value: str) -> str:
+    """as_is (bright on dark) or inverted (a negative) of a word or of DICOM's; '' of anything else."""
+    return POLARITIES.get(value.strip().lower(), "")
+
+
 UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something of
     flag: "1, 0, yes, no, true, false, present, absent and counts are",
     cancer: "malignant, benign, normal, 1, 0, yes and no are",
@@ -239,6 +250,7 @@ UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something
     density: "A to D, 1 to 4, I to IV and BI-RADS' words are",
     finding: "mass and calcification are",
     abnormality: "mass, calcification and both are",
+    polarity: "as_is, normal, MONOCHROME2, 0 and inverted, negative, MONOCHROME1, 1 are",
 }
 
 

@@ -568,7 +568,8 @@ def test_checks_name_what_is_wrong(archive: Archive) -> None:
     problems = archive.read("problems.csv")
     assert [f"{p['check']}: {p['file']}: {p['detail']}" for p in problems.to_dict("records")] == [
         "duplicate: test/s_copy_copy.png: same as training/s_same_same.png, ACROSS SPLITS",
-        "polarity: training/s_inverted_inverted.png: the border is brighter than the rest",
+        "polarity: training/s_inverted_inverted.png: "
+        "the pixels look inverted (vote -0.37 between -1 and 1)",
         "blank: training/s_blank_blank.png: value 7",
         "side: training/s_side_side.png: laterality L, chest wall right",
         "different size: training/s_wide_wide.png: 96 x 90, CSV 96 x 80",
