@@ -1990,7 +1990,7 @@ def start_folder(run: Run) -> None:
         f"{run.config.view_side} px views, steps {run.step} to {run.last_step}"
     )
     if np.isin(run.monitor_ids, run.train_ids).any():
-        print(f"monitor   {len(run.monitor_ids)} of these tiles: too few to keep some out of training")
+        print(f"monitor   {len(run.monitor_ids)} tiles that are trained on: too few to keep some out")
     print(f"tracking  wandb {tracking.wandb_mode(config.wandb_mode)}")
     page = ", report.html tells how it goes" if run.config.report_every else ""
     print(f"run       {run.folder}{page}", flush=True)

@@ -136,7 +136,7 @@ GUARDS = [
           "False", f"{LABELS} choose"),
     Guard("one name, several images", "match_files", "if unclear:",
           "False", f"{LABELS} bare"),
-    Guard("the folder decides between files of a name", "match_files", "found = in_folder_of(found, {study, woman})",
+    Guard("the folder decides between files of a name", "match_files", "found = in_folder_of(found, {study, safe_name(woman)}, everyone)",
           "pass", f"{LABELS} bare"),
     Guard("one image, several rows", "match_files", "check_shared(table)",
           "", f"{LABELS} rows and file"),

@@ -235,7 +235,10 @@ def test_pages_show_names_and_cells_as_text(tmp_path):
     images = write_images(tmp_path / "in" / "s1", 4)
     for number, path in enumerate(sorted(images.iterdir())):
         path.rename(images / (f"i{number}.png" if number == 0 else f"{names[number - 1]}.png"))
-    rows = [f's1,i0,"{PLANTED[0]}","{PLANTED[1]}","{PLANTED[1]}",training', "s1,gone,L,CC,1,training"]
+    rows = [
+        f's1,i0,L,"{PLANTED[1]}",B,training',
+        "s1,gone,L,CC,1,training",
+    ]  # others are understood or refused
     header = "study_id,image_id,laterality,view_position,breast_density,split"
     (tmp_path / "table.csv").write_text("\n".join([header, *rows]))
     places = ["--images_root", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
