@@ -160,4 +160,6 @@ def test_few_tiles_are_said_to_be_watched_and_trained_on_once(archive, tmp_path,
     places = ("--output_dir", str(tmp_path), "--max_steps", "1")
     for few, count in (("32", 1), ("4", 0)):  # of some 130 tiles a tenth can't be 32, but 4
         mammo.train(small_config(archive, *places, "--run_name", few, "--monitor_tiles", few))
-        assert capsys.readouterr().out.count("tiles that are trained on: too few to keep some out") == count
+        assert (
+            capsys.readouterr().out.count("tiles that are trained on: too few to keep some out") == count
+        )

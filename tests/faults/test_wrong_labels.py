@@ -216,6 +216,10 @@ CASES = {
     "a column that is another": Case(
         FLAT, ("path,exam,who,m,grade,side\na.png,e1,p,maybe,1,L\nb.png,e2,q,0,1,L\n",), 2,
         ("t0.csv line 2: 1 of 2 values of m are not understood: 'maybe' (1)",), LABELLED),
+    "a column of which a fifth is not understood": Case(
+        tuple(f"{n}.png" for n in range(5)),
+        ("path,exam,m\n" + "".join(f"{n}.png,e{n},{m}\n" for n, m in enumerate(["1", "0", "1", "0", "maybe"])),), 2,
+        ("t0.csv line 6: 1 of 5 values of m are not understood: 'maybe' (1)",), ("--columns", "image=path,study=exam,mass=m")),
     "a few values not understood": Case(
         tuple(f"{n}.png" for n in range(20)),
         ("path,exam,m\n" + "".join(f"{n}.png,e{n},{['<1', 1][n] if n < 2 else 0}\n" for n in range(20)),), 0,
