@@ -99,7 +99,7 @@ from byol_mammo.archive_files import (
 )
 from byol_mammo.archives import ADAPTERS, FOLDER, GENERIC, VINDR, Adapter, adapter_of, generic_adapter
 from byol_mammo.images import CLAIMS, MAX_SAMPLES, PNG_END, stored_otherwise
-from byol_mammo.labels import SPLIT_NAMES, finding_column
+from byol_mammo.labels import finding_column, split_named
 from byol_mammo.processes import available_cores, process_pool
 from byol_mammo.settings import MammoError
 from byol_mammo.spacing import differ, judge_spacing, spacing_values
@@ -336,6 +336,7 @@ def read_table(
         find_patients(table, reading)
     set_splits(table, options, reading)
     check_ids(table, adapter)
+    check_studies(table, adapter)
     table = check_spacing(table, reading.notes)
     unique = table.drop_duplicates()
     if len(unique) < len(table):
@@ -363,7 +364,7 @@ def find_patients(table: pd.DataFrame, reading: Reading) -> None:
 def set_splits(table: pd.DataFrame, options: Options, reading: Reading) -> None:
     """Fill the column split: the table's, in our spelling, or by patient where there is none."""
     if "split" in table:
-        table["split"] = table["split"].map(lambda name: SPLIT_NAMES.get(name.lower(), name))
+        table["split"] = table["split"].map(lambda name: split_named(name) or name)
     if "split" in table and options.split != "patient":
         return
     by_chance = 0 < options.test_share < 1
@@ -415,17 +416,17 @@ def check_columns(raw: pd.DataFrame, adapter: Adapter, options: Options) -> pd.D
             "--findings_csv, and breast-level_annotations.csv (or it again) as --csv_path"
         )
     missing = [name for name in adapter.header if name not in found]
-    if not missing:
-        raw = raw.fillna("")
-        raw = raw[(raw != "").any(axis=1)]
-        if raw.empty:
-            raise MammoError(f"{csv_path} has a header but no rows; is the download complete?")
-        return raw
-    hints = "; ".join(f"{name} (nearest: {nearest(name, found)})" for name in missing)
-    raise MammoError(
-        f"{csv_path} lacks the column {hints}; found: {', '.join(found)}. Rename the column, map it "
-        "with --columns image=...,study=... or give another file with --csv_path"
-    )
+    if missing:
+        hints = "; ".join(f"{name} (nearest: {nearest(name, found)})" for name in missing)
+        raise MammoError(
+            f"{csv_path} lacks the column {hints}; found: {', '.join(found)}. Rename the column, map it "
+            "with --columns image=...,study=... or give another file with --csv_path"
+        )
+    raw = raw.fillna("")
+    raw = raw[(raw != "").any(axis=1)]
+    if raw.empty:
+        raise MammoError(f"{csv_path} has a header but no rows; is the download complete?")
+    return raw
 
 
 def split_by_patient(table: pd.DataFrame, test_share: float) -> pd.Series:
@@ -446,7 +447,7 @@ def patients(table: pd.DataFrame) -> pd.Series:
 
 
 def check_ids(table: pd.DataFrame, adapter: Adapter) -> None:
-    """Refuse ids and splits that are absent or would leave the output folder, and studies of two women.
+    """Refuse ids and splits that are absent, spoilt, or would leave the output folder.
 
     Raises MammoError naming the line, the column of the user's table and the value.
     """
@@ -467,6 +468,10 @@ def check_ids(table: pd.DataFrame, adapter: Adapter) -> None:
                 f"{cut.index[0]}: {adapter.columns.get(column, column)} {cut.iloc[0]!r} is an id of "
                 "which a spreadsheet has cut the digits; export it as text"
             )
+
+
+def check_studies(table: pd.DataFrame, adapter: Adapter) -> None:
+    """Refuse studies that name more than one patient."""
     if "patient_id" not in table:
         return
     named = table[table["patient_id"] != ""]

@@ -79,10 +79,9 @@ DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
 HELD = 0.5  # share of a box that a tile has to hold to be positive
 EPOCH_STEPS = 20  # most steps of an epoch
+# What all arms have in common, as settings of the main script and of train_classifier.py.
 SAME = "tile_size tile_stride view_size pixel_spacing_mm min_breast_ratio min_freq_energy backbone "
-SAME += (
-    "batch_size cache_dir num_workers device"  # what all arms have in common, as flags of both scripts
-)
+SAME += "batch_size cache_dir num_workers device"
 
 
 @dataclass(frozen=True)
@@ -177,19 +176,11 @@ def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> 
         for number in range(1, settings.points + 1)
     ]
     if not all(Path(point.weights).is_file() for point in points):
-        command = [
-            *common_flags(settings, epochs),
-            "--run_name",
-            folder.name,
-            "--seed",
-            str(seed),
-            *words,
-        ]
+        run = ["--run_name", folder.name, "--seed", str(seed)]
+        command = [*common_flags(settings, epochs), *run, *words]
         if code := run_script(command):
-            flags_given = shlex.join(command)
-            raise MammoError(
-                f"arm {arm}, seed {seed}: train_byol_mammo.py {flags_given} ended with {code}"
-            )
+            line = shlex.join(command)
+            raise MammoError(f"arm {arm}, seed {seed}: train_byol_mammo.py {line} ended with {code}")
     return points
 
 

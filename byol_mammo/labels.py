@@ -34,10 +34,10 @@ SPLIT_NAMES = {  # what others call ours, in any case of letters
 SPLIT_EXTRAS = r"(?:images?|imgs?|data|set|png|dicom)"
 
 
-def split_named(folder: str) -> str:
-    """The split that a folder's name means, such as train_images; '' where it means none."""
+def split_named(name: str) -> str:
+    """The split that a cell or a folder's name means, such as train_images; '' where it means none."""
     extras = rf"^(?:{SPLIT_EXTRAS}[\W_]+)+|(?:[\W_]*{SPLIT_EXTRAS})+$"
-    return SPLIT_NAMES.get(re.sub(extras, "", folder.lower()), "")
+    return SPLIT_NAMES.get(re.sub(extras, "", name.lower()), "")
 
 
 def finding_column(name: str) -> str:
@@ -73,7 +73,7 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     for name in ("study_id", "patient_id", "split", "laterality", "view", "breast_density", "boxes"):
         if name not in table:
             table[name] = ""
-    table["split"] = table["split"].map(lambda name: SPLIT_NAMES.get(name.lower(), name))
+    table["split"] = table["split"].map(lambda name: split_named(name) or name)
     table["boxes"] = [
         _read_boxes(path, *row) for row in zip(table["image"], table["boxes"], strict=True)
     ]

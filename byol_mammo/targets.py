@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -53,16 +54,16 @@ def speck_targets(sharp: Tensor, taps: Tensor) -> Tensor:
     return torch.cat([prominence.log(), excess, (energy + 1e-7).log() / 2], dim=1)
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Tells from a view's last feature map what the view holds before photometry."""
 
     name: ClassVar[str]  # of the module in an objective and of its part of a run's state
     metric: ClassVar[str]  # column of metrics.csv
     title: ClassVar[str]  # of its curve
 
+    @abstractmethod
     def loss(self, found: Tensor, sharp: Tensor) -> Tensor:
         """The error for a feature map (B, input_dim, f, f) and its sharp view (B, 1, S, S): a scalar."""
-        raise NotImplementedError
 
 
 class SpeckHead(Head, nn.Conv2d):

@@ -106,6 +106,13 @@ def test_what_is_wrong_is_named_before_training(archive, capsys, monkeypatch, na
     assert message in capsys.readouterr().err
 
 
+def test_the_default_arms_are_there():
+    arms = study.read_arms(study.ARMS_FILE)
+    assert set(study.ARMS.split(",")) <= arms.keys()
+    for words_of_arm in arms.values():
+        mammo.parse_args(words_of_arm)
+
+
 def test_lines_of_arms(tmp_path):
     path = tmp_path / "arms.txt"
     path.write_text("a: --lr 1\n\n# c\nb:\n")

@@ -168,7 +168,7 @@ GUARDS = [
           "False", f"{LABELS} INbreast"),
     Guard("one woman in two spellings", "group_keys", "study, patient = (one_spelling(table['study_id']), one_spelling(table['patient_id']))",
           "study, patient = table['study_id'], table['patient_id']", f"{LABELS} spellings"),
-    Guard("a study of two women", "check_ids", "(several := women.nunique().loc[lambda count: count > 1]).size",
+    Guard("a study of two women", "check_studies", "(several := women.nunique().loc[lambda count: count > 1]).size",
           "False", f"{LABELS} women"),
     Guard("columns that are others", "Reading.column", "len(lost) > NOT_UNDERSTOOD * spoken",
           "False", f"{LABELS} column"),
