@@ -206,9 +206,10 @@ def draw_tiles(samples: list[Sample], outcomes: Sequence[Outcome], path: Path) -
             text = f"energy {tile['freq_energy']:.3f}\nconvergence {tile['convergence']:.2f}"
             if reason:
                 failed = next(outcome for outcome in outcomes if outcome.column == reason)
-                text = f"{failed.title}\n{tile[reason]:.3g} of {failed.threshold:g}"
+                text = f"{failed.title}\n{tile[reason]:.3g}, limit {failed.threshold:g}"
                 other, bar = failed.spared_by
-                text += f"\n{other} {tile[other]:.3g} of {bar:g}" if bar else ""
+                name = other.removeprefix("freq_")  # as of the kept tiles
+                text += f"\n{name} {tile[other]:.3g}, limit {bar:g}" if bar else ""
             show_grey(axes, masked, text, *sample.window)
     figure.suptitle("Kept: highest energy, then convergence. Below: rejected", fontsize=11)
     save_figure(figure, path)
