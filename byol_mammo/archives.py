@@ -20,7 +20,6 @@ from byol_mammo.tables import (
     MAX_ID_LENGTH,
     OPTIONAL,
     REQUIRED,
-    SEVERITY,
     ImageLabels,
     Reading,
     abnormality,
@@ -112,7 +111,10 @@ def adapt_cbis(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
 
 
 def join_abnormalities(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """One row per film of a table with one per abnormality: the most severe grades and findings."""
+    """One row per film of a table with one per abnormality: the most severe grade and findings.
+
+    A breast has one density: where rows differ, the last counts.
+    """
     films = table.groupby(["study_id", "image_id"], sort=False)
     several = films.size() > 1
     if several.any():
@@ -121,8 +123,12 @@ def join_abnormalities(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
             f"{several.sum()} films have rows of several abnormalities, {opposite} of them benign and "
             "malignant ones: the image's label is the most severe"
         )
-    severe = {name: films[name].transform("max") for name in SEVERITY if name in table}
-    return table.assign(**severe)[~table.duplicated(["study_id", "image_id"])]
+    if (unlike := int((films["breast_density"].nunique() > 1).sum())) > 0:
+        notes.append(f"{unlike} films have rows of different density: the last counts")
+    density_last = films["breast_density"].transform("last")
+    severe = {name: films[name].transform("max") for name in (*FINDINGS, "breast_birads")}
+    table = table.assign(**severe, breast_density=density_last)
+    return table[~table.duplicated(["study_id", "image_id"])]
 
 
 INBREAST_FILE = re.compile(r"\d{8}_([0-9a-f]{16})_MG_[LR]_\w+_ANON")

@@ -102,6 +102,11 @@ CASES = {
          + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 2, pathology="MALIGNANT"),), 0,
         ("1 films have rows of several abnormalities, 1 of them benign and malignant", "cancer"),
         (), {}, {"cancer": ["1"]}),
+    "CBIS film of two densities": Case(
+        ("Mass-Training_P_1_LEFT_CC/a.png",),
+        (CBIS_MASS + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 1, density="4")
+         + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 2, density="2"),), 0,
+        ("1 films have rows of different density: the last counts",), (), {"breast_density": ["DENSITY B"]}),
     "CBIS path without a split": Case(
         ("x/a.png",), (CBIS_MASS + cbis_row("mass", "Other", "P_1", "LEFT", "CC", 1),), 2,
         ("t0.csv line 2: image file path 'Mass-Other_P_1_LEFT_CC",)),
