@@ -268,8 +268,9 @@ def decode_tasks(folder: Path, paths: list[Path], workers: int) -> list[prep.Tas
     return [(prep.inspect(row, options, True), options, True) for row in rows]
 
 
+@pytest.mark.slow
 def test_work_per_image_is_little_more_than_decoding_and_encoding(tmp_path: Path) -> None:
-    """At most 1.5 times, in CPU time, so that other programs on the machine do not count."""
+    """At most 1.5 times, in CPU time, on a machine with nothing else to do."""
     paths = lossless_jpegs(tmp_path, 3)
 
     def baseline() -> None:
