@@ -473,7 +473,7 @@ def utilisation(run: mammo.Run, seconds: float) -> tuple[float, float]:
     views = constant_views(run)
     with FlopCounterMode(display=False) as counter, run.autocast():
         run.model.grad_checkpoint = False
-        mammo.BYOL(run.model)(views)[0].backward()
+        mammo.BYOL(run.model, run.config)(views)[0].backward()
     run.model.grad_checkpoint = run.config.grad_checkpoint
     run.model.zero_grad()
     side = 8192 if run.device.type == "cuda" else 2048
@@ -571,7 +571,7 @@ def lightly_step(
     # A plain model in PyTorch's default memory layout, a plain optimiser.
     model = copy.deepcopy(run.model).to(memory_format=torch.contiguous_format)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    objective, optimizer = mammo.BYOL(model), torch.optim.AdamW(trained, lr=run.config.lr)
+    objective, optimizer = mammo.BYOL(model, run.config), torch.optim.AdamW(trained, lr=run.config.lr)
 
     def forever() -> Iterator[list[torch.Tensor]]:
         while True:

@@ -7,14 +7,18 @@ Each arm is a line of --arms_file: its name and flags of train_byol_mammo.py, wh
 seed on DATA_DIR/training. A frozen probe then answers the questions at several points of the run, on the
 same tiles, with the same patients held back for all arms: fitted on the split training, judged on test.
 Beside them stand the start of the same seed, classic filters (convergence of gradients and blobs, which
-learn nothing) and, where --imagenet names its weights, an ImageNet network.
+learn nothing) and, where --imagenet names its weights, an ImageNet network. Weights that saw no
+mammogram are judged with their own statistics of batch norm and with those of the tiles, and the better
+counts (`norm` of nuisance.csv).
 
 A question is a column of labels.csv (does the tile hold it?), `cancer@mass` (which of the tiles with a
-mass are of an image with cancer?) or `density` (rank correlation with the breast's density, per image).
+mass are of an image with cancer?), `density` (rank correlation with the breast's density, per image), or
+`specks` (which tiles of the images of --specks_dir has a cluster of specks been drawn into?).
 
 Writes to OUTPUT_DIR
     study.csv      arm, seed, step, finding, auroc, low, high, gain_over_start, gain_low, gain_high,
                    n_positive, n_patients; of density `auroc` is (1 + rank correlation) / 2
+    pairs.csv      arm against arm: difference of the figures, mean over the seeds of both
     nuisance.csv   how well the same features tell what should not matter, and their RankMe
     study.md, study.png, report.html
     <arm>.seed<N>/ the runs; the same command goes on where it was stopped
@@ -33,21 +37,24 @@ Contents
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
-from byol_mammo import files, labels as labelling, settings as flags, targets, tracking
+from byol_mammo import files, images, labels as labelling, settings as flags, targets, tracking
 from byol_mammo.objectives import rankme
 from byol_mammo.settings import MammoError
 
@@ -62,9 +69,11 @@ ARMS_FILE = str(Path(__file__).with_name("study_arms.txt"))  # NAME: flags, one 
 ARMS = "plain,default"  # arms to run, of ARMS_FILE
 SEEDS = "0,1,2"  # seeds of weights, views and order, each for every arm
 STEPS = 600  # steps of each run
+EQUAL = "steps"  # steps or time; time = every arm gets as many steps as last as long as the first arm's
 POINTS = 3  # points of each run at which its features are judged
-QUESTIONS = "mass"  # columns of labels.csv, cancer@mass, density
-IMAGENET = ""  # file of ImageNet weights of BACKBONE to judge beside; empty = none
+QUESTIONS = "mass"  # columns of labels.csv, cancer@mass, density, specks
+SPECKS_DIR = ""  # folder of mammograms at full resolution, to draw specks on
+IMAGENET = ""  # file of ImageNet weights of BACKBONE, judged, and for --weights imagenet of arms
 TILE_SIZE = 128  # px, side of a tile
 TILE_STRIDE = 64  # px between tiles
 VIEW_SIZE = 64  # px, side of a view
@@ -77,7 +86,9 @@ BOOTSTRAP = 1000  # resamples of the patients
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
-HELD = 0.5  # share of a box that a tile has to hold to be positive
+HELD = 0.5  # share of a box that a tile has to hold to be positive; less is left out
+PER_BOX = 2  # tiles on each box beside those of the grid
+OFF_CENTRE = 0.19  # tile sizes, along an axis, of such a tile's centre from its box's at most
 EPOCH_STEPS = 20  # most steps of an epoch
 # What all arms have in common, as settings of the main script and of train_classifier.py.
 SAME = "tile_size tile_stride view_size pixel_spacing_mm min_breast_ratio min_freq_energy backbone "
@@ -96,8 +107,10 @@ class Settings:
     arms: str = ARMS
     seeds: str = SEEDS
     steps: int = STEPS
+    equal: str = EQUAL
     points: int = POINTS
     questions: str = QUESTIONS
+    specks_dir: str = SPECKS_DIR
     imagenet: str = IMAGENET
     tile_size: int = TILE_SIZE
     tile_stride: int = TILE_STRIDE
@@ -112,6 +125,7 @@ class Settings:
     device: str = DEVICE
 
     def __post_init__(self) -> None:
+        flags.check_settings(self, {"equal": ("steps", "time")}, {})
         if self.points < 1 or self.steps % self.points:
             raise MammoError(f"--steps {self.steps}: must be a multiple of --points {self.points}")
         if not all(seed.isdigit() for seed in self.seeds.split(",")):
@@ -154,24 +168,30 @@ def read_arms(path: str) -> dict[str, list[str]]:
 
 
 class Point(NamedTuple):
-    """Weights to judge: of an arm and seed after some steps."""
+    """Weights to judge: of an arm and seed after some steps, and the arm and seed they started from."""
 
     arm: str
     seed: int
     step: int
     weights: str
+    start: tuple[str, int]
 
 
 def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> list[Point]:
     """Train an arm from a seed, or go on where that was stopped; the points at which it is judged."""
     folder = Path(settings.output_dir) / f"{arm}.seed{seed}"
     epochs = settings.steps // settings.epoch_steps // settings.points  # from point to point
+    start = ("random", seed)
+    if "imagenet" in words and settings.imagenet:
+        words = [settings.imagenet if word == "imagenet" else word for word in words]
+        start = ("imagenet", 0)
     points = [
         Point(
             arm,
             seed,
             settings.steps // settings.points * number,
             str(folder / f"mammogram_byol_epoch{epochs * number}.pth"),
+            start,
         )
         for number in range(1, settings.points + 1)
     ]
@@ -182,6 +202,24 @@ def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> 
             line = shlex.join(command)
             raise MammoError(f"arm {arm}, seed {seed}: train_byol_mammo.py {line} ended with {code}")
     return points
+
+
+def steps_of_arms(settings: Settings, arms: dict[str, list[str]]) -> dict[str, int]:
+    """Steps of each arm. By equal time they are timed first, one epoch each, on an idle machine."""
+    names = settings.arms.split(",")
+    if settings.equal == "steps":
+        return dict.fromkeys(names, settings.steps)
+    unit = settings.points * settings.epoch_steps
+    trial = dataclasses.replace(settings, steps=2 * settings.epoch_steps, points=1)
+    speeds = {}
+    for name in names:
+        (point,) = train_arm(trial, f"{name}.timed", arms[name], 0)
+        table = pd.read_csv(Path(point.weights).with_name("metrics.csv"))
+        speeds[name] = table["batches_per_s"].dropna().iloc[-1]
+    return {
+        name: unit * max(1, round(settings.steps * speed / speeds[names[0]] / unit))
+        for name, speed in speeds.items()
+    }
 
 
 def run_script(words: Sequence[str]) -> int:
@@ -218,6 +256,7 @@ class Question:
     fit: np.ndarray  # ids of tiles of the split training
     judged: np.ndarray  # ids of tiles of the split test
     truth: np.ndarray  # (tiles,) of all tiles: 1, 0 or a grade; NaN where it is not known
+    data: classifier.LabelledTiles
     graded: bool = False  # density: rank correlation over images instead of AUROC over tiles
 
     @property
@@ -226,27 +265,66 @@ class Question:
         return np.unique(np.concatenate([self.fit, self.judged]))
 
 
-def load_questions(settings: Settings) -> tuple[classifier.LabelledTiles, list[Question]]:
-    """The labelled tiles of the whole archive, and the questions that can be asked of them.
+def load_questions(settings: Settings) -> list[Question]:
+    """The questions, each with its tiles. Raises MammoError where one can't be asked."""
+    asked = settings.questions.split(",")
+    labelled = [name for name in asked if name != SPECKS]
+    found = {question.name: question for question in ask_labels(settings, labelled)} if labelled else {}
+    if SPECKS in asked:
+        found[SPECKS] = ask_specks(settings)
+    return [found[name] for name in asked]
+
+
+def ask_labels(settings: Settings, asked: Sequence[str]) -> list[Question]:
+    """Questions of the labelled tiles of the whole archive.
 
     Raises MammoError where a question's column is absent or a split lacks a class.
     """
-    names = sorted({name for question in settings.questions.split(",") for name in columns_of(question)})
+    names = sorted({name for question in asked for name in columns_of(question)})
     judge = judge_settings(settings, names)
     data = classifier.load_labelled(judge, mammo_config(settings))
-    data.targets = held_findings(data, judge)
-    parts = [classifier.draw_tiles(data, data.in_split(split), judge) for split in ("training", "test")]
-    return data, [ask(data, name, parts) for name in settings.questions.split(",")]
-
-
-def held_findings(data: classifier.LabelledTiles, judge: classifier.Settings) -> np.ndarray:
-    """Targets (N, findings) of tiles that hold half of a box: less of it is another question, whether a
-    rim tells what it is of. Tiles that hold some of it are left out."""
     labels = labelling.read_labels(judge.labels, data.names)
-    folder, images = Path(judge.labels).parent, data.tiles.images["image"]
-    rows = labelling.match_labels(labels, folder, images, Path(judge.data_dir))
-    return labelling.tile_labels(
+    names_of = Path(judge.labels).parent, data.tiles.images["image"], Path(judge.data_dir)
+    rows = labelling.match_labels(labels, *names_of)
+    data = with_tiles(data, tiles_on_boxes(data.tiles, labels["boxes"], rows))
+    data.targets = labelling.tile_labels(
         data.tiles.table, rows, labels, data.tiles.tile_size, data.names, HELD, by_centre=False
+    )
+    parts = [classifier.draw_tiles(data, data.in_split(split), judge) for split in ("training", "test")]
+    return [ask(data, name, parts) for name in asked]
+
+
+def tiles_on_boxes(
+    tiles: mammo.MammogramTiles, boxes: Sequence[list[dict[str, Any]]], rows: np.ndarray
+) -> pd.DataFrame:
+    """PER_BOX tiles on each box, off its centre by up to OFF_CENTRE: image, x, y.
+
+    A grid shows a finding where it happens to lie, often at a tile's side.
+    """
+    rng, size, found = np.random.default_rng(0), tiles.tile_size, []
+    extents = tiles.images[["x0", "y0", "width", "height"]].to_numpy(int)
+    for image, (row, (x0, y0, width, height)) in enumerate(zip(rows, extents, strict=True)):
+        for box in boxes[row] if row >= 0 else ():
+            middle = np.array([box["xmin"] + box["xmax"], box["ymin"] + box["ymax"]]) / 2
+            places = middle - size / 2 + rng.uniform(-1, 1, (PER_BOX, 2)) * OFF_CENTRE * size
+            most = np.maximum((x0, y0), (x0 + width - size, y0 + height - size))
+            found += [(image, *place) for place in places.astype(int).clip((x0, y0), most).tolist()]
+    return pd.DataFrame(found, columns=["image", "x", "y"])
+
+
+def with_tiles(data: classifier.LabelledTiles, more: pd.DataFrame) -> classifier.LabelledTiles:
+    """The labelled tiles and `more` of the same images, whose targets are to be set."""
+    tiles = data.tiles
+    table = pd.concat([tiles.table, more], ignore_index=True)
+    pixels = tiles.pixels.numpy()
+    pixels = pixels.view(np.uint16) if pixels.dtype == np.int16 else pixels
+    added = mammo.MammogramTiles(
+        pixels, tiles.images, table, tiles.tile_size, tiles.reduce, tiles.grey_scale, tiles.cache
+    )
+    known = data.table.groupby("row").first()
+    own = known.loc[more["image"]].reset_index().assign(x=more["x"].to_numpy(), y=more["y"].to_numpy())
+    return dataclasses.replace(
+        data, tiles=added, table=pd.concat([data.table, own[data.table.columns]], ignore_index=True)
     )
 
 
@@ -293,28 +371,105 @@ def ask(data: classifier.LabelledTiles, name: str, parts: list[np.ndarray]) -> Q
     for split, ids in (("training", fit), ("test", judged)):
         if len(set(truth[ids].tolist())) < 2:
             raise MammoError(f"--questions {name}: the split {split} has tiles of one kind alone")
-    return Question(name, fit, judged, truth, name == "density")
+    return Question(name, fit, judged, truth, data, name == "density")
+
+
+SPECKS = "specks"
+SPECK_WIDTHS = (0.2, 0.6)  # mm, full width at half the height: of what is called micro-calcification
+SPECK_PEAKS = (8.0, 16.0)  # local deviations of the tissue at that scale: clear to a reader's eye
+SPECK_TILES = 40  # of an image, half of them with a cluster
+
+
+def ask_specks(settings: Settings) -> Question:
+    """Clusters drawn into every other tile of real tissue, of VIEW_SIZE px at the images' own spacing.
+
+    What is real in the tissue is in both halves. Images of one half of the patients are fitted on.
+    """
+    if not settings.specks_dir:
+        raise MammoError(f"--questions {SPECKS}: needs --specks_dir, a folder of mammograms")
+    sources = images.list_sources(settings.specks_dir)
+    rng, side = np.random.default_rng(0), settings.view_size or settings.tile_size
+    crops: list[np.ndarray] = []
+    rows: list[dict[str, Any]] = []
+    for index, source in sources.reset_index(drop=True).iterrows():
+        image = mammo.read_mammogram(source["path"])
+        mask = mammo.segment_breast_tissue(image)
+        spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else mammo.PIXEL_SPACING_MM
+        window = mammo.intensity_window(image, mask) if mask.any() else (0, 1)
+        for number, (y, x) in enumerate(tissue_places(mask, side, rng)):
+            crop = image[y : y + side, x : x + side].astype(np.float32)
+            crops.append(draw_specks(crop, rng, spacing) if number % 2 else crop)
+            woman = source["study_id"] or source["image"]
+            rows.append({"patient": woman, "truth": number % 2, "row": index, "window": window})
+    table = pd.DataFrame(rows)
+    patients = rng.permutation(table["patient"].unique())
+    data = specks_data(np.clip(np.stack(crops), 0, 65535).astype(np.uint16), table)
+    fitted = table["patient"].isin(patients[::2]).to_numpy()
+    parts = np.flatnonzero(fitted), np.flatnonzero(~fitted)
+    return Question(SPECKS, *parts, table["truth"].to_numpy(np.float32), data)
+
+
+def tissue_places(mask: np.ndarray, side: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Top left corners (y, x) of up to SPECK_TILES squares of `side` px in the breast mask."""
+    corners = [
+        (y, x)
+        for y in range(0, mask.shape[0] - side + 1, side)
+        for x in range(0, mask.shape[1] - side + 1, side)
+        if mask[y : y + side, x : x + side].mean() >= 0.95
+    ]
+    return [corners[index] for index in rng.permutation(len(corners))[:SPECK_TILES]]
+
+
+def draw_specks(tile: np.ndarray, rng: np.random.Generator, spacing: float) -> np.ndarray:
+    """A tile (S, S) float32 with a cluster of 5 to 20 Gaussian specks."""
+    out, side = tile.copy(), len(tile)
+    band = cv2.GaussianBlur(tile, (0, 0), 1.2) - cv2.GaussianBlur(tile, (0, 0), 4)
+    y, x = np.mgrid[:side, :side]
+    centre = rng.uniform(0.3 * side, 0.7 * side, 2)
+    for _ in range(rng.integers(5, 21)):
+        place = centre + rng.normal(0, side / 10, 2)
+        sigma = rng.uniform(*SPECK_WIDTHS) / spacing / 2.355
+        top, left = (max(0, int(at) - 32) for at in place)
+        spread = band[top : top + 64, left : left + 64].std()
+        distance = (y - place[0]) ** 2 + (x - place[1]) ** 2
+        out += rng.uniform(*SPECK_PEAKS) * spread * np.exp(-distance / (2 * sigma**2))
+    return out
+
+
+def specks_data(crops: np.ndarray, table: pd.DataFrame) -> classifier.LabelledTiles:
+    """Crops (N, S, S) uint16 as tiles, each an image of its own; `table`: patient, row, window."""
+    count, side = crops.shape[:2]
+    low, high = np.array(table["window"].tolist(), np.float32).T
+    places = {"offset": np.arange(count) * side**2, "height": side, "width": side, "x0": 0, "y0": 0}
+    index = pd.DataFrame({**places, "low": low, "high": high})
+    tiles = mammo.MammogramTiles(
+        crops.reshape(-1), index, pd.DataFrame({"image": np.arange(count), "x": 0, "y": 0}), side
+    )
+    targets = np.zeros((count, 0), np.float32)
+    return classifier.LabelledTiles(tiles, [], targets, table, targets, pd.DataFrame())
 
 
 # ---- 4 Judging -------------------------------------------------------------------------------------
 
-Features = Callable[[np.ndarray], np.ndarray]  # ids of tiles (N,) -> features (N, D)
+# Tiles, and ids of some of them (N,) -> features (N, D).
+Features = Callable[[mammo.MammogramTiles, np.ndarray], np.ndarray]
 REFERENCES = ("random", "classic", "imagenet")
 
 
-def features_of(
-    settings: Settings, data: classifier.LabelledTiles, weights: str, seed: int, calibrated: bool
-) -> Features:
+def features_of(settings: Settings, weights: str, seed: int, calibrated: bool) -> Features:
     """What a frozen network tells of tiles; `calibrated`: batch norm's statistics come from them."""
-    judge = judge_settings(settings, data.names, weights=weights, seed=seed)
-    if weights.endswith(".pth"):
+    judge = judge_settings(settings, [], weights=weights, seed=seed)
+    if weights.endswith(".pth") and weights != settings.imagenet:
         judge = dataclasses.replace(judge, backbone="")
-    engine = classifier.open_engine(judge)
-    engine.config = data_config(engine.config, settings)
-    if calibrated:
-        ids = np.random.default_rng([seed, 10]).permutation(data.in_split("training"))[:1024]
-        engine.calibrate(data.tiles, ids)
-    return lambda ids: engine.features(data.tiles, ids)
+
+    def call(tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
+        engine = classifier.open_engine(judge)
+        engine.config = data_config(engine.config, settings)
+        if calibrated:
+            engine.calibrate(tiles, np.random.default_rng([seed, 10]).permutation(ids)[:1024])
+        return engine.features(tiles, ids)
+
+    return call
 
 
 def data_config(config: mammo.Config, settings: Settings) -> mammo.Config:
@@ -323,31 +478,39 @@ def data_config(config: mammo.Config, settings: Settings) -> mammo.Config:
     return dataclasses.replace(config, **same)
 
 
-def classic_features(settings: Settings, data: classifier.LabelledTiles) -> Features:
-    """Convergence and blobs of each tile, strongest and mean (targets.StructureMaps); nothing learns."""
+def classic_features(settings: Settings) -> Features:
+    """Convergence and blobs of each tile, strongest and mean (targets.StructureMaps), and its specks;
+    nothing learns."""
     side = settings.view_size or settings.tile_size
-    spacing = float(data.tiles.images["spacing_mm"].median())
-    maps = targets.StructureMaps(side, spacing * settings.tile_size / side)
+    taps = torch.tensor(targets.SPECK_TAPS)
 
-    def call(ids: np.ndarray) -> np.ndarray:
-        out = []
+    def call(tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
+        spacing = tiles.images["spacing_mm"].median() if "spacing_mm" in tiles.images else 1.0
+        maps, out = targets.StructureMaps(side, float(spacing) * tiles.tile_size / side), []
         for part in np.array_split(ids, max(1, len(ids) // 64)):
-            found = maps(mammo.make_view(data.tiles, part, mammo.PLAIN_VIEW, side).sharp)
-            out.append(torch.cat([found.amax((2, 3)), found.mean((2, 3))], dim=1))
+            sharp = mammo.make_view(tiles, part, mammo.PLAIN_VIEW, side).sharp
+            found = [maps(sharp), targets.speck_targets(sharp, taps)]
+            out.append(torch.cat([f(x) for x in found for f in (_strongest, _mean)], dim=1))
         return torch.cat(out).numpy()
 
     return call
 
 
-def answer(
-    question: Question, features: np.ndarray, data: classifier.LabelledTiles, settings: Settings
-) -> np.ndarray:
+def _strongest(maps: Tensor) -> Tensor:
+    return maps.amax((2, 3))
+
+
+def _mean(maps: Tensor) -> Tensor:
+    return maps.mean((2, 3))
+
+
+def answer(question: Question, features: np.ndarray, settings: Settings) -> np.ndarray:
     """Scores (judged,) of a linear probe fitted on the question's first part.
 
     Its strength is chosen by patients inside that part: those who judge are not seen.
     """
     rows, judged = (np.searchsorted(question.used, ids) for ids in (question.fit, question.judged))
-    groups, truth = data.groups[question.fit], question.truth[question.fit]
+    groups, truth = question.data.groups[question.fit], question.truth[question.fit]
     if question.graded:
         from sklearn.linear_model import RidgeCV
         from sklearn.pipeline import make_pipeline
@@ -360,25 +523,18 @@ def answer(
     return features[judged] @ weights[0] + biases[0]
 
 
-def draws_of(
-    question: Question, scores: np.ndarray, data: classifier.LabelledTiles, settings: Settings
-) -> np.ndarray:
+def draws_of(question: Question, scores: np.ndarray, settings: Settings) -> np.ndarray:
     """(1 + BOOTSTRAP,) AUROC of the scores, first of all patients, then of patients drawn anew; the
     same draws for all scores of a question."""
-    ids, truth = question.judged, question.truth[question.judged]
+    ids, truth, data = question.judged, question.truth[question.judged], question.data
     groups = data.groups[ids]
     if not question.graded:
         weights = classifier.resample_groups(groups, settings.bootstrap, 0)
         return classifier.weighted_auroc(scores, truth, weights)
-    images = pd.DataFrame({"row": data.table["row"].to_numpy()[ids], "score": scores, "truth": truth})
-    images = (
-        images.assign(group=groups)
-        .groupby("row")
-        .first()
-        .join(images.groupby("row")["score"].mean().rename("mean"))
-    )
-    weights = classifier.resample_groups(images["group"].to_numpy(str), settings.bootstrap, 0)
-    ranks = images[["mean", "truth"]].rank().to_numpy()
+    row = data.table["row"].to_numpy()[ids]
+    table = pd.DataFrame({"row": row, "score": scores, "truth": truth, "group": groups}).groupby("row")
+    weights = classifier.resample_groups(table["group"].first().to_numpy(str), settings.bootstrap, 0)
+    ranks = pd.concat([table["score"].mean(), table["truth"].first()], axis=1).rank().to_numpy()
     return (1 + weighted_correlation(ranks[:, 0], ranks[:, 1], weights)) / 2
 
 
@@ -422,14 +578,8 @@ def nuisances(features: np.ndarray, ids: np.ndarray, data: classifier.LabelledTi
 # ---- 5 Results -------------------------------------------------------------------------------------
 
 
-def rows_of(
-    question: Question,
-    point: Point,
-    draws: np.ndarray,
-    start: np.ndarray,
-    data: classifier.LabelledTiles,
-) -> dict[str, Any]:
-    """One row of study.csv: a figure with its interval, and the gain over the same seed's start."""
+def row_of(question: Question, point: Point, draws: np.ndarray, start: np.ndarray) -> dict[str, Any]:
+    """One row of study.csv: a figure with its interval, and the gain over what it started from."""
     low, high = classifier.interval(draws[1:])
     gain = draws - start
     gain_low, gain_high = classifier.interval(gain[1:])
@@ -446,36 +596,94 @@ def rows_of(
         "gain_low": gain_low,
         "gain_high": gain_high,
         "n_positive": int((truth == 1).sum()) if not question.graded else len(truth),
-        "n_patients": len(set(data.groups[question.judged])),
+        "n_patients": len(set(question.data.groups[question.judged])),
     }
 
 
-def judge_all(settings: Settings, points: list[Point]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """study.csv and nuisance.csv: every point, each seed's start, and what learns nothing."""
-    data, questions = load_questions(settings)
-    used = np.unique(np.concatenate([question.used for question in questions]))
+Draws = dict[str, np.ndarray]  # by question: a figure of all patients, then of patients drawn anew
+
+
+def judge_point(
+    settings: Settings, point: Point, questions: Sequence[Question]
+) -> tuple[Draws, dict[str, Any]]:
+    """The figures of a point, and its row of nuisance.csv.
+
+    Of weights that saw no mammogram the better of two: with their own statistics of batch norm, and with
+    those of the tiles.
+    """
+    untrained = point.arm in ("random", "imagenet")
+    found = []
+    for norm in ("own", "tiles") if untrained else ("own",):
+        if point.arm == "classic":
+            tell = classic_features(settings)
+        else:
+            tell = features_of(settings, point.weights, point.seed, norm == "tiles")
+        draws: Draws = {}
+        side: dict[str, float] = {}
+        for data in {id(question.data): question.data for question in questions}.values():
+            asked = [question for question in questions if question.data is data]
+            used = np.unique(np.concatenate([question.used for question in asked]))
+            features = tell(data.tiles, used)
+            side = side or nuisances(features, used, data)
+            for question in asked:
+                own = features[np.searchsorted(used, question.used)]
+                draws[question.name] = draws_of(question, answer(question, own, settings), settings)
+        found.append((draws, {**point._asdict(), **side, "norm": norm}))
+    return max(found, key=lambda pair: float(np.mean([draws[0] for draws in pair[0].values()])))
+
+
+def judge_all(
+    settings: Settings, points: list[Point]
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """study.csv, nuisance.csv and pairs.csv: every point, each start, and what learns nothing."""
+    questions = load_questions(settings)
     seeds = sorted({point.seed for point in points})
-    fixed = [Point("classic", seeds[0], 0, "classic")]  # no seed changes them
-    fixed += [Point("imagenet", seeds[0], 0, settings.imagenet)] * bool(settings.imagenet)
-    starts = [Point("random", seed, 0, "none") for seed in seeds]
-    rows, side, start = [], [], {}
+    starts = [Point("random", seed, 0, "none", ("random", seed)) for seed in seeds]
+    fixed = [Point("classic", 0, 0, "classic", ("random", seeds[0]))]  # no seed changes them
+    if settings.imagenet:
+        fixed.append(Point("imagenet", 0, 0, settings.imagenet, ("random", seeds[0])))
+    rows, side, known = [], [], {}
     for point in tracking.progress([*starts, *fixed, *points], desc="judge", unit="point"):
-        features = features_at(point, settings, data)(used)
-        side.append(point._asdict() | nuisances(features, used, data))
-        for question in questions:
-            own = features[np.searchsorted(used, question.used)]
-            draws = draws_of(question, answer(question, own, data, settings), data, settings)
-            if point.arm == "random":
-                start[point.seed, question.name] = draws
-            rows.append(rows_of(question, point, draws, start[point.seed, question.name], data))
-    return pd.DataFrame(rows), pd.DataFrame(side).drop(columns="weights")
+        draws, nuisance = judge_point(settings, point, questions)
+        known[point] = draws
+        side.append(nuisance)
+        (start,) = (known[p] for p in known if p.step == 0 and (p.arm, p.seed) == point.start)
+        rows += [row_of(q, point, draws[q.name], start[q.name]) for q in questions]
+    nuisance = pd.DataFrame(side).drop(columns=["weights", "start"])
+    return pd.DataFrame(rows), nuisance, compare_arms(known)
 
 
-def features_at(point: Point, settings: Settings, data: classifier.LabelledTiles) -> Features:
-    """The features to judge at a point. Of weights that saw no mammogram batch norm is calibrated."""
-    if point.arm == "classic":
-        return classic_features(settings, data)
-    return features_of(settings, data, point.weights, point.seed, point.arm in REFERENCES)
+def compare_arms(known: dict[Point, Draws]) -> pd.DataFrame:
+    """pairs.csv: the last point of each arm against that of each other, mean over the seeds of each."""
+    last = {arm: max(point.step for point in known if point.arm == arm) for arm in arms_of(known)}
+    final = {
+        arm: [draws for point, draws in known.items() if (point.arm, point.step) == (arm, step)]
+        for arm, step in last.items()
+    }
+    rows = []
+    for arm, against in itertools.permutations(final, 2):
+        for finding in final[arm][0]:
+            ours, theirs = (
+                np.mean([draws[finding] for draws in final[name]], axis=0) for name in (arm, against)
+            )
+            low, high = classifier.interval((ours - theirs)[1:])
+            rows.append(
+                {
+                    "finding": finding,
+                    "arm": arm,
+                    "against": against,
+                    "seeds": len(final[arm]),
+                    "difference": ours[0] - theirs[0],
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def arms_of(points: Iterable[Point]) -> list[str]:
+    """Arms in order."""
+    return list(dict.fromkeys(point.arm for point in points))
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -531,12 +739,15 @@ def draw_study(table: pd.DataFrame, path: Path) -> None:
     pictures.save_figure(figure, path)
 
 
-def write_results(settings: Settings, table: pd.DataFrame, nuisance: pd.DataFrame) -> None:
-    """study.csv, nuisance.csv, study.md, study.png and report.html."""
+def write_results(
+    settings: Settings, table: pd.DataFrame, nuisance: pd.DataFrame, pairs: pd.DataFrame
+) -> None:
+    """study.csv, nuisance.csv, pairs.csv, study.md, study.png and report.html."""
     folder = Path(settings.output_dir)
     files.write_atomic(folder / "study.csv", table.to_csv(index=False, float_format="%.4f"))
     files.write_atomic(folder / "nuisance.csv", nuisance.to_csv(index=False, float_format="%.4f"))
-    summary = summarise(table)
+    files.write_atomic(folder / "pairs.csv", pairs.to_csv(index=False, float_format="%.4f"))
+    summary, pairs = summarise(table), pairs[~pairs["arm"].isin(REFERENCES)].round(3)
     files.write_atomic(folder / "study.md", markdown(summary))
     draw_study(table, folder / "study.png")
     side = nuisance.groupby("arm", sort=False).last().drop(columns=["seed"]).reset_index().round(3)
@@ -547,6 +758,8 @@ def write_results(settings: Settings, table: pd.DataFrame, nuisance: pd.DataFram
         ".wide { overflow-x: auto } img { max-width: 100% }</style>"
         "<h1>What frozen features tell</h1><img src='study.png' alt='AUROC over steps'>"
         + files.html_table(summary.to_numpy().tolist(), list(summary.columns))
+        + "<h2>Arm against arm</h2>"
+        + files.html_table(pairs.to_numpy().tolist(), list(pairs.columns))
         + "<h2>What they tell that should not matter</h2>"
         + files.html_table(side.to_numpy().tolist(), list(side.columns))
         + "<p>Intervals are over patients of the split test, for these weights. Research use only.</p>\n"
@@ -565,10 +778,11 @@ def run_study(settings: Settings) -> pd.DataFrame:
     arms = read_arms(settings.arms_file)
     chosen = [(arm, int(seed)) for seed in settings.seeds.split(",") for arm in settings.arms.split(",")]
     points: list[Point] = []
+    steps = steps_of_arms(settings, arms)
     for arm, seed in tracking.progress(chosen, desc="train", unit="run"):
-        points += train_arm(settings, arm, arms[arm], seed)
-    table, nuisance = judge_all(settings, points)
-    write_results(settings, table, nuisance)
+        points += train_arm(dataclasses.replace(settings, steps=steps[arm]), arm, arms[arm], seed)
+    table, nuisance, pairs = judge_all(settings, points)
+    write_results(settings, table, nuisance, pairs)
     return table
 
 

@@ -113,20 +113,25 @@ QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run
 EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 VIEW_SIZE = 0  # px, side of a view; 0 = the tile size
-BACKBONE = "resnet50"  # resnet18, resnet34 or resnet50 (torchvision)
+BACKBONE = "resnet50"  # resnet18, resnet34 or resnet50 (torchvision), or timm:NAME
 WEIGHTS = "imagenet"  # imagenet, none, or the path of a checkpoint or state dict
 INPUT_DIM = 2048  # backbone features; follows the backbone (512 for resnet18 and resnet34)
 HIDDEN_DIM = 4096  # hidden units of the projection and prediction heads
 PROJ_DIM = 256  # output of the projection and prediction heads
-MOMENTUM_BASE = 0.996  # target network momentum at the first step, rising to 1 by a cosine
+MOMENTUM_BASE = 0.996  # most target network momentum at the first step, rising to 1 by a cosine
 BATCH_SIZE = 32  # tiles per step and process (GPU)
 EPOCHS = 100  # passes over TILES_PER_EPOCH tiles
 MAX_STEPS = 0  # stop after this many steps, schedules unchanged; 0 = off
 LR = 2e-3  # peak learning rate at a global batch of 32; grows with its square root (lars: linearly)
 OPTIMIZER = "adamw"  # adamw, or lars for batches of thousands (--lr 0.025 --weight_decay 1.5e-6)
 WARMUP_EPOCHS = 10  # epochs of linear warm-up, at most half the run
+BACKBONE_NORM = "auto"  # batch or frozen statistics of batch norm; auto = frozen from trained weights
+BACKBONE_LR_FACTOR = 0.0  # times LR for the backbone; 0 = 0.1 from trained weights, else 1
+PREDICTOR_LR_FACTOR = 1.0  # times LR for the prediction head
+WARMUP_FROZEN_STEPS = -1  # steps in which the backbone rests; -1 = a fifth from trained weights, else 0
 WEIGHT_DECAY = 1e-4  # weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
+BYOL_WEIGHT = 1.0  # weight of BYOL's loss; 0 = the targets below alone
 FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target, for specks; 0 = off
 VICREG_WEIGHT = 0.0  # weight of VICReg's loss (25, 25, 1) of the online projections; 0 = off
 STRUCTURE_LOSS_WEIGHT = 0.0  # weight of the structure target, for the scale of masses; 0 = off
@@ -152,7 +157,8 @@ WANDB_PROJECT = "byol-mammo"  # wandb project
 
 CHOICES = {
     "polarity": ("auto", "as_is", "inverted"),
-    "backbone": ("resnet18_slim", "resnet18", "resnet34", "resnet50"),
+    "backbone": ("resnet18_slim", "resnet18", "resnet34", "resnet50", f"{checkpoints.TIMM}NAME"),
+    "backbone_norm": ("auto", "batch", "frozen"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "optimizer": ("adamw", "lars"),
     "on_collapse": ("warn", "stop"),
@@ -207,8 +213,13 @@ class Config:
     lr: float = LR
     optimizer: str = OPTIMIZER
     warmup_epochs: int = WARMUP_EPOCHS
+    backbone_norm: str = BACKBONE_NORM
+    backbone_lr_factor: float = BACKBONE_LR_FACTOR
+    predictor_lr_factor: float = PREDICTOR_LR_FACTOR
+    warmup_frozen_steps: int = WARMUP_FROZEN_STEPS
     weight_decay: float = WEIGHT_DECAY
     monitor_tiles: int = MONITOR_TILES
+    byol_weight: float = BYOL_WEIGHT
     freq_loss_weight: float = FREQ_LOSS_WEIGHT
     structure_loss_weight: float = STRUCTURE_LOSS_WEIGHT
     vicreg_weight: float = VICREG_WEIGHT
@@ -234,11 +245,37 @@ class Config:
 
     def __post_init__(self) -> None:
         settings.check_settings(self, CHOICES, RANGES)
+        if not (self.byol_weight or self.freq_loss_weight or self.structure_loss_weight):
+            raise MammoError("--byol_weight 0: nothing to learn; give --structure_loss_weight")
 
     @property
     def view_side(self) -> int:
         """Side of a view in px."""
         return self.view_size or self.tile_size
+
+    @property
+    def from_trained(self) -> bool:
+        """Whether the backbone starts from trained weights, which a start must not spoil."""
+        return self.weights != "none"
+
+    @property
+    def norm_frozen(self) -> bool:
+        """Whether the backbone's batch norm keeps its statistics.
+
+        New ones alone cost ImageNet's features .074 of AUROC on masses (docs/measured.md).
+        """
+        return self.backbone_norm == "frozen" or (self.backbone_norm == "auto" and self.from_trained)
+
+    @property
+    def backbone_pace(self) -> float:
+        """The backbone's learning rate, as a share of LR."""
+        return self.backbone_lr_factor or (0.1 if self.from_trained else 1.0)
+
+    def frozen_steps(self, total_steps: int) -> int:
+        """Steps in which the heads learn alone: random ones would spoil a trained start."""
+        if self.warmup_frozen_steps >= 0:
+            return self.warmup_frozen_steps
+        return total_steps // 5 if self.from_trained else 0
 
     @property
     def run_dir(self) -> Path:
@@ -259,6 +296,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (2, 65536), "epochs": (1, 1_000_000), "max_steps": (0, math.inf), "lr": (0, 100),
     "warmup_epochs": (0, math.inf), "weight_decay": (0, 10), "monitor_tiles": (2, 65536),
     "freq_loss_weight": (0, 1000), "structure_loss_weight": (0, 1000), "vicreg_weight": (0, 1000),
+    "byol_weight": (0, 1000), "backbone_lr_factor": (0, 100), "predictor_lr_factor": (0, 100),
+    "warmup_frozen_steps": (-1, math.inf),
     "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
     "save_every": (0, math.inf), "log_every": (1, math.inf), "report_every": (0, math.inf),
     "peer_timeout": (0, math.inf), "seed": (0, 2**63 - 1),
@@ -808,7 +847,7 @@ class MammogramTiles:
     ) -> None:
         self.images, self.table, self.cache = images, table, cache
         self.digest = caches.cache_digest(cache) if cache != Path() else ""  # the cache may go later
-        self.tile_size, self.reduce = tile_size, reduce
+        self.tile_size, self.reduce, self.grey_scale = tile_size, reduce, grey_scale
         # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
         self.pixels = torch.from_numpy(pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels)
         shape, offset = caches.reduced_layout(images, reduce)
@@ -1062,7 +1101,7 @@ class MammogramBYOL(nn.Module):
         super().__init__()
         if hasattr(backbone, "fc"):
             backbone.fc = nn.Identity()
-        self.grad_checkpoint = False
+        self.grad_checkpoint = self.norm_frozen = False
         self.backbone = backbone
         self.projection_head = BYOLProjectionHead(input_dim, hidden_dim, proj_dim)
         self.prediction_head = BYOLPredictionHead(proj_dim, hidden_dim, proj_dim)
@@ -1080,17 +1119,20 @@ class MammogramBYOL(nn.Module):
         """Online features: (B, 1 or 3, H, W) -> (B, input_dim)."""
         return self._run_backbone(self.backbone, x).flatten(1)
 
-    def feature_map(self, x: Tensor) -> Tensor:
-        """Online features before pooling: (B, 1 or 3, H, W) -> (B, input_dim, H/32, W/32).
+    def features_and_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Online features, and the map they sum up: (B, 1 or 3, H, W) -> (B, D), (B, D, H/32, W/32)."""
+        return self._run_backbone(functools.partial(checkpoints.features_and_map, self.backbone), x)
 
-        For torchvision models that end in `avgpool` and `fc`.
-        """
-        layers = list(self.backbone.children())[:-2]
-        return self._run_backbone(
-            lambda image: functools.reduce(lambda y, layer: layer(y), layers, image), x
-        )
+    def train(self, mode: bool = True) -> MammogramBYOL:
+        """Training or eval mode; with `norm_frozen` the backbones' batch norm stays in eval mode."""
+        super().train(mode)
+        if self.norm_frozen:
+            for module in (*self.backbone.modules(), *self.backbone_momentum.modules()):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
-    def _run_backbone(self, layers: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _run_backbone(self, layers: Callable[[Tensor], Any], x: Tensor) -> Any:
         x = _three_channels(x)
         if self.grad_checkpoint and torch.is_grad_enabled():
             # Chen et al. 2016 (arXiv:1604.06174): activations are computed again in the backward pass.
@@ -1152,21 +1194,21 @@ class BYOL(Objective):
         "momentum": "target momentum",
     }
 
-    def __init__(
-        self,
-        model: MammogramBYOL,
-        momentum_base: float = MOMENTUM_BASE,
-        vicreg_weight: float = VICREG_WEIGHT,
-    ) -> None:
+    def __init__(self, model: MammogramBYOL, config: Config) -> None:
         super().__init__(model)
-        self.momentum_base, self.vicreg_weight = momentum_base, vicreg_weight
+        self.config = config
         self.criterion = NegativeCosineSimilarity()
         self.vicreg = VICRegLoss(gather_distributed=True)
 
     def trained(self) -> list[ParameterGroup]:
-        """The online network."""
-        model = self.model
-        return [ParameterGroup([model.backbone, model.projection_head, model.prediction_head])]
+        """The online network, as far as a loss asks for it."""
+        model, config = self.model, self.config
+        groups = [ParameterGroup([model.backbone], config.backbone_pace, rests=True)]
+        if config.byol_weight or config.vicreg_weight:
+            groups.append(ParameterGroup([model.projection_head]))
+        if config.byol_weight:
+            groups.append(ParameterGroup([model.prediction_head], config.predictor_lr_factor))
+        return groups
 
     def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
         """BYOL's loss of two views."""
@@ -1176,27 +1218,44 @@ class BYOL(Objective):
         self, views: Sequence[View], features: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss from the online features of two views, in fp32 also under autocast."""
-        projection_1, prediction_1 = self.model.project(features[0])
-        projection_2, prediction_2 = self.model.project(features[1])
-        target_1, target_2 = (self.model.forward_target(view.image) for view in views)
-        loss = self.criterion(prediction_1.float(), target_2.float())
-        loss = 0.5 * (loss + self.criterion(prediction_2.float(), target_1.float()))
-        metrics = {"loss": loss.detach(), "feature_std": feature_std(projection_1.detach())}
-        if self.vicreg_weight:
-            with torch.autocast(projection_1.device.type, enabled=False):
-                spread = self.vicreg(projection_1.float(), projection_2.float())
-            loss, metrics["vicreg_loss"] = loss + self.vicreg_weight * spread, spread.detach()
+        weight, vicreg_weight = self.config.byol_weight, self.config.vicreg_weight
+        with nullcontext() if weight or vicreg_weight else torch.no_grad():
+            projections = [self.model.projection_head(part) for part in features]
+        loss = projections[0].new_zeros((), dtype=torch.float32)
+        metrics = {"feature_std": feature_std(projections[0].detach())}
+        if weight:
+            wanted = [self.model.forward_target(view.image).float() for view in views][::-1]
+            predictions = [self.model.prediction_head(part).float() for part in projections]
+            errors = [self.criterion(*pair) for pair in zip(predictions, wanted, strict=True)]
+            loss = 0.5 * (errors[0] + errors[1])
+            metrics["loss"] = loss.detach()
+            loss = weight * loss
+        if vicreg_weight:
+            with torch.autocast(projections[0].device.type, enabled=False):
+                spread = self.vicreg(*(part.float() for part in projections))
+            loss, metrics["vicreg_loss"] = loss + vicreg_weight * spread, spread.detach()
         return loss, metrics
 
     def after_step(self, step: int, total_steps: int) -> dict[str, float]:
-        """Move the target; its momentum rises from MOMENTUM_BASE to 1 by a cosine (section 3.2)."""
-        momentum = float(cosine_schedule(step, total_steps, self.momentum_base, 1.0))
+        """Move the target; its momentum rises to 1 by a cosine (section 3.2)."""
+        base = first_momentum(self.config.momentum_base, total_steps)
+        momentum = float(cosine_schedule(step, total_steps, base, 1.0))
         self.model.update_target(momentum)
         return {"momentum": momentum}
 
     def embed(self, features: Tensor) -> Tensor:
         """Online projections."""
         return self.model.projection_head(features)
+
+
+def first_momentum(most: float, total_steps: int) -> float:
+    """The target's momentum at the first step: `most`, but less in a run too short for it.
+
+    Under the cosine a share of exp(-(1 - momentum) * total_steps / 2) of the initial target is left in
+    the end: with 0.996 after 252 steps 60 %, and random weights would be what the views agree on. At
+    most exp(-3), a twentieth, may be.
+    """
+    return min(most, max(0.0, 1 - 6 / total_steps))
 
 
 class TargetBYOL(BYOL):
@@ -1211,14 +1270,10 @@ class TargetBYOL(BYOL):
     }
 
     def __init__(
-        self,
-        model: MammogramBYOL,
-        heads: Sequence[tuple[targets.Head, float]],
-        momentum_base: float = MOMENTUM_BASE,
-        vicreg_weight: float = VICREG_WEIGHT,
+        self, model: MammogramBYOL, config: Config, heads: Sequence[tuple[targets.Head, float]]
     ) -> None:
         """`heads` and the weights of their losses."""
-        super().__init__(model, momentum_base, vicreg_weight)
+        super().__init__(model, config)
         self.weights = {head.name: weight for head, weight in heads}
         for head, _ in heads:
             self.add_module(head.name, head)
@@ -1234,8 +1289,8 @@ class TargetBYOL(BYOL):
 
     def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
         """BYOL's loss plus the weighted losses of the heads, each a mean over the views."""
-        maps = [self.model.feature_map(view.image) for view in views]
-        loss, metrics = self.byol_loss(views, [found.mean((2, 3)) for found in maps])
+        features, maps = zip(*(self.model.features_and_map(view.image) for view in views), strict=True)
+        loss, metrics = self.byol_loss(views, features)
         for head in self.heads:
             errors = [head.loss(found, view.sharp) for found, view in zip(maps, views, strict=True)]
             error = (errors[0] + errors[1]) / 2
@@ -1252,7 +1307,7 @@ def build_objective(
 ) -> Objective:
     """The objective that the settings ask for, on the CPU."""
     if not config.freq_loss_weight and not config.structure_loss_weight:
-        return BYOL(model, config.momentum_base, config.vicreg_weight)
+        return BYOL(model, config)
     ids = train_ids[:: -(-len(train_ids) // TARGET_SAMPLE)]
     parts = np.array_split(ids, -(-len(ids) // 32))
     views = [make_view(tiles, part, PLAIN_VIEW, config.view_side) for part in parts]
@@ -1265,7 +1320,7 @@ def build_objective(
         step_mm = float(tiles.images["spacing_mm"].median()) * config.tile_size / config.view_side
         head = targets.StructureHead(sample, config.input_dim, step_mm)
         heads.append((head, config.structure_loss_weight))
-    return TargetBYOL(model, heads, config.momentum_base, config.vicreg_weight)
+    return TargetBYOL(model, config, heads)
 
 
 def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimizer:
@@ -1274,10 +1329,11 @@ def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimiz
 
     objective.requires_grad_(False)
     groups: list[dict[str, Any]] = []
-    for modules, lr_factor, decays in objective.trained():
+    for modules, lr_factor, decays, rests in objective.trained():
         decayed, plain = get_weight_decay_parameters(modules)
         parts = [(decayed, config.weight_decay), (plain, 0.0)] if decays else [(decayed + plain, 0.0)]
-        groups += [{"params": part, "weight_decay": w, "lr_factor": lr_factor} for part, w in parts]
+        pace = {"lr_factor": lr_factor, "rests": rests}
+        groups += [{"params": part, "weight_decay": decay, **pace} for part, decay in parts if part]
         nn.ModuleList(modules).requires_grad_(True)
     if config.optimizer == "lars":
         return lars.LARS(groups, lr=config.lr)
@@ -1590,8 +1646,10 @@ def train_step(
     """
     config, processes = run.config, run.ranks.world_size
     lr = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config, processes)
+    frozen = run.step < config.frozen_steps(run.total_steps)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
+        # Not by requires_grad: what runs differ by in their middle, DDP and torch.compile would trip on.
+        group["lr"] = 0.0 if frozen and group["rests"] else lr * group["lr_factor"]
     source, places = (run.tiles, ids) if tiles is None else (tiles, np.arange(len(ids)))
     views = make_views(run, source, places, (config.seed, run.step, run.ranks.rank))
     with run.autocast():
@@ -1851,8 +1909,8 @@ def prepare_model(
     """The model on the device, the same in every process, in training mode."""
     torch.manual_seed(config.seed)  # the heads' initial weights
     model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
-    model.grad_checkpoint = config.grad_checkpoint
-    if ranks.world_size > 1 and device.type == "cuda":
+    model.grad_checkpoint, model.norm_frozen = config.grad_checkpoint, config.norm_frozen
+    if ranks.world_size > 1 and device.type == "cuda" and not config.norm_frozen:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device).to(memory_format=torch.channels_last).train()
 

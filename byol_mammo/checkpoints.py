@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import re
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load as from_safetensors, save as to_safetensors
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from torchvision.models._api import register_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from byol_mammo import files
-from byol_mammo.settings import MammoError
+from byol_mammo.settings import MammoError, nearest
 
 SLIM_WIDTH = 16  # channels behind the first layer of resnet18_slim
 
@@ -53,23 +55,82 @@ def resnet18_slim(*, weights: None = None) -> ResNet:
     return SlimResNet()
 
 
-def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
-    """A torchvision ResNet without its fully connected layer: (B, 3, H, W) -> (B, 512 or 2048).
+TIMM = "timm:"  # before the name of a network of https://github.com/huggingface/pytorch-image-models
+STRIDE = 32  # px of a view for each position of a feature map
 
-    `weights`: imagenet, none, or a file (state dict, checkpoint of this script, safetensors).
-    Raises MammoError with the remedy where weights can't be had or don't fit.
+
+def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
+    """A network without its classifier: (B, 3, H, W) -> (B, features).
+
+    `name`: a torchvision ResNet, or timm:NAME. `weights`: imagenet, none, or a file (state dict,
+    checkpoint of this script, safetensors). Raises MammoError with the remedy where weights can't be
+    had or don't fit.
     """
+    backbone = build_timm(name) if name.startswith(TIMM) else build_torchvision(name)
+    if weights == "imagenet":
+        load_backbone_state(backbone, imagenet_state(name), "imagenet")
+    elif weights != "none":
+        load_backbone_state(backbone, read_backbone_state(weights, part_names(backbone))[0], weights)
+    return backbone
+
+
+def build_torchvision(name: str) -> nn.Module:
+    """A torchvision ResNet with random weights and an identity for `fc`."""
     if name not in torchvision.models.list_models():  # of a stranger's checkpoint
         raise MammoError(f"torchvision has no model {name!r}")
     backbone = torchvision.models.get_model(name, weights=None)
     if not hasattr(backbone, "fc"):
         raise MammoError(f"{name} is no network that ends in fc, as a ResNet does")
     backbone.fc = nn.Identity()
-    if weights == "imagenet":
-        load_backbone_state(backbone, imagenet_state(name), "imagenet")
-    elif weights != "none":
-        load_backbone_state(backbone, read_backbone_state(weights, part_names(backbone))[0], weights)
     return backbone
+
+
+def build_timm(name: str) -> nn.Module:
+    """A network of timm with random weights and no classifier. Raises MammoError where it has no map."""
+    import timm  # takes seconds
+
+    short = name.removeprefix(TIMM)
+    if not timm.is_model(short):
+        near = nearest(short, timm.list_models())
+        raise MammoError(f"--backbone {name}: timm {timm.__version__} has none; nearest: {near}")
+    with torch.random.fork_rng(devices=[]):  # the trial draws nothing from the run's own numbers
+        try:  # a transformer for views of any size
+            backbone = timm.create_model(short, num_classes=0, dynamic_img_size=True)
+        except TypeError:
+            backbone = timm.create_model(short, num_classes=0)
+    side = 4 * STRIDE
+    try:
+        with torch.no_grad():
+            shape = tuple(feature_map(backbone.eval(), torch.zeros(1, 3, side, side)).shape)
+    except (RuntimeError, AssertionError, ValueError):  # of a fixed size, or no map at all
+        shape = ()
+    if shape != (1, backbone.num_features, 4, 4):
+        raise MammoError(
+            f"--backbone {name}: needed is a last feature map of {backbone.num_features} channels, a "
+            f"position for each 32, 16 or 8 px; of {side} px it makes {shape or 'nothing'}"
+        )
+    return backbone.train()
+
+
+def features_and_map(backbone: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (B, D) of views (B, 3, S, S), and what they sum up: (B, D, S/32, S/32)."""
+    if not hasattr(backbone, "forward_features"):  # torchvision's end in `avgpool` and `fc`
+        for layer in list(backbone.children())[:-2]:
+            x = layer(x)
+        return x.mean((2, 3)), x
+    network: Any = backbone
+    found = network.forward_features(x)
+    features = network.forward_head(found)
+    if found.ndim == 3:  # tokens: some for the whole, then one for each patch, row by row
+        patches = found[:, network.num_prefix_tokens :].transpose(1, 2)
+        found = patches.unflatten(2, (math.isqrt(patches.shape[2]), -1))
+    finer = found.shape[-1] * STRIDE // x.shape[-1]
+    return features, F.avg_pool2d(found, finer) if finer > 1 else found
+
+
+def feature_map(backbone: nn.Module, x: Tensor) -> Tensor:
+    """The map of features_and_map."""
+    return features_and_map(backbone, x)[1]
 
 
 def build_recorded(name: str, source: str | Path) -> nn.Module:
@@ -93,12 +154,16 @@ def part_names(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def feature_width(backbone: nn.Module) -> int:
-    """Number of features of a ResNet without its fully connected layer."""
+    """Number of features of a network without its classifier."""
+    if hasattr(backbone, "num_features"):
+        return int(backbone.num_features)  # type: ignore[arg-type]
     last = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)][-1]
     return last.num_features
 
 
 def imagenet_state(name: str) -> dict[str, Tensor]:
+    if name.startswith(TIMM):
+        return timm_state(name)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     timeout = socket.getdefaulttimeout()
@@ -115,6 +180,20 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def timm_state(name: str) -> dict[str, Tensor]:
+    """The weights that timm has for a network, from the hub or its cache."""
+    import timm
+
+    try:
+        return timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # no network, no weights, a damaged file: many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise MammoError(
+            f"trained weights of {name} can't be had ({reason}); give --weights PATH of a file of them, "
+            "or --weights none to start from random weights"
+        ) from error
 
 
 def read_backbone_state(path: str | Path, names: Sequence[str] = ()) -> tuple[dict[str, Tensor], str]:

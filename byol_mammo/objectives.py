@@ -17,6 +17,7 @@ class ParameterGroup(NamedTuple):
     modules: list[nn.Module]
     lr_factor: float = 1.0  # of the learning rate
     decays: bool = True  # weight decay, but for biases and norm parameters
+    rests: bool = False  # stands still in WARMUP_FROZEN_STEPS
 
 
 class Objective(nn.Module, ABC):

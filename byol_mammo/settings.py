@@ -32,7 +32,8 @@ def check_settings(
     """Raise MammoError for an attribute of `values` that is none of its choices or outside its range."""
     for name, known in choices.items():
         value = getattr(values, name)
-        if value not in known:
+        open_ended = [choice[: -len("NAME")] for choice in known if choice.endswith(":NAME")]
+        if value not in known and not value.startswith(tuple(open_ended)):
             raise MammoError(f"--{name} {value}: choose one of {', '.join(known)}")
     for name, (low, high) in ranges.items():
         value = getattr(values, name)

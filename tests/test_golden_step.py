@@ -81,7 +81,7 @@ def test_five_steps_give_the_recorded_weights(archive, tmp_path, name):
     assert differing(figures(*first), recorded[VERSION][name]) == []
 
 
-@pytest.mark.parametrize("change", [("--lr", "0.00195"), ("--momentum_base", "0.995"), ("--seed", "1")])
+@pytest.mark.parametrize("change", [("--lr", "0.00195"), ("--momentum_base", "0.3"), ("--seed", "1")])
 def test_other_steps_are_told_from_the_recorded(archive, tmp_path, change):
     """The tolerance is far below what a step does that is wrong by little."""
     right = figures(*take_steps(archive, tmp_path / "right", "slim"))

@@ -73,7 +73,7 @@ def target_objective(model, side):
     sample = torch.rand(4, 1, side, side)
     specks = mammo.targets.SpeckHead(sample, small_network.WIDTH)
     masses = mammo.targets.StructureHead(sample, small_network.WIDTH, 38 / side)
-    return mammo.TargetBYOL(model, [(specks, 1.0), (masses, 2.0)])
+    return mammo.TargetBYOL(model, mammo.Config(), [(specks, 1.0), (masses, 2.0)])
 
 
 def gpu_run(folder, monkeypatch, *flags):
@@ -83,7 +83,7 @@ def gpu_run(folder, monkeypatch, *flags):
     model = mammo.MammogramBYOL(
         mammo.checkpoints.build_backbone(small_network.NAME), small_network.WIDTH, 64, 32
     )
-    objective: mammo.Objective = mammo.BYOL(model)
+    objective: mammo.Objective = mammo.BYOL(model, mammo.Config())
     if config.freq_loss_weight:
         objective = target_objective(model, 32)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -284,7 +284,7 @@ def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
     )
     images = torch.randn(2, 4, 1, 64, 64)
     views = [mammo.View(spec.kind, x, x.sigmoid()) for spec, x in zip(mammo.VIEWS, images, strict=True)]
-    for objective in (mammo.BYOL(model), target_objective(model, 64)):
+    for objective in (mammo.BYOL(model, mammo.Config()), target_objective(model, 64)):
         compiled = torch.compile(objective, backend="eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
             loss, metrics = compiled(views)

@@ -77,7 +77,7 @@ def as_views(*images):
 def test_loss_equals_lightlys_and_the_papers():
     model, (a, b) = small_model(), views()
     twin = copy.deepcopy(model)
-    loss, _ = mammo.BYOL(model)(as_views(a, b))
+    loss, _ = mammo.BYOL(model, mammo.Config())(as_views(a, b))
     criterion = NegativeCosineSimilarity()
     p_a, p_b = twin(a), twin(b)
     z_a, z_b = twin.forward_target(a), twin.forward_target(b)
@@ -92,7 +92,8 @@ def test_loss_equals_lightlys_and_the_papers():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_vicreg_beside_it_is_lightlys_of_the_projections_in_fp32(precision):
     model, (a, b) = small_model(), views()
-    plain, with_it = mammo.BYOL(model), mammo.BYOL(copy.deepcopy(model), vicreg_weight=0.5)
+    plain = mammo.BYOL(model, mammo.Config())
+    with_it = mammo.BYOL(copy.deepcopy(model), mammo.Config(vicreg_weight=0.5))
     seen = []
     with_it.model.projection_head.register_forward_hook(lambda *words: seen.append(words[2].float()))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -108,7 +109,7 @@ def test_vicreg_beside_it_is_lightlys_of_the_projections_in_fp32(precision):
 
 def test_gradient_reaches_the_online_network_alone():
     model, (a, b) = small_model(), views()
-    mammo.BYOL(model)(as_views(a, b))[0].backward()
+    mammo.BYOL(model, mammo.Config())(as_views(a, b))[0].backward()
     for name, parameter in model.named_parameters():
         target_or_classifier = "momentum" in name or name.startswith("classification")
         assert (parameter.grad is None) == target_or_classifier, name
@@ -135,12 +136,13 @@ def test_schedules_equal_lightlys():
     config = mammo.Config(lr=1.0, warmup_epochs=2, epochs=10, batch_size=32)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=14, max_epochs=70, end_value=0)
-    byol = mammo.BYOL(small_model(), config.momentum_base)
+    byol = mammo.BYOL(small_model(), config)
+    base = mammo.first_momentum(config.momentum_base, 70)
     for step in range(70):
         expected = scheduler.scale_lr(step)
         assert np.isclose(mammo.learning_rate(step, 70, 7, config), expected)
         metrics = byol.after_step(step, 70)
-        assert metrics == {"momentum": cosine_schedule(step, 70, 0.996, 1.0)}
+        assert metrics == {"momentum": cosine_schedule(step, 70, base, 1.0)}
     assert mammo.learning_rate(69, 70, 7, config) == 0
     assert mammo.learning_rate(13, 70, 7, config) == 1
     larger = mammo.Config(lr=1.0, warmup_epochs=2, epochs=10, batch_size=128)
@@ -148,12 +150,59 @@ def test_schedules_equal_lightlys():
     assert max(mammo.learning_rate(s, 6, 2, config) for s in range(6)) == 1  # warm-up: half a short run
 
 
+@pytest.mark.parametrize("steps", [2, 60, 252, 600, 1500, 500_000])
+def test_a_short_run_forgets_its_initial_target(steps):
+    base = mammo.first_momentum(0.996, steps)
+    kept = np.prod([cosine_schedule(step, steps, base, 1.0) for step in range(steps)])
+    assert kept < 0.06
+    assert base <= 0.996
+    assert mammo.first_momentum(0.996, 10_000) == 0.996
+
+
+FROM_TRAINED = {"weights": "imagenet", "backbone": "resnet18"}
+
+
+def test_from_trained_weights_the_heads_learn_first_and_statistics_stay():
+    config = mammo.Config(**FROM_TRAINED)
+    assert config.norm_frozen
+    assert config.backbone_pace == 0.1
+    assert config.frozen_steps(500) == 100
+    random = mammo.Config(weights="none")
+    assert not random.norm_frozen
+    assert random.backbone_pace == 1
+    assert random.frozen_steps(500) == 0
+    asked = mammo.Config(
+        **FROM_TRAINED, backbone_norm="batch", backbone_lr_factor=0.5, warmup_frozen_steps=7
+    )
+    assert not asked.norm_frozen
+    assert (asked.backbone_pace, asked.frozen_steps(500)) == (0.5, 7)
+
+
+def test_frozen_norm_keeps_its_statistics_and_learns_its_weights():
+    model = small_model()
+    model.norm_frozen = True
+    model.train()
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    objective = mammo.BYOL(model, mammo.Config(lr=1e-2, weights="none"))
+    optimizer = mammo.build_optimizer(objective, objective.config)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    a, b = torch.randn(2, 8, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    objective(as_views(a, b))[0].backward()
+    optimizer.step()
+    for name, value in model.backbone.state_dict().items():
+        statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(value, before[name]) == statistic, name
+    assert model.projection_head.training
+
+
 def test_weight_decay_spares_biases_and_norms():
     model = small_model()
-    groups = mammo.build_optimizer(mammo.BYOL(model), mammo.Config(weight_decay=0.5)).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
-    assert all(p.ndim > 1 for p in groups[0]["params"])
-    assert all(p.ndim == 1 for p in groups[1]["params"])
+    config = mammo.Config(weight_decay=0.5)
+    groups = mammo.build_optimizer(mammo.BYOL(model, config), config).param_groups
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
+    for group in groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
     online = [model.backbone, model.projection_head, model.prediction_head]
     count = sum(len(list(part.parameters())) for part in online)
     assert count == sum(len(group["params"]) for group in groups)

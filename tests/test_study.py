@@ -83,6 +83,7 @@ def test_what_is_trained_is_not_trained_again(archive, table, monkeypatch):
         **study.flags.parse_fields(study.Settings, parser, comments, words(archive))
     )
     points = study.train_arm(settings, "plain", [], 3)
+    assert {point.start for point in points} == {("random", 3)}
     assert [point.step for point in points] == [2, 4]
     with pytest.raises(ZeroDivisionError):  # of another seed there is nothing
         study.train_arm(settings, "plain", [], 7)
@@ -95,6 +96,8 @@ WRONG = {
     "a question": (["--questions", "tumour"], "no column tumour"),
     "a file of arms": (["--arms_file", "nowhere.txt"], "no such file"),
     "one kind": (["--questions", "mass@mass"], "tiles of one kind alone"),
+    "specks without a place": (["--questions", "specks"], "needs --specks_dir"),
+    "what is equal": (["--equal", "length"], "choose one of steps, time"),
 }
 
 

@@ -84,7 +84,7 @@ def test_five_steps_equal_a_plain_reference_loop(archive, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        momentum = 1 - (1 - 0.996) * (math.cos(math.pi * step / (total - 1)) + 1) / 2
+        momentum = 1 - 6 / total * (math.cos(math.pi * step / (total - 1)) + 1) / 2
         with torch.no_grad():
             pairs = zip(
                 target.parameters(),
@@ -104,8 +104,9 @@ def test_five_steps_equal_a_plain_reference_loop(archive, tmp_path):
 
 def fit(model, make_views, steps, momentum, lr=1e-3):
     """Train on given views; returns the last loss and feature std."""
-    objective = mammo.BYOL(model)
-    optimizer = mammo.build_optimizer(objective, mammo.Config(lr=lr))
+    config = mammo.Config(lr=lr, weights="none")
+    objective = mammo.BYOL(model, config)
+    optimizer = mammo.build_optimizer(objective, config)
     for _ in range(steps):
         loss, metrics = objective(make_views())
         optimizer.zero_grad()
