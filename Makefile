@@ -4,7 +4,7 @@
 #              half an hour on two CPU cores (CONTRAST=1 makes half of the masses hard to see;
 #              SEEDS="0 1 2" tells how much the start of the weights matters, in three times the time)
 # make study   recipes against each other on real films where MAMMO_REAL_DATA has some, else on phantoms
-#              (ARMS=plain,structure STEPS=600 SEEDS="0 1 2"); about ten minutes a run on two CPU cores
+#              (ARMS=plain,default STEPS=600 SEEDS="0 1 2"); about ten minutes a run on two CPU cores
 # make lint    formatter, linter, types
 # make docs    the notebook's outputs, the README's picture and the table of docs/settings.md
 # make audit   known weaknesses of the installed packages, secrets in the files; needs the internet
@@ -52,9 +52,9 @@ compare: $(if $(VENV),$(VENV)/.installed)
 	    --images_root demo/compare/archive/images_png --output_dir demo/compare/images
 	for seed in $(SEEDS); do \
 	    for weight in 0 1; do $(RUN) train_byol_mammo.py --data_dir demo/compare/images/training \
-	        --run_name weight$$weight.seed$$seed --freq_loss_weight $$weight --seed $$seed $(TILES) \
-	        $(COMMON) --weights none --batch_size 32 --epochs 6 --warmup_epochs 1 \
-	        --momentum_base 0.99 || exit; done; \
+	        --run_name weight$$weight.seed$$seed --freq_loss_weight $$weight \
+	        --structure_loss_weight 0 --seed $$seed $(TILES) $(COMMON) \
+	        --weights none --batch_size 32 --epochs 6 --warmup_epochs 1 || exit; done; \
 	    $(RUN) train_classifier.py compare none \
 	        demo/compare/weight0.seed$$seed/mammogram_byol_final.pth \
 	        demo/compare/weight1.seed$$seed/mammogram_byol_final.pth \
@@ -65,7 +65,7 @@ compare: $(if $(VENV),$(VENV)/.installed)
 	$(RUN) train_classifier.py evaluate --weights demo/compare/finetuned/classifier_best.pth $(LABELLED)
 
 STEPS ?= 600
-ARMS ?= plain,structure
+ARMS ?= plain,default
 MAMMO_REAL_DATA ?= ../shared/real
 FILMS := $(wildcard $(MAMMO_REAL_DATA)/cbis_mass)
 

@@ -383,6 +383,7 @@ def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mamm
         pixel_spacing_mm=TRAIN_SPACING, backbone=options.backbone, weights="none",
         view_size=options.view_size, batch_size=options.batch_size, monitor_tiles=2,
         device=options.device, precision=options.precision, grad_checkpoint=options.grad_checkpoint,
+        freq_loss_weight=0, structure_loss_weight=0,
     )  # fmt: skip
     torch.manual_seed(0)
     backbone = checkpoints.build_backbone(config.backbone)

@@ -54,7 +54,7 @@ from torch import Tensor
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
-from byol_mammo import files, images, labels as labelling, settings as flags, targets, tracking
+from byol_mammo import files, images, labels as labelling, sampling, settings as flags, targets, tracking
 from byol_mammo.objectives import rankme
 from byol_mammo.settings import MammoError
 
@@ -74,12 +74,13 @@ POINTS = 3  # points of each run at which its features are judged
 QUESTIONS = "mass"  # columns of labels.csv, cancer@mass, density, specks
 SPECKS_DIR = ""  # folder of mammograms at full resolution, to draw specks on
 IMAGENET = ""  # file of ImageNet weights of BACKBONE, judged, and for --weights imagenet of arms
+IMAGENET_BACKBONE = ""  # network that IMAGENET is of; empty = BACKBONE
 TILE_SIZE = 128  # px, side of a tile
 TILE_STRIDE = 64  # px between tiles
 VIEW_SIZE = 64  # px, side of a view
 PIXEL_SPACING_MM = 0.27  # mm per pixel where the manifest gives no spacing
 MIN_BREAST_RATIO = 0.6  # share of a tile that must be breast
-MIN_FREQ_ENERGY = 0.0  # speck energy a tile must reach; 0 = every tissue tile is judged
+MIN_FREQ_ENERGY = 0.0  # speck energy a tile must reach to be trained on; all tissue is judged
 BACKBONE = "resnet18_slim"  # any backbone of train_byol_mammo.py
 BATCH_SIZE = 128  # tiles per step
 BOOTSTRAP = 1000  # resamples of the patients
@@ -87,6 +88,7 @@ NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
 HELD = 0.5  # share of a box that a tile has to hold to be positive; less is left out
+MOST_JUDGED = 1800  # tiles of each class that a probe is fitted on, or judged on
 PER_BOX = 2  # tiles on each box beside those of the grid
 OFF_CENTRE = 0.19  # tile sizes, along an axis, of such a tile's centre from its box's at most
 EPOCH_STEPS = 20  # most steps of an epoch
@@ -112,6 +114,7 @@ class Settings:
     questions: str = QUESTIONS
     specks_dir: str = SPECKS_DIR
     imagenet: str = IMAGENET
+    imagenet_backbone: str = IMAGENET_BACKBONE
     tile_size: int = TILE_SIZE
     tile_stride: int = TILE_STRIDE
     view_size: int = VIEW_SIZE
@@ -290,8 +293,7 @@ def ask_labels(settings: Settings, asked: Sequence[str]) -> list[Question]:
     data.targets = labelling.tile_labels(
         data.tiles.table, rows, labels, data.tiles.tile_size, data.names, HELD, by_centre=False
     )
-    parts = [classifier.draw_tiles(data, data.in_split(split), judge) for split in ("training", "test")]
-    return [ask(data, name, parts) for name in asked]
+    return [ask(data, name) for name in asked]
 
 
 def tiles_on_boxes(
@@ -348,16 +350,18 @@ def judge_settings(settings: Settings, names: Sequence[str], **other: Any) -> cl
 
 
 def mammo_config(settings: Settings) -> mammo.Config:
-    """The main script's Config for the archive's tiles."""
-    same = {name: getattr(settings, name) for name in SAME.split()}
-    return mammo.Config(data_dir=settings.data_dir, wandb_mode="disabled", **same)
+    """The main script's Config for the judged tiles: all tissue, dark tiles as well, whatever tiles the
+    arms are trained on."""
+    same = {name: getattr(settings, name) for name in SAME.split()} | {"min_freq_energy": 0.0}
+    dark = {"min_tile_intensity": 0, "min_non_zero_pixels": 0}
+    return mammo.Config(data_dir=settings.data_dir, wandb_mode="disabled", **(same | dark))
 
 
 DENSITIES = {f"DENSITY {letter}": grade for grade, letter in enumerate("ABCD", 1)}
 
 
-def ask(data: classifier.LabelledTiles, name: str, parts: list[np.ndarray]) -> Question:
-    """One question on tiles (to fit on, to judge), without those whose truth is not known."""
+def ask(data: classifier.LabelledTiles, name: str) -> Question:
+    """One question: the tiles whose truth is known, of each split (see balanced)."""
     if name == "density":
         truth = data.table["breast_density"].map(DENSITIES).to_numpy(np.float32)
     else:
@@ -367,11 +371,29 @@ def ask(data: classifier.LabelledTiles, name: str, parts: list[np.ndarray]) -> Q
             row = data.table["row"].to_numpy()
             truth = data.image_targets[row, data.names.index(finding)].copy()
             truth[data.targets[:, data.names.index(among)] != 1] = np.nan
-    fit, judged = (ids[np.isfinite(truth[ids])] for ids in parts)
-    for split, ids in (("training", fit), ("test", judged)):
+    parts = []
+    for number, split in enumerate(("training", "test")):
+        ids = data.in_split(split)
+        ids = ids[np.isfinite(truth[ids])]
         if len(set(truth[ids].tolist())) < 2:
             raise MammoError(f"--questions {name}: the split {split} has tiles of one kind alone")
+        rng = np.random.default_rng([0, number])
+        parts.append(spread(data, ids, rng) if name == "density" else balanced(truth, ids, rng))
+    fit, judged = parts
     return Question(name, fit, judged, truth, data, name == "density")
+
+
+def balanced(truth: np.ndarray, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Of the tiles `ids` all of the rarer class, up to MOST_JUDGED, and as many of the other, sorted."""
+    classes = [rng.permutation(ids[truth[ids] == value]) for value in (0, 1)]
+    count = min(*map(len, classes), MOST_JUDGED)
+    return np.sort(np.concatenate([part[:count] for part in classes]))
+
+
+def spread(data: classifier.LabelledTiles, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Up to 2 * MOST_JUDGED of the tiles `ids`, as many of each image as of any other, sorted."""
+    order = sampling.spread_over_images(data.table["row"].to_numpy()[ids], rng)
+    return np.sort(ids[order[: 2 * MOST_JUDGED]])
 
 
 SPECKS = "specks"
@@ -459,7 +481,9 @@ REFERENCES = ("random", "classic", "imagenet")
 def features_of(settings: Settings, weights: str, seed: int, calibrated: bool) -> Features:
     """What a frozen network tells of tiles; `calibrated`: batch norm's statistics come from them."""
     judge = judge_settings(settings, [], weights=weights, seed=seed)
-    if weights.endswith(".pth") and weights != settings.imagenet:
+    if weights == settings.imagenet:
+        judge = dataclasses.replace(judge, backbone=settings.imagenet_backbone or settings.backbone)
+    elif weights.endswith(".pth"):
         judge = dataclasses.replace(judge, backbone="")
 
     def call(tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:

@@ -132,9 +132,9 @@ WARMUP_FROZEN_STEPS = -1  # steps in which the backbone rests; -1 = a fifth from
 WEIGHT_DECAY = 1e-4  # weight decay; biases and normalisation parameters are exempt
 MONITOR_TILES = 256  # tiles kept out of training to watch for collapse, at most a tenth of all
 BYOL_WEIGHT = 1.0  # weight of BYOL's loss; 0 = the targets below alone
-FREQ_LOSS_WEIGHT = 0.0  # weight of the frequency target, for specks; 0 = off
+FREQ_LOSS_WEIGHT = 0.25  # weight of the frequency target, for specks; 0 = off
 VICREG_WEIGHT = 0.0  # weight of VICReg's loss (25, 25, 1) of the online projections; 0 = off
-STRUCTURE_LOSS_WEIGHT = 0.0  # weight of the structure target, for the scale of masses; 0 = off
+STRUCTURE_LOSS_WEIGHT = -1.0  # of the structure target, for masses; 0 = off, -1 = 2 if views have 20 mm
 LABELS = ""  # labels.csv for the online probe, which then chooses the best checkpoint; empty = off
 PROBE_EVERY = 1  # epochs between online probes
 CHECKPOINT_EVERY = 10  # epochs between numbered checkpoints; 0 = off
@@ -245,7 +245,8 @@ class Config:
 
     def __post_init__(self) -> None:
         settings.check_settings(self, CHOICES, RANGES)
-        if not (self.byol_weight or self.freq_loss_weight or self.structure_loss_weight):
+        asked = self.byol_weight, self.vicreg_weight, self.freq_loss_weight, self.structure_loss_weight
+        if not any(asked):
             raise MammoError("--byol_weight 0: nothing to learn; give --structure_loss_weight")
 
     @property
@@ -295,7 +296,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "hidden_dim": (1, 65536), "proj_dim": (2, 65536), "momentum_base": (0, 1),
     "batch_size": (2, 65536), "epochs": (1, 1_000_000), "max_steps": (0, math.inf), "lr": (0, 100),
     "warmup_epochs": (0, math.inf), "weight_decay": (0, 10), "monitor_tiles": (2, 65536),
-    "freq_loss_weight": (0, 1000), "structure_loss_weight": (0, 1000), "vicreg_weight": (0, 1000),
+    "freq_loss_weight": (0, 1000), "structure_loss_weight": (-1, 1000), "vicreg_weight": (0, 1000),
     "byol_weight": (0, 1000), "backbone_lr_factor": (0, 100), "predictor_lr_factor": (0, 100),
     "warmup_frozen_steps": (-1, math.inf),
     "probe_every": (1, math.inf), "checkpoint_every": (0, math.inf),
@@ -1243,6 +1244,18 @@ class BYOL(Objective):
         self.model.update_target(momentum)
         return {"momentum": momentum}
 
+    def describe(self, total_steps: int) -> str:
+        """What is asked for, for people: the losses by weight, and how the schedule begins."""
+        config = self.config
+        weights = {"BYOL": config.byol_weight, "VICReg": config.vicreg_weight}
+        asked = [f"{name} x {weight:g}" for name, weight in weights.items() if weight]
+        norm = "frozen" if config.norm_frozen else "the batch's"
+        return (
+            f"{', '.join(asked) or 'targets alone'}; target momentum from "
+            f"{first_momentum(config.momentum_base, total_steps):.4g}; backbone: {norm} statistics, "
+            f"lr x {config.backbone_pace:g}, rests {config.frozen_steps(total_steps)} steps"
+        )
+
     def embed(self, features: Tensor) -> Tensor:
         """Online projections."""
         return self.model.projection_head(features)
@@ -1283,6 +1296,11 @@ class TargetBYOL(BYOL):
         """The heads, which decay no more than a bias does."""
         return [getattr(self, name) for name in self.weights]
 
+    def describe(self, total_steps: int) -> str:
+        """BYOL's, and the heads."""
+        heads = [f"{head.metric} x {self.weights[head.name]:g}" for head in self.heads]
+        return f"{', '.join(heads)}, {super().describe(total_steps)}"
+
     def trained(self) -> list[ParameterGroup]:
         """The online network and the heads."""
         return [*super().trained(), ParameterGroup([*self.heads], decays=False)]
@@ -1299,6 +1317,8 @@ class TargetBYOL(BYOL):
         return loss, metrics
 
 
+# The two targets' weighted losses start near 0.8 each, about as far as BYOL's own has to fall.
+STRUCTURE_WEIGHT = 2.0  # of the structure target where STRUCTURE_LOSS_WEIGHT is -1
 TARGET_SAMPLE = 256  # tiles that scale what the heads are asked for
 
 
@@ -1306,7 +1326,13 @@ def build_objective(
     model: MammogramBYOL, config: Config, tiles: MammogramTiles, train_ids: np.ndarray
 ) -> Objective:
     """The objective that the settings ask for, on the CPU."""
-    if not config.freq_loss_weight and not config.structure_loss_weight:
+    # One scale for all images, whose detectors differ by less than masses do.
+    step_mm = float(tiles.images["spacing_mm"].median()) * config.tile_size / config.view_side
+    structure_weight = config.structure_loss_weight
+    if structure_weight < 0:
+        has_room = step_mm * config.view_side >= targets.MIN_STRUCTURE_SIDE
+        structure_weight = STRUCTURE_WEIGHT if has_room else 0.0
+    if not config.freq_loss_weight and not structure_weight:
         return BYOL(model, config)
     ids = train_ids[:: -(-len(train_ids) // TARGET_SAMPLE)]
     parts = np.array_split(ids, -(-len(ids) // 32))
@@ -1315,11 +1341,9 @@ def build_objective(
     heads: list[tuple[targets.Head, float]] = []
     if config.freq_loss_weight:
         heads.append((targets.SpeckHead(sample, config.input_dim), config.freq_loss_weight))
-    if config.structure_loss_weight:
-        # One scale for all images, whose detectors differ by less than masses do.
-        step_mm = float(tiles.images["spacing_mm"].median()) * config.tile_size / config.view_side
+    if structure_weight:
         head = targets.StructureHead(sample, config.input_dim, step_mm)
-        heads.append((head, config.structure_loss_weight))
+        heads.append((head, structure_weight))
     return TargetBYOL(model, config, heads)
 
 
@@ -1508,6 +1532,26 @@ def view_columns(run: Run, count: int = 4) -> dict[str, np.ndarray]:
     return {v.kind: (v.image[:, 0] * GREY_STD + GREY_MEAN).cpu().numpy() for v in views}
 
 
+def target_columns(run: Run, count: int = 4) -> dict[str, np.ndarray]:
+    """The monitor tiles of highest convergence, what the structure target asks of them, and what the
+    network tells: (count, n, n) grey values by title; empty where the objective has no such target."""
+    head = getattr(run.objective, targets.StructureHead.name, None)
+    if head is None:
+        return {}
+    order = np.argsort(-run.tiles.table["convergence"].to_numpy()[run.monitor_ids], kind="stable")
+    ids = run.monitor_ids[order[:count]]
+    view = make_view(run.tiles, ids, PLAIN_VIEW, run.config.view_side, device=run.device)
+    run.model.eval()
+    with torch.no_grad(), run.autocast():
+        found = run.model.features_and_map(view.image)[1]
+    run.model.train()
+    maps = head.shown(found.float(), view.sharp)
+    titles = "tile", "convergence", "strongest in a cell", "as the network tells"
+    return {
+        title: part.cpu().numpy() for title, part in zip(titles, [view.sharp[:, 0], *maps], strict=True)
+    }
+
+
 COLLAPSE_ADVICE = (
     "all tiles look alike to the network. Lower --lr, raise --batch_size or --momentum_base."
 )
@@ -1558,6 +1602,9 @@ def show_run(run: Run, tracker: tracking.Tracker, state: str = "running", reason
             views = run.tiles.images["view"].to_numpy()[tiles["image"]]
             pictures.draw_embedding(run.features, tiles, views, folder / "embedding.png")
             fresh.append("embedding.png")
+        if columns := target_columns(run):
+            pictures.draw_views(columns, folder / "targets.png")
+            fresh.append("targets.png")
         report.write_report(folder, terms())
         if fresh:
             there = {path.stem: path for path in map(folder.joinpath, fresh) if path.is_file()}
@@ -1910,7 +1957,7 @@ def prepare_model(
     torch.manual_seed(config.seed)  # the heads' initial weights
     model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
     model.grad_checkpoint, model.norm_frozen = config.grad_checkpoint, config.norm_frozen
-    if ranks.world_size > 1 and device.type == "cuda" and not config.norm_frozen:
+    if ranks.world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device).to(memory_format=torch.channels_last).train()
 
@@ -2047,6 +2094,7 @@ def start_folder(run: Run) -> None:
         f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "
         f"{run.config.view_side} px views, steps {run.step} to {run.last_step}"
     )
+    print(f"objective {run.objective.describe(run.total_steps)}")
     if np.isin(run.monitor_ids, run.train_ids).any():
         print(f"monitor   {len(run.monitor_ids)} tiles that are trained on: too few to keep some out")
     print(f"tracking  wandb {tracking.wandb_mode(config.wandb_mode)}")

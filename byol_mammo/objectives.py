@@ -45,6 +45,10 @@ class Objective(nn.Module, ABC):
         """What follows the optimiser's step number `step`, counted from 0; returns metrics by name."""
         return {}
 
+    def describe(self, total_steps: int) -> str:
+        """What a run of so many steps minimises, in a line for people."""
+        return type(self).__name__
+
     def embed(self, features: Tensor) -> Tensor:
         """Features (B, input_dim) where collapse is judged: the spread of what this returns (B, D)."""
         return features

@@ -102,6 +102,8 @@ CAPTIONS = {
     "grid.png": "Each mark is the centre of a tile; tiles overlap.",
     "tiles.png": "Black: outside the breast. Rejected tiles: their value of what was asked for.",
     "views.png": "Each row: a tile and two views of it that the network must recognise as the same.",
+    "targets.png": "Each row: a monitor tile; where its gradients converge as around a mass; the "
+    "strongest in each cell, which the structure target asks for; what the network tells of it.",
     "embedding.png": "Each point is a monitor tile; near points look alike to the network.",
     "roc.png": "Sensitivity against false alarms.",
     "pr.png": "Share of right alarms against sensitivity.",
@@ -242,7 +244,7 @@ def html_learning(folder: Path, metrics: pd.DataFrame, collapse_std: float) -> s
         f"in all directions, below {collapse_std} collapsed. <b>RankMe</b> is the number of directions "
         "that the features fill; it has no fixed threshold: a fall towards 1 is collapse, and without "
         "labels the best checkpoint is from the healthy epoch where it is highest.</p>"
-        + html_pictures(folder, "curves.png", "embedding.png")
+        + html_pictures(folder, "curves.png", "targets.png", "embedding.png")
         + (last if rows else "")
     )
 

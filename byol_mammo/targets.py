@@ -252,3 +252,13 @@ class StructureHead(Head):
         """See Head.loss."""
         pairs = zip(self(found), self.targets(sharp), strict=True)
         return torch.stack([F.smooth_l1_loss(told.float(), wanted) for told, wanted in pairs]).mean()
+
+    @torch.no_grad()
+    def shown(self, found: Tensor, sharp: Tensor) -> list[Tensor]:
+        """Strongest convergence for a picture, each (B, n, n): at each place, in each of the finest
+        cells, and in those as the head tells it."""
+        discs = len(DISC_RADII)
+        maps = self.maps(sharp)
+        cells = F.adaptive_max_pool2d(maps, self.cells[0])
+        told = self(found)[0] * self.get_buffer("deviation0") + self.get_buffer("mean0")
+        return [part[:, :discs].amax(1) for part in (maps, cells, told)]

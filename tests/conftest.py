@@ -35,8 +35,8 @@ REAL = Path(os.environ.get("MAMMO_REAL_DATA", ROOT.parent / "shared" / "real"))
 SMALL = (
     f"--tile_size 128 --tile_stride 64 --view_size 32 --backbone {small_network.NAME} --weights none "
     "--hidden_dim 64 --proj_dim 32 --batch_size 8 --tiles_per_epoch 32 --monitor_tiles 32 "
-    "--min_freq_energy 0 --pixel_spacing_mm 0.3 --num_workers 1 --log_every 2 --device cpu "
-    "--report_every 0 --wandb_mode disabled"
+    "--freq_loss_weight 0 --structure_loss_weight 0 --min_freq_energy 0 --pixel_spacing_mm 0.3 "
+    "--num_workers 1 --log_every 2 --device cpu --report_every 0 --wandb_mode disabled"
 ).split()
 HOSTILE = "<img src=x onerror=alert(1)>"
 PLANTED = ("<script>alert(1)</script>", HOSTILE, '"><svg onload=alert(1)>')
