@@ -84,7 +84,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from byol_mammo import anatomy, files, framing, labels as labelling, settings
+from byol_mammo import anatomy, files, film_archives, framing, labels as labelling, settings
 from byol_mammo.archive_files import (
     DICOM_INSIDE,
     EVERY_FILE,
@@ -284,6 +284,8 @@ def read_csv(csv_path: Path) -> pd.DataFrame:
     if not csv_path.is_file():
         raise MammoError(f"there is no file {csv_path}; give the annotation CSV with --csv_path")
     files.refuse_other_tables(csv_path)
+    if (films := film_archives.read_mias(csv_path)) is not None:
+        return films
     delimiter = delimiter_of(csv_path)
     try:
         # Blank lines are kept for now, so that the index gives the line in the file.
@@ -1076,7 +1078,7 @@ def decode_item(item: Item, options: Options, write: bool) -> Outcome:
     wall = facts["chest_wall"] or {"L": "left", "R": "right"}.get(tag, "")
     flipped = options.flip_right and wall == "right"
     if write and (flipped or item.kind != ".png"):
-        spacing = header.get("spacing_mm") or item.row.get("spacing_mm", "")
+        spacing = header.get("spacing_mm") or spacing_told(item.row, *map(str, pixels.shape[:2]))
         shown = np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
         write_file(item.output, encode_png(shown, spacing), item.found)
     return {**facts, **header, "flipped": str(int(flipped))}
@@ -1244,6 +1246,7 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     reusable = unchanged and action == "already there"
     size = [before[n] for n in SIZE] if reusable else read_png_header(item.output)
     values = {**item.row, **item.record, "view": item.row.get("view_position", "")}
+    values["spacing_mm"] = spacing_told(item.row, str(size[0]), str(size[1]))
     for name in ("laterality", "view", "implant", "spacing_mm", "view_modifier", "flipped"):
         earlier = before.get(name, "") if unchanged else ""
         told, found = values.get(name, ""), facts.get(name) or earlier
@@ -1253,6 +1256,21 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     values["polarity"], values["polarity_from"] = polarity_of(item, facts, plan.options.verify)
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
+
+
+def spacing_told(row: dict[str, str], height: str, width: str) -> str:
+    """The table's pixel spacing; '' for an image of another size than the table's, such as a reduced
+    copy, whose pixels are others."""
+    stated = size_stated(row)
+    return "" if stated and stated != [height, width] else row.get("spacing_mm", "")
+
+
+def size_stated(row: dict[str, str]) -> list[str]:
+    """Height and width of the table's row, [] where it has no numbers there."""
+    numbers = [
+        re.sub(r"\.0*$", "", row.get(name, "")) for name in ("height", "width")
+    ]  # 512.0 by pandas
+    return numbers if all(value.isdigit() and int(value) for value in numbers) else []
 
 
 def polarity_of(item: Item, facts: dict[str, str], verify: bool) -> tuple[str, str]:
@@ -1581,12 +1599,10 @@ def find_duplicates(plan: Plan) -> None:
 
 def check_size_stated(plan: Plan, row: dict[str, str], stated: dict[str, str]) -> None:
     """Report an image whose size is not the table's (rows without a number there are left out)."""
-    sizes = [stated.get(name, "") for name in ("height", "width")]
-    numbers = [re.sub(r"\.0*$", "", value) for value in sizes]  # pandas may have written 512.0
-    actual = [row["height"], row["width"]]
-    if not all(value.isdigit() and int(value) for value in numbers) or numbers == actual:
+    numbers, actual = size_stated(stated), [row["height"], row["width"]]
+    if numbers in ([], actual):
         return
-    plan.report("different size", row, f"{' x '.join(actual)}, CSV {' x '.join(sizes)}")
+    plan.report("different size", row, f"{' x '.join(actual)}, CSV {' x '.join(numbers)}")
     ratios = [int(a) / int(b) for a, b in zip(actual, numbers, strict=True)]
     if abs(ratios[0] / ratios[1] - 1) > ASPECT_TOLERANCE:
         plan.report("aspect", row, f"height x {ratios[0]:.3f}, width x {ratios[1]:.3f}")

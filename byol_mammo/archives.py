@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from byol_mammo.archive_files import without_suffix
+from byol_mammo.film_archives import MIAS_COLUMNS, adapt_mias
 from byol_mammo.labels import split_named
 from byol_mammo.settings import MammoError
 from byol_mammo.tables import (
@@ -447,6 +448,7 @@ ADAPTERS = [
         {"study_id": "patient_id"},
         ("cancer",),
     ),
+    Adapter("MIAS", tuple(MIAS_COLUMNS), adapt_mias, {"study_id": "REFNUM", "image_id": "REFNUM"}),
 ]
 
 
