@@ -71,7 +71,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -276,8 +276,9 @@ def nearest(name: str, candidates: Sequence[str]) -> str:
 # 2 Table ------------------------------------------------------------------------------------------
 
 
-def read_csv(csv_path: Path) -> pd.DataFrame:
-    """One CSV as strings (leading zeros kept), indexed by 'NAME line N'.
+def read_csv(csv_path: Path, whole: bool = True) -> pd.DataFrame:
+    """One CSV as strings (leading zeros kept), indexed by 'NAME line N'; unless `whole`, without columns
+    that its archive's adapter does not read.
 
     Raises MammoError where the file is missing, empty or not a table.
     """
@@ -288,8 +289,9 @@ def read_csv(csv_path: Path) -> pd.DataFrame:
         return films
     delimiter = delimiter_of(csv_path)
     try:
+        wanted = None if whole else columns_read(csv_path, delimiter)
         # Blank lines are kept for now, so that the index gives the line in the file.
-        table = files.parse_table(csv_path, sep=delimiter, skip_blank_lines=False)
+        table = files.parse_table(csv_path, sep=delimiter, skip_blank_lines=False, usecols=wanted)
     except ValueError as error:
         raise MammoError(f"{csv_path} is not a comma-separated UTF-8 table: {error}") from None
     table.columns = table.columns.str.strip()
@@ -297,6 +299,14 @@ def read_csv(csv_path: Path) -> pd.DataFrame:
     # The header is line 1.
     table.index = pd.Index([f"{csv_path.name} line {n}" for n in range(2, len(table) + 2)])
     return table
+
+
+def columns_read(csv_path: Path, delimiter: str) -> Callable[[str], bool] | None:
+    """Which columns are read of a table, by their names; None: all, as of most archives."""
+    header = set(files.parse_table(csv_path, sep=delimiter, nrows=0).columns.str.strip())
+    # All tables of such an archive have its ids, which its header begins with.
+    reads = next((a.reads for a in ADAPTERS if a.reads and set(a.header[:2]) <= header), None)
+    return (lambda name: name.strip() in reads) if reads else None
 
 
 def delimiter_of(csv_path: Path) -> str:
@@ -888,7 +898,7 @@ def make_plan(options: Options) -> Plan:
     paths = [] if options.csv_path == [Path("none")] else options.csv_path
     if options.columns and not paths:
         raise MammoError("--columns maps a table, and --csv_path none gives none; leave one of them out")
-    tables = [read_csv(path) for path in paths]
+    tables = [read_csv(path, whole=bool(options.columns)) for path in paths]
     index = index_files(options.images_root)
     table, reading, adapter = read_table(tables, options, index)
     note_spellings(table, reading.notes)

@@ -13,6 +13,14 @@ from pathlib import Path
 import pandas as pd
 
 from byol_mammo.archive_files import without_suffix
+from byol_mammo.digital_archives import (
+    CDD_HEADER,
+    CDD_SUBTRACTED,
+    EMBED_HEADER,
+    EMBED_READ,
+    adapt_cdd,
+    adapt_embed,
+)
 from byol_mammo.film_archives import MIAS_COLUMNS, adapt_mias
 from byol_mammo.labels import split_named
 from byol_mammo.settings import MammoError
@@ -58,6 +66,7 @@ class Adapter:
     columns: dict[str, str] = field(default_factory=dict)  # ours -> the table's, for messages
     labels: tuple[str, ...] = ()  # findings that it tells
     ignored: str = r"(?!)"  # files (relative paths) that are no mammograms; this matches none
+    reads: frozenset[str] = frozenset()  # columns that are read, where a table has many more
 
 
 def adapt_vindr(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
@@ -447,6 +456,21 @@ ADAPTERS = [
         adapt_rsna,
         {"study_id": "patient_id"},
         ("cancer",),
+    ),
+    Adapter(
+        "CDD-CESM",
+        CDD_HEADER,
+        adapt_cdd,
+        {"study_id": "Patient_ID", "image_id": "Image_name"},
+        FINDINGS,
+        ignored=CDD_SUBTRACTED,
+    ),
+    Adapter(
+        "EMBED",
+        EMBED_HEADER,
+        adapt_embed,
+        {"study_id": "acc_anon", "patient_id": "empi_anon", "image_id": "anon_dicom_path"},
+        reads=frozenset(EMBED_READ),
     ),
     Adapter("MIAS", tuple(MIAS_COLUMNS), adapt_mias, {"study_id": "REFNUM", "image_id": "REFNUM"}),
 ]

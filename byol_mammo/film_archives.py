@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from byol_mammo.settings import MammoError
-from byol_mammo.tables import ImageLabels, Reading, some
-
-
-def united(values: Iterable[str]) -> str:
-    """What several findings say of one image: 1 where any is, 0 where all are not, '' where one is not
-    known, as a finding that is not known may be the one."""
-    said = set(values)
-    return "1" if "1" in said else "" if "" in said else "0"
-
+from byol_mammo.tables import ImageLabels, Reading, some, united
 
 # MIAS -----------------------------------------------------------------------------------------------
 # Suckling et al., 1994. A line per abnormality: film, tissue, class, severity, and where it is.

@@ -15,6 +15,8 @@ import pytest
 from test_prepare_archives import Archive, refusal
 from test_prepare_dicom import breast
 
+import prepare_dataset as prep
+
 FINDINGS = ["mass", "calcification", "cancer"]
 
 
@@ -141,3 +143,222 @@ def test_lines_that_are_not_mias_are_named(
     archive: Archive, line: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refusal(archive, capsys, mini_mias(archive, line, 1))
+
+
+# CDD-CESM -----------------------------------------------------------------------------------------
+
+CDD = (
+    "Image_name,Patient_ID,Side,Type,View,Age,Breast density (ACR),BIRADS,Findings,Tags,Machine,"
+    "Pathology Classification/ Follow up\n"
+)
+REGIONS = "#filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes\n"
+
+
+def cdd_row(
+    name: str, findings: str, pathology: str, grade: str = "4", tissue: str = "C", **odd: str
+) -> str:
+    patient, side, kind, view = name.split("_")
+    cells = {
+        "patient": patient[1:],
+        "side": side,
+        "type": {"DM": "DM", "CM": "CESM"}[kind],
+        "view": view,
+    } | odd
+    cells = [
+        name,
+        cells["patient"],
+        cells["side"],
+        cells["type"],
+        cells["view"],
+        "50",
+        tissue,
+        grade,
+        findings,
+    ]
+    return ",".join([*cells, "", "1", pathology]) + "\n"
+
+
+def region(file: str, **shape: object) -> str:
+    return f'{file},-1,{{}},1,0,"{json.dumps(shape).replace(chr(34), chr(34) * 2)}",{{}}\n'
+
+
+CDD_ROWS = [
+    cdd_row("P1_L_DM_CC", "Mass", "Malignant", "5"),
+    cdd_row(
+        "P1_L_DM_MLO ", "Mass$Calcifications", "Malignant", "2$5", view="MLO"
+    ),  # a blank, as published
+    cdd_row("P1_R_DM_CC", "Normal", "Normal", "1"),
+    cdd_row("P2_L_DM_CC", "Asymmetry", "Benign", "_", "_"),
+    cdd_row("P2_R_DM_CC", "Mass - calcification", "Benign"),  # what is it that this lists?
+    cdd_row("P3_L_DM_CC", "Mass", "Benign", "2"),
+    cdd_row("P3_L_DM_CC", "Calcifications", "Malignant", "5"),
+    cdd_row("P1_L_CM_CC", "Mass enhancement", "Malignant"),
+]
+CDD_REGIONS = [
+    region("P1_L_DM_CC.jpg", name="ellipse", cx=30, cy=40, rx=10, ry=5),
+    region("P1_L_DM_CC.jpg", name="point", cx=1, cy=1),
+    region("P1_L_DM_MLO .jpg", name="polygon", all_points_x=[5, 20, 9], all_points_y=[8, 9, 30]),
+    region("P2_L_DM_CC.jpg", name="circle", cx=30, cy=40, r=9),
+    region("P3_L_DM_CC.jpg", name="spline", cx=30),
+    region("P1_L_CM_CC.jpg", name="circle", cx=30, cy=40, r=9),
+]
+
+
+def cdd(archive: Archive, rows: list[str], regions: list[str]) -> list[str]:
+    for row in rows:
+        name = row.split(",")[0].strip()
+        folder = "Subtracted images" if "_CM_" in name else "Low energy images"
+        film(archive, f"{folder} of CDD-CESM/{name}.jpg", name.split("_")[1])
+    return [archive.table(CDD + "".join(rows)), archive.table(REGIONS + "".join(regions), "regions.csv")]
+
+
+def test_cdd_cesm(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
+    assert archive.run(cdd(archive, CDD_ROWS, CDD_REGIONS), "--test_share", "0.5") == 0
+    manifest, labels = archive.read("manifest.csv"), archive.labels()
+    assert list(manifest["image_id"]) == [
+        *("P1_L_DM_CC", "P1_L_DM_MLO", "P1_R_DM_CC", "P2_L_DM_CC", "P2_R_DM_CC", "P3_L_DM_CC")
+    ]
+    assert list(manifest["patient_id"]) == ["P1"] * 3 + ["P2"] * 2 + ["P3"]
+    assert manifest.groupby("patient_id")["split"].nunique().eq(1).all()
+    assert list(manifest["laterality"]) == ["L", "L", "R", "L", "R", "L"]
+    assert list(manifest["view"]) == ["CC", "MLO", "CC", "CC", "CC", "CC"]
+    grades = ["BI-RADS 5", "BI-RADS 5", "BI-RADS 1", "", "BI-RADS 4", "BI-RADS 5"]
+    assert list(manifest["breast_birads"]) == grades
+    assert list(manifest["breast_density"]) == ["DENSITY C"] * 3 + [""] + ["DENSITY C"] * 2
+    assert labels[[*FINDINGS, "asymmetry"]].to_numpy().tolist() == [
+        *(["1", "0", "1", "0"], ["1", "1", "1", "0"], ["0", "0", "0", "0"], ["0", "0", "0", "1"]),
+        *(["", "", "0", ""], ["1", "1", "1", "0"]),
+    ]
+    assert boxes_of(archive, "P1_L_DM_CC") == [("mass", 20, 35, 40, 45)]
+    assert boxes_of(archive, "P1_L_DM_MLO") == [("region", 5, 8, 20, 30)]
+    assert boxes_of(archive, "P2_L_DM_CC") == [("asymmetry", 21, 31, 39, 49)]
+    assert boxes_of(archive, "P3_L_DM_CC") == []
+    said = capsys.readouterr().out
+    assert "left out as no mammograms: rows of Type 1 CESM" in said
+    assert (
+        "not understood in Findings, so what these images lack is unknown: 1 Mass - calcification"
+        in said
+    )
+    assert "1 images have regions that are not understood, so no boxes: regions.csv line 6" in said
+    assert "extra" not in said
+
+
+@pytest.mark.parametrize("odd", [{"patient": "2"}, {"side": "R"}, {"view": "MLO"}])
+def test_cdd_rows_of_another_image_are_refused(
+    archive: Archive, odd: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = cdd(archive, [cdd_row("P1_L_DM_CC", "Mass", "Benign", **odd)], [])
+    assert "table.csv line 2: " in (said := refusal(archive, capsys, tables))
+    assert "is not that of the image P1_L_DM_CC, 1 such rows" in said
+
+
+# EMBED --------------------------------------------------------------------------------------------
+
+METADATA = (
+    "empi_anon,acc_anon,study_date_anon,anon_dicom_path,FinalImageType,ImageLateralityFinal,ViewPosition,"
+    "spot_mag,num_roi,ROI_coords,Rows,Columns,PixelSpacing,BreastImplantPresent,Unread\n"
+)
+CLINICAL = (
+    "empi_anon,acc_anon,numfind,side,asses,tissueden,massshape,massmargin,massdens,calcfind,calcdistri,"
+    "calcnumber,path_severity,desc\n"
+)
+
+
+def embed_image(
+    exam: str, name: str, side: str = "L", kind: str = "2D", spot: str = "0", roi: str = "()"
+) -> str:
+    path = f"/mnt/NAS2/mammo/anon_dicom/cohort_1/p{exam[1]}/{exam}/1.2.{name}.dcm"
+    cells = [
+        f"p{exam[1]}",
+        exam,
+        "2015-01-01",
+        path,
+        kind,
+        side,
+        "CC",
+        spot,
+        "0",
+        f'"{roi}"',
+        "96",
+        "80",
+    ]
+    return ",".join([*cells, '"[0.07, 0.07]"', "NO", "x"]) + "\n"
+
+
+def embed_finding(
+    exam: str, side: str, grade: str, codes: str = ",,,,,0", severity: str = "", tissue: str = "2.0"
+) -> str:
+    return f"p{exam[1]},{exam},1,{side},{grade},{tissue},{codes},{severity},MG Screen\n"
+
+
+MASS, CALC, ASYMMETRY, BOTH = "O,,,,,0", ",,,P,,3.0", "F,,,,,0", "R,,,P,,0"
+
+
+def embed(archive: Archive, images: list[str], findings: list[str] | None = None) -> list[str]:
+    for row in images:
+        path = row.split(",")[3].split("/anon_dicom/")[1]
+        archive.dicom(path, ImageLaterality=row.split(",")[5], ViewPosition="CC")
+    tables = [archive.table(METADATA + "".join(images), "metadata.csv")]
+    return tables + ([archive.table(CLINICAL + "".join(findings), "clinical.csv")] if findings else [])
+
+
+def test_embed(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
+    exams = ["a1", "a2", "b1", "c1", "d1", "e1"]
+    images = [embed_image(exam, f"{exam}{side}", side) for exam in exams for side in "LR"]
+    images[0] = embed_image("a1", "a1L", roi="((10, 20, 30, 60),)")
+    images[4] = embed_image("b1", "b1L", roi="(([10, 20, 30, 60], [1, 2, 3, 4]))")
+    images[6] = embed_image("c1", "c1L", roi="((10, 20, 5, 60),)")
+    images += [embed_image("a1", "a1V", kind="cview"), embed_image("a1", "a1M", spot="1")]
+    findings = [
+        embed_finding("a1", "L", "A", MASS) + embed_finding("a1", "R", "N"),
+        embed_finding("a2", "L", "S", MASS, "1.0") + embed_finding("a2", "L", "B", ASYMMETRY),
+        embed_finding("b1", "L", "A", BOTH, "4") + embed_finding("b1", "L", "M", CALC, "0"),
+        embed_finding("c1", "B", "N", tissue="5"),
+        embed_finding("d1", "", "B") + embed_finding("d1", "L", "N"),
+        embed_finding("e1", "R", "P", CALC, "6"),
+    ]  # fmt: skip
+    assert archive.run(embed(archive, images, findings), "--test_share", "0.5") == 0
+    manifest, labels = archive.read("manifest.csv"), archive.labels()
+    assert list(manifest["patient_id"]) == [f"p{exam[1]}" for exam in exams for _ in "LR"]
+    assert manifest.groupby("patient_id")["split"].nunique().eq(1).all()
+    assert set(manifest["spacing_mm"]) == {"0.07"}
+    assert set(manifest["implant"]) == {"0"}
+    told = [grade.removeprefix("BI-RADS ") for grade in manifest["breast_birads"]]
+    assert told == ["0", "1", "4", "", "5", "", "1", "1", "2", "2", "", "3"]
+    density = ["DENSITY B"] * 6 + [""] * 2 + ["DENSITY B"] * 4
+    assert list(manifest["breast_density"]) == density
+    assert labels[FINDINGS].to_numpy().tolist() == [
+        *(["1", "0", ""], ["0", "0", ""]),  # a1
+        *(["1", "0", "1"], ["", "", ""]),  # a2: of its right breast nobody says anything
+        *(["1", "1", "1"], ["", "", ""]),  # b1
+        *(["0", "0", ""], ["0", "0", ""]),  # c1: negative, both
+        *(["", "", ""], ["", "", ""]),  # d1: benign, but what?
+        *(["", "", ""], ["0", "1", ""]),  # e1: a cancer that is not of the breast
+    ]
+    assert boxes_of(archive, "1.2.a1L") == [("mass", 20, 10, 60, 30)]
+    assert boxes_of(archive, "1.2.b1L") == [("region", 20, 10, 60, 30), ("region", 2, 1, 4, 3)]
+    assert boxes_of(archive, "1.2.c1L") == []
+    said = capsys.readouterr().out
+    assert "left out as no contact view of a mammogram: 1 cview, 1 spot or magnified" in said
+    assert "1 ROI_coords are not understood, so no boxes: metadata.csv line 8" in said
+    assert "1 of 10 values of tissueden are not understood" in said
+
+
+def test_embed_images_alone(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
+    assert archive.run(embed(archive, [embed_image("a1", "x")]), "--test_share", "0") == 0
+    assert "without EMBED's clinical table: no findings" in capsys.readouterr().out
+    assert not (archive.out / "labels.csv").exists()
+
+
+def test_embed_findings_of_other_images_are_refused(
+    archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = embed(archive, [embed_image("a1", "x")], [embed_finding("z9", "L", "N")])
+    assert "clinical.csv line 2: no acc_anon of the images" in refusal(archive, capsys, tables)
+
+
+def test_embed_columns_that_nobody_reads_are_left_in_the_file(archive: Archive) -> None:
+    """Its tables have 150 of them, in half a million rows; --columns may name any."""
+    table = Path(embed(archive, [embed_image("a1", "x")])[0])
+    assert "Unread" not in prep.read_csv(table, whole=False)
+    assert "Unread" in prep.read_csv(table)
