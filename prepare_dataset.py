@@ -900,6 +900,8 @@ def make_plan(options: Options) -> Plan:
         raise MammoError("--columns maps a table, and --csv_path none gives none; leave one of them out")
     tables = [read_csv(path, whole=bool(options.columns)) for path in paths]
     index = index_files(options.images_root)
+    if not paths and (films := film_archives.read_ddsm(options.images_root, index)) is not None:
+        tables = [films]
     table, reading, adapter = read_table(tables, options, index)
     note_spellings(table, reading.notes)
     table, moved = check_splits(table, options.split)

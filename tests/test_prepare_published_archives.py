@@ -362,3 +362,163 @@ def test_embed_columns_that_nobody_reads_are_left_in_the_file(archive: Archive) 
     table = Path(embed(archive, [embed_image("a1", "x")])[0])
     assert "Unread" not in prep.read_csv(table, whole=False)
     assert "Unread" in prep.read_csv(table)
+
+
+# DDSM ---------------------------------------------------------------------------------------------
+
+
+def ics(case: str, films: dict[str, str], tissue: str = "2", resolution: str = "43.5") -> str:
+    """A case's list of films: name -> OVERLAY or NON_OVERLAY."""
+    lines = [
+        "ics_version 1.0",
+        f"filename {case}",
+        "DATE_OF_STUDY 2 7 1995",
+        "PATIENT_AGE 42",
+        "FILM ",
+        "FILM_TYPE REGULAR",
+    ]
+    lines += [f"DENSITY {tissue}", "DATE_DIGITIZED 7 22 1997 ", "DIGITIZER LUMISYS LASER", "SEQUENCE"]
+    size = "LINES 96 PIXELS_PER_LINE 80 BITS_PER_PIXEL 12"
+    return (
+        "\n".join(
+            [
+                *lines,
+                *(f"{name} {size} RESOLUTION {resolution} {state}" for name, state in films.items()),
+            ]
+        )
+        + "\n"
+    )
+
+
+def overlay(*abnormalities: tuple[str, str, str, str], total: int = 0) -> str:
+    """An overlay file of lesion types, assessment, pathology, chain code."""
+    lines = [f"TOTAL_ABNORMALITIES {total or len(abnormalities)}"]
+    for number, (types, grade, pathology, chain) in enumerate(abnormalities, 1):
+        lines += [f"ABNORMALITY {number}", *(f"LESION_TYPE {kind}" for kind in types.split("+"))]
+        lines += [
+            f"ASSESSMENT {grade} ",
+            "SUBTLETY 5 ",
+            f"PATHOLOGY {pathology} ",
+            "TOTAL_OUTLINES 2 ",
+            "BOUNDARY",
+            chain,
+        ]
+        lines += ["\tCORE", "1 1 4 4 4 #"]
+    return "\n".join(lines) + "\n"
+
+
+OVAL, CLUSTER = (
+    "MASS SHAPE OVAL MARGINS CIRCUMSCRIBED",
+    "CALCIFICATION TYPE PLEOMORPHIC DISTRIBUTION CLUSTERED",
+)
+RING = "20 30 2 2 2 4 4 6 6 6 0 0 #"  # three right, two down, and back
+DDSM_FILMS = {  # film -> state in the case's list, overlay, labels, boxes
+    "A-0001-1 LEFT_CC": (
+        "OVERLAY",
+        overlay((OVAL, "4", "BENIGN", RING), (CLUSTER, "5", "MALIGNANT", RING)),
+        "111",
+        2,
+    ),
+    "A-0001-1 LEFT_MLO": (
+        "NON_OVERLAY",
+        "",
+        "???",
+        0,
+    ),  # seen in the other view alone, or not marked here
+    "A-0001-1 RIGHT_CC": ("NON_OVERLAY", "", "000", 0),
+    "A-0001-2 LEFT_CC": (
+        "OVERLAY",
+        overlay((f"{CLUSTER}+{OVAL}", "2", "BENIGN_WITHOUT_CALLBACK", RING)),
+        "110",
+        1,
+    ),
+    "B-0002-1 LEFT_CC": ("OVERLAY", "", "???", 0),
+    "B-0002-1 RIGHT_CC": ("NON_OVERLAY", overlay((OVAL, "4", "BENIGN", RING)), "???", 0),
+    "C-0003-1 LEFT_CC": (
+        "OVERLAY",
+        overlay((OVAL, "4", "UNPROVEN", RING), (OVAL, "3", "BENIGN", "20 30 2 2")),
+        "10?",
+        0,
+    ),
+    "C-0003-1 RIGHT_CC": ("OVERLAY", overlay((OVAL, "4", "BENIGN", RING), total=2), "???", 0),
+}
+
+
+def ddsm(archive: Archive, suffix: str = ".png") -> None:
+    for case in dict.fromkeys(name.split()[0] for name in DDSM_FILMS):
+        films = {name.split()[1]: values for name, values in DDSM_FILMS.items() if name.startswith(case)}
+        folder = archive.images / f"cases/cancer_01/case{case[2:6]}_{case[-1]}"
+        folder.mkdir(parents=True)
+        states = {name: state for name, (state, *_) in films.items()}
+        (folder / f"{case}.ics").write_text(ics(case, states, "0" if case[0] == "B" else "2"))
+        for name, (_, text, *_) in films.items():
+            base = f"{case.replace('-', '_')}.{name}"
+            (folder / f"{base}.LJPEG").write_bytes(b"lossless JPEG")
+            if text:
+                (folder / f"{base}.OVERLAY").write_text(text)
+            if suffix:
+                film(archive, f"{folder.relative_to(archive.images)}/{base}{suffix}", name[0])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".LJPEG.png", ".LJPEG.1-ddsmraw2pnm.pgm"])
+def test_ddsm(archive: Archive, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ddsm(archive, suffix)
+    assert archive.run("none", "--test_share", "0.5") == 0
+    manifest = archive.read("manifest.csv")
+    assert [f"{row.study_id} {row.image_id}" for row in manifest.itertuples()] == list(DDSM_FILMS)
+    assert list(manifest["patient_id"]) == [name[:6] for name in DDSM_FILMS]
+    assert manifest.groupby("patient_id")["split"].nunique().eq(1).all()
+    assert list(manifest["laterality"]) == [name.split()[1][0] for name in DDSM_FILMS]
+    assert list(manifest["view"]) == [name.split("_")[1] for name in DDSM_FILMS]
+    assert set(manifest["spacing_mm"]) == {"0.0435"}
+    assert [grade[-1:] for grade in manifest["breast_birads"]] == ["5", "", "", "2", "", "", "4", ""]
+    assert [tissue[-1:] for tissue in manifest["breast_density"]] == [*"BBBB", "", "", *"BB"]
+    labels = archive.labels()
+    said = ["".join(value or "?" for value in row) for row in labels[FINDINGS].to_numpy()]
+    assert said == [values[2] for values in DDSM_FILMS.values()]
+    boxes = [json.loads(text or "[]") for text in labels["boxes"]]
+    assert [len(found) for found in boxes] == [values[3] for values in DDSM_FILMS.values()]
+    assert boxes[0][1] == {"finding": ["calcification"], "xmin": 20, "ymin": 30, "xmax": 24, "ymax": 33}
+    assert boxes[3][0]["finding"] == ["calcification", "mass"]
+    output = capsys.readouterr().out
+    assert "1 findings have no whole outline, so no boxes: C-0003-1 LEFT_CC (mass)" in output
+    assert (
+        "3 films of which nothing is known: B_0002_1.LEFT_CC (the overlay is missing), "
+        "B_0002_1.RIGHT_CC (the case knows nothing of this overlay), "
+        "C_0003_1.RIGHT_CC (the overlay has 1 whole abnormalities of 2)"
+    ) in output
+
+
+def test_ddsm_as_lossless_jpeg_is_skipped_by_name(archive: Archive) -> None:
+    ddsm(archive, "")
+    assert archive.run("none", "--test_share", "0") == 1
+    assert set(archive.read("skipped.csv")["reason"]) == {
+        "the format .ljpeg is not read; convert to PNG"
+    }
+
+
+# Without a table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "women"),
+    [
+        (
+            ("A_0002_1.RIGHT_MLO.png", "A_0002_1.LEFT_CC.png", "B_0002_1.LEFT_CC.png"),
+            ["A-0002", "A-0002", "B-0002"],
+        ),
+        (("P1_L_DM_CC.jpg", "P1_R_DM_MLO.jpg", "P11_L_DM_CC.jpg"), ["P1", "P1", "P11"]),
+        (("mdb001.pgm", "mdb002.pgm", "mdb003.pgm"), ["mdb001-002", "mdb001-002", "mdb003-004"]),
+    ],
+)
+def test_women_are_known_by_names_of_published_films(
+    archive: Archive, names: tuple[str, ...], women: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one folder each image would be a woman of her own, and hers fall on both sides of the split."""
+    for name in names:
+        film(archive, name)
+    assert archive.run("none", "--test_share", "0.5") == 0
+    manifest = archive.read("manifest.csv").sort_values("source")
+    assert list(manifest["patient_id"]) == [woman for _, woman in sorted(zip(names, women, strict=True))]
+    assert manifest.groupby("patient_id")["split"].nunique().eq(1).all()
+    assert "lie in no folder of their own" not in capsys.readouterr().out
