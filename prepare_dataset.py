@@ -8,6 +8,7 @@
     python prepare_dataset.py --csv_path none --images_root dicom     no table: every image there
     python prepare_dataset.py --csv_path my.csv --images_root my_images \\
         --columns image=path,study=exam,patient=mrn_hash,laterality=side,mass=has_mass
+    python prepare_dataset.py --csv_path none --images_root dicom --dry_run    what it would do
     python prepare_dataset.py check split_images/manifest.csv --sample 2000    contact sheets, the
                                   oddest of the images first; check --help lists its flags
 
@@ -45,8 +46,9 @@ Contents
     8 Labels          findings and boxes to labels.csv
     9 Checks          what is wrong with images that were laid out
     10 Report         manifest and lists, prepare_report.html, summary
-    11 Archive check  check: contact sheets and check.csv
-    12 Entry          main
+    11 Dry run        what would be done, bytes and time
+    12 Archive check  check: contact sheets and check.csv
+    13 Entry          main
 
 Exit codes
     0  every image in the table is laid out (problems.csv may name doubtful ones)
@@ -84,7 +86,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from byol_mammo import anatomy, files, film_archives, framing, labels as labelling, settings
+from byol_mammo import anatomy, files, film_archives, foresight, framing, labels as labelling, settings
 from byol_mammo.archive_files import (
     DICOM_INSIDE,
     EVERY_FILE,
@@ -207,6 +209,7 @@ class Options:
     num_workers: int = NUM_WORKERS
     flip_right: bool = False
     verify: bool = False
+    dry_run: bool = False
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -243,6 +246,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--flip_right", action="store_true", help=text)
     text = "decode PNG in full too, once: skip damaged ones, check the pixels of all"
     add("--verify", action="store_true", help=text)
+    text = "say what would be laid out, skipped and removed, how many bytes and how long; write nothing"
+    add("--dry_run", action="store_true", help=text)
     return parser
 
 
@@ -1210,15 +1215,21 @@ def lay_out(plan: Plan) -> None:
     plan.checked = {file: row for file, row in plan.checked.items() if row}
 
 
-def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
-    """Decode what has to be, noting each image in the journal: outcome and whether it was written,
-    by file."""
-    options, tasks = plan.options, []
+def decoding_tasks(plan: Plan) -> list[Task]:
+    """What has to be decoded."""
+    tasks = []
     for item in plan.items:
         current = is_current(item, plan)
         known = bool(plan.facts(item).get("margin"))
-        if (item.may_be_encoded and not current) or (options.verify and not known):
-            tasks.append((item, options, not current))
+        if (item.may_be_encoded and not current) or (plan.options.verify and not known):
+            tasks.append((item, plan.options, not current))
+    return tasks
+
+
+def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
+    """Decode what has to be, noting each image in the journal: outcome and whether it was written,
+    by file."""
+    options, tasks = plan.options, decoding_tasks(plan)
     if not tasks:
         return {}
     outcomes = {}
@@ -1774,11 +1785,11 @@ def skip_reasons(plan: Plan) -> str:
     return some([f"{count} {reason}" for reason, count in reasons.most_common()])
 
 
-def print_summary(plan: Plan) -> None:
-    """Print the counts per split, what needs attention and the next command."""
+def print_counts(plan: Plan, done: str) -> None:
+    """Print how many images are laid out, per split and finding, and how; `done`: are, or would be."""
     options, counts = plan.options, plan.counts
     rows = pd.DataFrame(plan.manifest, columns=REPORTS["manifest.csv"])
-    print(f"{len(rows)} images laid out in {options.output_dir}")
+    print(f"{len(rows)} images {done} in {options.output_dir}")
     rows = rows.assign(patient=patients(rows))
     for split, group in rows.groupby("split"):
         counted = f"{group['study_id'].nunique():>6} studies {group['patient'].nunique():>6} patients"
@@ -1788,6 +1799,10 @@ def print_summary(plan: Plan) -> None:
         print("  " + ", ".join(f"{counts[key]} {key}" for key in sorted(counts)))
     if options.mode == "hardlink" and counts["copied"]:
         print("  hard links were not possible for some files; those were copied")
+
+
+def print_lists(plan: Plan) -> None:
+    """Print what needs attention, and what was chosen in reading the table."""
     missing = (plan.missing["study_id"] + "/" + plan.missing["image_id"]).tolist()
     skipped = [f"{row['source']} ({row['reason']})" for row in plan.skipped]
     lists = [
@@ -1806,13 +1821,21 @@ def print_summary(plan: Plan) -> None:
             print(f"  for: {skip_reasons(plan)}")
     for note in plan.notes:
         print(f"note: {note}")
+
+
+def print_summary(plan: Plan) -> None:
+    """Print the counts per split, what needs attention and the next command."""
+    options = plan.options
+    print_counts(plan, "laid out")
+    print_lists(plan)
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
     if plan.manifest:
         print(f"Look: python prepare_dataset.py check {options.output_dir / 'manifest.csv'}")
-    splits = sorted(set(rows["split"]) - {"test"}, key=lambda name: (name != "training", name))
+    found = {row["split"] for row in plan.manifest}
+    splits = sorted(found - {"test"}, key=lambda name: (name != "training", name))
     if splits:
         print(f"Next: python train_byol_mammo.py --data_dir {options.output_dir / splits[0]}")
-    elif len(rows):
+    elif plan.manifest:
         print("All images are in the split test: there is none to pre-train on")
     else:
         print("No image was laid out; the reasons are in skipped.csv")
@@ -1832,7 +1855,88 @@ def print_labels(plan: Plan) -> None:
         print(f"  {name:<22} {told}")
 
 
-# 11 Archive check ---------------------------------------------------------------------------------
+# 11 Dry run ---------------------------------------------------------------------------------------
+
+
+def foresee(plan: Plan) -> None:
+    """Fill the plan's manifest, counts, labels and skipped images as far as names, sizes and the heads
+    of PNG tell, and print them with what it would take. Writes nothing."""
+    decoded = {item.row["file"] for item, _, _ in decoding_tasks(plan)}
+    for item in plan.items:
+        try:
+            if item.kind == ".png" and not plan.unchanged(item):
+                read_png_header(item.source)
+        except (OSError, SkipImageError) as error:
+            plan.skipped.append({**item.row, "reason": getattr(error, "strerror", "") or str(error)})
+            continue
+        plan.manifest.append({name: item.row.get(name, "") for name in REPORTS["manifest.csv"]})
+        plan.counts[action_foreseen(item, plan, item.row["file"] in decoded)] += 1
+        entry = plan.labels.get((item.row["study_id"], item.row["image_id"]))
+        entry = entry or plan.labels.get((item.row["study_id"], f"side {item.row.get('laterality')}"))
+        plan.label_rows += [dict(entry.values if entry else {})] if plan.labels else []
+    listed = {item.row["file"] for item in plan.items}
+    plan.counts["removed or set aside"] = len({*plan.previous, *plan.claimed} - listed)
+    plan.counts = +plan.counts  # without zeros
+    print_counts(plan, "would be laid out")
+    print_costs(plan)
+    print_lists(plan)
+    if any(item.kind != ".png" for item in plan.items):
+        print(
+            "What the pixels and headers of DICOM and others say is not known before they are decoded."
+        )
+    print("Nothing was written (--dry_run).")
+
+
+def action_foreseen(item: Item, plan: Plan, decoded: bool) -> str:
+    """What would be done with an image."""
+    if decoded and item.kind != ".png":
+        return f"{item.kind[1:]} to be converted"
+    if is_current(item, plan):
+        return "to be verified" if decoded else "already there"
+    if decoded and plan.options.flip_right:
+        return "to be mirrored or linked, by its pixels"
+    return {"hardlink": "to be linked", "copy": "to be copied", "symlink": "to be linked by symlink"}[
+        plan.options.mode
+    ]
+
+
+def print_costs(plan: Plan) -> None:
+    """Print bytes and time of what has to be decoded and copied, from a few images tried in memory."""
+    tasks = decoding_tasks(plan)
+    sizes = [item.found.st_size for item, _, _ in tasks]
+    png = [item for item in plan.items if item.kind == ".png" and not is_current(item, plan)]
+    copies = sum(item.found.st_size for item in png) if plan.options.mode == "copy" else 0
+    read, written, time = sum(sizes) + copies, float(copies), ""
+    if tasks:
+        tried, outcomes, seconds = foresight.try_some(tasks, try_decoding)
+        scale = sum(sizes) / max(1, sum(item.found.st_size for item, _, _ in tried))
+        written += scale * sum(outcomes)
+        workers = min(plan.options.num_workers, available_cores(), len(tasks))
+        took = foresight.duration_text(scale * seconds / workers)
+        time = f", about {took} in {workers} processes (from {len(tried)} images, decoded in memory)"
+    text = foresight.size_text
+    free = foresight.space_text(plan.options.output_dir, written)
+    print(f"  {text(read)} to read, about {text(written)} to write{time}; {free}")
+
+
+def try_decoding(task: Task) -> int:
+    """Decode and measure an image as laying it out would; bytes of the PNG that it would become, 0 where
+    it would be linked or skipped."""
+    item, options, write = task
+    if may_crash(item):  # in a process of its own, whose start counts for a few images only
+        outcome = decode_alone((item, options, False))
+        return item.found.st_size if isinstance(outcome, dict) and write else 0
+    try:
+        pixels, header = decode(item.source, item.kind, options.window)
+        wall = examine(pixels)["chest_wall"]
+    except (SkipImageError, MemoryError):
+        return 0
+    mirrored = options.flip_right and wall == "right"
+    made = write and (mirrored or item.kind != ".png")
+    return len(encode_png(pixels, header.get("spacing_mm", ""))) if made else 0
+
+
+# 12 Archive check ---------------------------------------------------------------------------------
 
 CHECK_DIR = "./archive_check"  # folder of the contact sheets and check.csv
 
@@ -1898,7 +2002,7 @@ def check_images(options: argparse.Namespace) -> tuple[str, int]:
     return archive_check.summary(table, sheets, options.output_dir), int(unread)
 
 
-# 12 Entry -----------------------------------------------------------------------------------------
+# 13 Entry -----------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1927,6 +2031,9 @@ def run(argv: Sequence[str] | None) -> int:
     except (MammoError, OSError) as error:
         print(f"prepare_dataset: error: {error}. Nothing was written.", file=sys.stderr)
         return 2
+    if options.dry_run:
+        foresee(plan)
+        return 1 if len(plan.missing) or plan.skipped else 0
     try:
         carry_out(plan)
     except (OSError, KeyboardInterrupt) as error:
