@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
+import cv2
+import pandas as pd
 import pytest
+from conftest import SMALL, breast_image, places_in, write_images
+from test_classifier import QUICK, TILES
 from test_prepare_archives import FINDINGS, VINDR, Archive, finding, vindr_row
 
+import train_byol_mammo as mammo
+import train_classifier as classifier
 from byol_mammo import foresight
 
 
@@ -94,6 +101,99 @@ def test_a_refusal_comes_before_the_dry_run(
     rows = vindr_row("s1", "a", "training") + vindr_row("s1", "b", "test")
     assert archive.run(archive.table(VINDR + rows), "--dry_run") == 2
     assert "s1 (test and training)" in capsys.readouterr().err
+
+
+# train_byol_mammo.py ------------------------------------------------------------------------------
+
+
+def foretold(capsys: pytest.CaptureFixture[str], main, *words: str) -> str:
+    """What a dry run prints that ends well."""
+    assert main([*words, "--dry_run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_training_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "images", count=6)
+    cv2.imwrite(str(tmp_path / "images" / "s9_small.png"), breast_image(40, 40)[0])
+    words = [*places_in(tmp_path), *SMALL, "--max_steps", "2", "--run_name", "r", "--report_every", "0"]
+    before = tree(tmp_path)
+    said = foretold(capsys, mammo.main, *words)
+    assert tree(tmp_path) == before
+    assert re.search(r"images    7 of 7 studies in \S+, [\d.]+ kB\n", said)
+    found = re.search(r"would be made: about ([\d,]+) tiles, ([\d.]+) kB, \d+ s in 1 processes", said)
+    assert found is not None
+    assert "skipped   " in said
+    assert "is smaller than a tile" in said
+    assert re.search(r"training  slim from none: \d+ steps of \d+ tiles an epoch, 2 in all", said)
+    assert f"run       {tmp_path / 'runs' / 'r'} is new\n" in said
+    mammo.build_cache(mammo.parse_args(words))
+    (tmp_path / "runs" / "r").mkdir(parents=True)
+    (tmp_path / "runs" / "r" / "last.pth").write_bytes(b"of a run that has begun")
+    after = tree(tmp_path)
+    capsys.readouterr()
+    said = foretold(capsys, mammo.main, *words)
+    assert tree(tmp_path) == after
+    (cache,) = (tmp_path / "cache").glob("[!.]*")
+    tiles = len(pd.read_csv(cache / "tiles.csv"))
+    assert f"cache     {cache} is there: {tiles:,} tiles, nothing to extract" in said
+    assert int(found[1].replace(",", "")) == pytest.approx(tiles, rel=0.5)
+    assert float(found[2]) == pytest.approx((cache / "pixels.npy").stat().st_size / 1000, rel=0.5)
+    assert f"{tmp_path / 'runs' / 'r'} goes on" in said
+    assert f"{tmp_path / 'runs' / 'r'} is moved aside" in foretold(
+        capsys, mammo.main, *words, "--no_resume"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--data_dir", "nowhere"), "nowhere: no such folder"),
+        (("--weights", "nowhere.pth"), "nowhere.pth"),
+        (("--device", "tpu"), "--device tpu"),
+    ],
+)
+def test_what_ends_a_run_in_seconds_ends_its_dry_run(
+    archive: Archive, flags: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(archive.folder / "images", count=1)
+    words = [*places_in(archive.folder), *SMALL, *flags, "--dry_run"]
+    before = tree(archive.folder)
+    assert mammo.main(words) == 2
+    assert expected in capsys.readouterr().err
+    assert tree(archive.folder) == before
+
+
+# train_classifier.py ------------------------------------------------------------------------------
+
+
+def test_a_classifier_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "training", count=4, height=200, width=160)
+    write_images(tmp_path / "test", count=2, height=200, width=160)
+    box = json.dumps([{"finding": ["Mass"], "xmin": 5, "ymin": 5, "xmax": 50, "ymax": 50}])
+    rows = [
+        ("training/s0_i0.png", "training", 1, "", box), ("training/s0_i1.png", "training", 0, 1, "[]"),
+        ("training/s1_i2.png", "training", "", 0, ""), ("test/s0_i0.png", "test", 1, 0, ""),
+    ]  # fmt: skip
+    labels = pd.DataFrame(rows, columns=["image", "split", "mass", "calcification", "boxes"])
+    labels["study_id"] = ["a", "a", "b", "c"]
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    words = ["--data_dir", str(tmp_path), "--labels", str(tmp_path / "labels.csv"), *QUICK, *TILES]
+    words += ["--output_dir", str(tmp_path / "runs"), "--cache_dir", str(tmp_path / "cache")]
+    before = tree(tmp_path)
+    for command, folder in (
+        (["train", "--weights", "none"], "classifier_finetune"),
+        (["compare", "none", "imagenet"], "compare"),
+    ):
+        said = foretold(capsys, classifier.main, *command, *words)
+        assert "labels    training: 3 images of 2 patients\n" in said
+        assert "          mass: 1 with (1 of them with boxes), 1 without, 1 unknown\n" in said
+        assert "labels    test: 1 images of 1 patients\n" in said
+        assert "would be made: about " in said
+        assert f"results   {tmp_path / 'runs' / folder} is new\n" in said
+    assert tree(tmp_path) == before
+    classifier.print_images([str(tmp_path / "test"), str(tmp_path / "nowhere.png")])
+    missing = f"images    3, 1 of them not there, first {tmp_path / 'nowhere.png'}\n"
+    assert capsys.readouterr().out == missing
 
 
 # Sizes and times ----------------------------------------------------------------------------------
