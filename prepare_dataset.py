@@ -11,6 +11,7 @@
     python prepare_dataset.py --csv_path none --images_root dicom --dry_run    what it would do
     python prepare_dataset.py check split_images/manifest.csv --sample 2000    contact sheets, the
                                   oddest of the images first; check --help lists its flags
+    python prepare_dataset.py inspect scan.dcm     header, polarity, window, mask and tiles in a picture
 
 The archive is told by its header (ADAPTERS): VinDr-Mammo and what is laid out like it, CBIS-DDSM,
 INbreast, CMMD, RSNA 2022; --columns maps any other table. A table without a split gets one by
@@ -48,7 +49,8 @@ Contents
     10 Report         manifest and lists, prepare_report.html, summary
     11 Dry run        what would be done, bytes and time
     12 Archive check  check: contact sheets and check.csv
-    13 Entry          main
+    13 Inspection     inspect: a page for each of a few files
+    14 Entry          main
 
 Exit codes
     0  every image in the table is laid out (problems.csv may name doubtful ones)
@@ -62,6 +64,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import html
 import json
@@ -70,15 +73,17 @@ import re
 import stat
 import struct
 import sys
+import tempfile
 import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import cv2
 import numpy as np
@@ -120,6 +125,9 @@ from byol_mammo.tables import (
     side,
     some,
 )
+
+if TYPE_CHECKING:
+    from byol_mammo import archive_check, inspection
 
 # 1 Configuration ----------------------------------------------------------------------------------
 
@@ -1962,10 +1970,11 @@ def make_check_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(argv: Sequence[str]) -> int:
-    """Check an archive: 0, 1 where images could not be read, 2 where refused, 3 where stopped."""
+def subcommand(job: Callable[[], tuple[str, int]]) -> int:
+    """The exit code of a subcommand, whose job returns what to print and its code, 0 or 1; 2 where it
+    was refused, 3 where it was stopped."""
     try:
-        text, code = check_images(make_check_parser().parse_args(settings.with_underscores(argv)))
+        text, code = job()
     except MammoError as error:
         print(f"prepare_dataset: error: {error}", file=sys.stderr)
         return 2
@@ -1977,9 +1986,24 @@ def check(argv: Sequence[str]) -> int:
     return code
 
 
+def training_method() -> archive_check.Method:
+    """What training makes of an image, at its usual settings."""
+    import train_byol_mammo as mammo  # here: laying out has no use for torch
+    from byol_mammo import archive_check
+
+    return archive_check.Method(
+        *(mammo.read_and_reduce, mammo.find_breast, mammo.find_muscle, mammo.score_tiles),
+        *(mammo.intensity_window, mammo.Config()),
+    )
+
+
+def check(argv: Sequence[str]) -> tuple[str, int]:
+    """Check an archive: what to print, and 1 where images could not be read, else 0."""
+    return check_images(make_check_parser().parse_args(settings.with_underscores(argv)))
+
+
 def check_images(options: argparse.Namespace) -> tuple[str, int]:
     """What `check` prints, and its code. Raises MammoError, StoppedError or OSError."""
-    import train_byol_mammo as mammo  # here: only this command has use for torch
     from byol_mammo import archive_check
 
     for name, least in (("sample", 0), ("num_workers", 1)):
@@ -1994,15 +2018,157 @@ def check_images(options: argparse.Namespace) -> tuple[str, int]:
     sources = archive_check.list_images(options.images)
     if 0 < options.sample < len(sources):
         sources = sources.sample(options.sample, random_state=0).sort_index()
-    method = archive_check.Method(
-        mammo.read_and_reduce, mammo.find_breast, mammo.find_muscle, mammo.score_tiles, mammo.Config()
-    )
+    method = training_method()
     table, sheets = archive_check.check(sources, method, options.output_dir, options.num_workers, "auto")
     unread = bool((table["reason"] != "").any())
     return archive_check.summary(table, sheets, options.output_dir), int(unread)
 
 
-# 13 Entry -----------------------------------------------------------------------------------------
+# 13 Inspection ------------------------------------------------------------------------------------
+
+INSPECT_DIR = "./inspected"  # folder of the pages
+
+
+def make_inspect_parser() -> argparse.ArgumentParser:
+    """The flags of `prepare_dataset.py inspect`."""
+    parser = settings.make_parser(
+        "Look into single files, as they are read: a page for each with the header's values (none of "
+        "them names a patient), polarity, window, spacing, outlines of breast and pectoral muscle, and "
+        "the tiles kept. Exit codes: 0, 1 some files can't be used, 2 refused, 3 stopped.",
+        "inspect --help lists the flags",
+    )
+    parser.prog = "prepare_dataset.py inspect"
+    add = parser.add_argument
+    text = "a mammogram: PNG, TIFF, JPEG, PGM or DICOM"
+    add("files", type=Path, nargs="+", metavar="FILE", help=text)
+    text = "where to write inspect_001.png ...; made if needed; not among the images"
+    add("--output_dir", type=Path, metavar="FOLDER", default=INSPECT_DIR, help=text + DEFAULT)
+    text = "DICOM grey values: none keeps all that is stored, voi applies the header's window"
+    add("--window", choices=["none", "voi"], default=WINDOW, help=text + DEFAULT)
+    text = "as --polarity of training: auto takes the header's or the manifest's, else judges"
+    add("--polarity", choices=["auto", "as_is", "inverted"], default="auto", help=text + DEFAULT)
+    text = "CC, MLO ...; empty: the header's or the manifest's"
+    add("--view", default="", help=text)
+    text = "mm per pixel; 0: the header's or the manifest's, else that of training"
+    add("--pixel_spacing_mm", type=float, default=0.0, metavar="MM", help=text + DEFAULT)
+    return parser
+
+
+def inspect_files(argv: Sequence[str]) -> tuple[str, int]:
+    """Draw a page for each file: what to print, and 1 where some could not be used, else 0.
+
+    Raises MammoError or OSError.
+    """
+    from byol_mammo import inspection
+
+    options = make_inspect_parser().parse_args(settings.with_underscores(argv))
+    check_inspected(options)
+    method, lines, unused = training_method(), [], 0
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(options.output_dir)
+    for earlier in options.output_dir.iterdir():
+        if inspection.PAGE.fullmatch(earlier.name):
+            earlier.unlink()
+    for number, path in enumerate(options.files, 1):
+        try:
+            facts, panels = inspect_file(path, options, method)
+        except SkipImageError as reason:
+            facts, panels = [("not used", str(reason))], None
+            unused += 1
+        name = f"inspect_{number:03d}.png"  # files may be named by patients, pages are not
+        with files.atomic_path(options.output_dir / name) as temporary:
+            inspection.draw_page(panels, facts).save(temporary)
+        told = dict(facts)
+        lines.append(f"{name}  {path}: {told.get('not used') or told['tiles']}")
+    return "\n".join([*lines, f"open {options.output_dir}"]), int(bool(unused))
+
+
+def check_inspected(options: argparse.Namespace) -> None:
+    """Refuse files that are none, and an output folder that training would read. Raises MammoError."""
+    if folders := [path for path in options.files if path.is_dir()]:
+        raise MammoError(f"{folders[0]} is a folder; `check` looks at all images of one")
+    output = options.output_dir.resolve()
+    listed = [place for place in (output, *output.parents) if (place / "manifest.csv").is_file()]
+    beside = [path for path in options.files if path.resolve().parent == output]
+    if listed or beside:
+        raise MammoError(
+            f"--output_dir {options.output_dir} lies among the images, and training would read the "
+            "pages as mammograms; give another folder"
+        )
+    if not 0 <= options.pixel_spacing_mm <= 1:
+        raise MammoError(f"--pixel_spacing_mm {options.pixel_spacing_mm} is not between 0 and 1")
+
+
+def inspect_file(
+    path: Path, options: argparse.Namespace, method: archive_check.Method
+) -> tuple[list[inspection.Fact], Image.Image]:
+    """The facts of one file, those of its header first, and its panels. Raises SkipImageError."""
+    from byol_mammo import inspection
+    from byol_mammo.images import ImageReadError
+
+    try:
+        item = inspect({"source": str(path), "file": path.name}, Options([], Path(), Path()), True)
+        with tempfile.TemporaryDirectory() as folder:
+            header, readable = {}, path
+            if item.kind == ".png":
+                read_png_header(path)
+            else:
+                readable = Path(folder) / "image.png"
+                alone = replace(item, output=readable)
+                task = (alone, Options([], Path(), Path(), window=options.window), True)
+                outcome = decode_alone(task) if may_crash(item) else decode_item(*task)
+                if isinstance(outcome, SkipImageError):
+                    raise outcome
+                header = {name: outcome[name] for name in HEADER if outcome.get(name)}
+            known = known_of(path, item.kind, header, options, method)
+            facts, panels = inspection.look_into(readable, known, method)
+    except ImageReadError as error:
+        raise SkipImageError(error.reason) from error
+    except (OSError, MemoryError) as error:
+        raise SkipImageError(
+            getattr(error, "strerror", "") or "needs more memory than there is"
+        ) from error
+    told = [(name.replace("_", " "), value) for name, value in header.items()]
+    return [("format", item.kind[1:]), *told, ("", ""), *facts], panels
+
+
+def known_of(
+    path: Path,
+    kind: str,
+    header: dict[str, str],
+    options: argparse.Namespace,
+    method: archive_check.Method,
+) -> inspection.Known:
+    """View, polarity and spacing of a file as training would know them: the flag's, the header's, those
+    of a manifest beside it or above, else judged or the usual ones."""
+    from byol_mammo import images, inspection
+
+    row: dict[str, object] = {}
+    root = next(
+        (place for place in path.absolute().parents[:2] if (place / "manifest.csv").is_file()), None
+    )
+    if root:
+        with suppress(MammoError):  # another program's
+            table = images.read_manifest(root)
+            found = table[table["path"] == str(path.absolute())]
+            row = found.iloc[0].dropna().to_dict() if len(found) else {}
+    polarity, polarity_from = options.polarity, "--polarity" if options.polarity != "auto" else ""
+    if not polarity_from and kind == ".dcm":
+        polarity, polarity_from = "as_is", "written so by its header"
+    elif not polarity_from and row.get("polarity") in ("as_is", "inverted"):
+        polarity, polarity_from = str(row["polarity"]), "by the manifest"
+    spacings = (
+        (options.pixel_spacing_mm, "by the flag"),
+        (float(header.get("spacing_mm") or 0), "by the header"),
+        (float(str(row.get("spacing_mm") or 0)), "by the manifest"),
+        (method.settings.pixel_spacing_mm, "taken, as nothing tells it"),
+    )
+    spacing, spacing_from = next(pair for pair in spacings if pair[0])
+    view = options.view.upper() or header.get("view", "") or str(row.get("view") or "")
+    return inspection.Known(view, polarity, spacing, polarity_from, spacing_from)
+
+
+# 14 Entry -----------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2019,8 +2185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> int:
     """The program without what becomes of its output."""
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] == "check":
-        return check(words[1:])
+    for name, job in (("check", check), ("inspect", inspect_files)):
+        if words and words[0] == name:
+            return subcommand(functools.partial(job, words[1:]))
     try:
         options = parse_options(argv)
     except MammoError as error:
