@@ -14,8 +14,8 @@
     python prepare_dataset.py inspect scan.dcm     header, polarity, window, mask and tiles in a picture
 
 The archive is told by its header (ADAPTERS): VinDr-Mammo and what is laid out like it, CBIS-DDSM,
-INbreast, CMMD, RSNA 2022; --columns maps any other table. A table without a split gets one by
-patient, the same in every run (--test_share).
+INbreast, CMMD, RSNA 2022, CDD-CESM, EMBED, MIAS; DDSM by its .ics files; --columns maps any other table.
+A table without a split gets one by patient, the same in every run (--test_share).
 
 Writes <output_dir>/<split>/<study_id>_<image_id>.png and
     manifest.csv         one row per image laid out

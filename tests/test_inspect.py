@@ -79,7 +79,8 @@ def test_facts_are_of_the_header_and_name_no_patient(tmp_path: Path, image: np.n
     facts = told(path)
     for name, value in {
         "format": "dcm", "photometric": "MONOCHROME1", "bits stored": "12", "spacing mm": "0.07",
-        "view used": "MLO", "spacing": "0.07 mm, by the header", "size": f"700 x 640 px, grey 0 to {image.max()}",
+        "view used": "MLO", "spacing": "0.07 mm, by the header",
+        "size": f"700 x 640 px, grey 0 to {image.max()}",
     }.items():  # fmt: skip
         assert facts[name] == value, name
     assert facts["polarity"].startswith("as_is, written so by its header; the vote on what is used: +")

@@ -8,14 +8,17 @@ but for the places of two MIAS films, which the list of the original films gives
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import cv2
+import pandas as pd
 import pytest
 from test_prepare_archives import Archive, refusal
 from test_prepare_dicom import breast
 
 import prepare_dataset as prep
+from byol_mammo import film_archives, tables
 
 FINDINGS = ["mass", "calcification", "cancer"]
 
@@ -129,6 +132,25 @@ def test_original_mias(archive: Archive) -> None:
     assert set(manifest["spacing_mm"]) == {"0.05"}
     assert labels[FINDINGS].to_numpy().tolist() == [["1", "0", "1"], ["0", "1", "0"]]
     assert set(labels["boxes"]) == {""}
+
+
+def test_mias_has_the_counts_that_are_published(tmp_path: Path) -> None:
+    """322 films of 161 women, 207 of them normal and 25 with calcifications."""
+    text = (Path(__file__).parent / "mias_truth.txt").read_text()
+    abnormal = set(re.findall(r"^mdb(\d{3})", text, flags=re.MULTILINE))
+    normal = [f"{n:03d}" for n in range(1, 323) if f"{n:03d}" not in abnormal]
+    path = tmp_path / "MIAS_TRUTH.txt"
+    path.write_text(text + "".join(f"mdb{n}{'rl'[int(n) % 2]}m G NORM\n" for n in normal))
+    reading = tables.Reading({})
+    raw = film_archives.read_mias(path)
+    assert raw is not None
+    films = film_archives.adapt_mias(raw, reading)
+    assert (len(raw), len(films), films["patient_id"].nunique()) == (330, 322, 161)
+    labels = pd.DataFrame([entry.values for entry in reading.labels.values()])
+    assert (labels == "1").sum().to_dict() == {
+        "mass": 56, "calcification": 25, "architectural_distortion": 19, "asymmetry": 15, "cancer": 52,
+    }  # fmt: skip
+    assert (labels == "0").all(axis=1).sum() == 207
 
 
 @pytest.mark.parametrize(
