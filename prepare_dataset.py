@@ -1298,9 +1298,8 @@ def spacing_told(row: dict[str, str], height: str, width: str) -> str:
 
 def size_stated(row: dict[str, str]) -> list[str]:
     """Height and width of the table's row, [] where it has no numbers there."""
-    numbers = [
-        re.sub(r"\.0*$", "", row.get(name, "")) for name in ("height", "width")
-    ]  # 512.0 by pandas
+    # pandas may have written 512.0.
+    numbers = [re.sub(r"\.0*$", "", row.get(name, "")) for name in ("height", "width")]
     return numbers if all(value.isdigit() and int(value) for value in numbers) else []
 
 
@@ -1915,25 +1914,34 @@ def print_costs(plan: Plan) -> None:
     png = [item for item in plan.items if item.kind == ".png" and not is_current(item, plan)]
     copies = sum(item.found.st_size for item in png) if plan.options.mode == "copy" else 0
     read, written, time = sum(sizes) + copies, float(copies), ""
-    if tasks:
-        tried, outcomes, seconds = foresight.try_some(tasks, try_decoding)
-        scale = sum(sizes) / max(1, sum(item.found.st_size for item, _, _ in tried))
-        written += scale * sum(outcomes)
-        workers = min(plan.options.num_workers, available_cores(), len(tasks))
-        took = foresight.duration_text(scale * seconds / workers)
-        time = f", about {took} in {workers} processes (from {len(tried)} images, decoded in memory)"
+    try:
+        if tasks:
+            tried, outcomes, seconds = try_tasks(tasks)
+            scale = sum(sizes) / max(1, sum(item.found.st_size for item, _, _ in tried))
+            written += scale * sum(outcomes)
+            workers = min(plan.options.num_workers, available_cores(), len(tasks))
+            took = foresight.duration_text(scale * seconds / workers)
+            time = f", about {took} in {workers} processes (from {len(tried)} images, decoded in memory)"
+    except BrokenProcessPool:
+        time = ", in a time that is not known: an image that was tried ends its decoder"
     text = foresight.size_text
     free = foresight.space_text(plan.options.output_dir, written)
     print(f"  {text(read)} to read, about {text(written)} to write{time}; {free}")
+
+
+def try_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[int], float]:
+    """foresight.try_some of try_decoding, in another process where a decoder may end it. Raises
+    BrokenProcessPool."""
+    if not any(may_crash(item) for item, _, _ in tasks):
+        return foresight.try_some(tasks, try_decoding)
+    with process_pool(1, PRELOADED, use_one_thread) as pool:
+        return foresight.try_some(tasks, lambda task: pool.submit(try_decoding, task).result())
 
 
 def try_decoding(task: Task) -> int:
     """Decode and measure an image as laying it out would; bytes of the PNG that it would become, 0 where
     it would be linked or skipped."""
     item, options, write = task
-    if may_crash(item):  # in a process of its own, whose start counts for a few images only
-        outcome = decode_alone((item, options, False))
-        return item.found.st_size if isinstance(outcome, dict) and write else 0
     try:
         pixels, header = decode(item.source, item.kind, options.window)
         wall = examine(pixels)["chest_wall"]

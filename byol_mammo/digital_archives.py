@@ -71,9 +71,10 @@ def adapt_cdd(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     check_cdd_names(rows)
     grades = next((name for name in raw if str(name).startswith("Breast density")), "")
     rows = rows.assign(BIRADS=rows.get("BIRADS", pd.Series("", rows.index)).map(most_severe))
+    woman = "P" + rows["Patient_ID"].str.removesuffix(".0")
     table = pd.DataFrame(
         {
-            "study_id": "P" + rows["Patient_ID"].str.replace(r"\.0$", "", regex=True),
+            "study_id": woman.where(woman != "P", ""),
             "image_id": rows["Image_name"],
             "laterality": reading.column(rows, "Side", side),
             "view_position": rows["View"].str.upper(),
@@ -103,7 +104,7 @@ def most_severe(cell: str) -> str:
 def check_cdd_names(rows: pd.DataFrame) -> None:
     """Refuse rows whose image is named as of another woman, breast or view. Raises MammoError."""
     named = rows["Image_name"].str.extract(f"^{CDD_NAME.pattern}$", flags=re.IGNORECASE)
-    stated = rows.assign(patient=rows["Patient_ID"].str.extract(r"(\d+)(?:\.0)?$")[0])
+    stated = rows.assign(patient=rows["Patient_ID"].str.extract(r"(\d+)(?:\.0)?$")[0].fillna(""))
     for name in ("patient", "Side", "View"):
         found, told = named[name].str.upper(), stated[name].str.upper()
         other = rows[found.notna() & (told != "") & (found != told)]

@@ -13,6 +13,7 @@ import pytest
 from conftest import SMALL, breast_image, places_in, write_images
 from test_classifier import QUICK, TILES
 from test_prepare_archives import FINDINGS, VINDR, Archive, finding, vindr_row
+from test_prepare_dicom import breast, make_dicom, recode, save
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
@@ -92,6 +93,22 @@ def test_what_is_there_and_what_would_go_is_foretold(
     assert archive.run(table, "--dry_run", "--verify") == 0
     assert "  1 removed or set aside, 1 to be verified\n" in capsys.readouterr().out
     assert {name: found for name, found in tree(archive.folder).items() if name != "less.csv"} == before
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_decoders_that_may_crash_are_tried_in_another_process(
+    archive: Archive, crashes: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(make_dicom(breast()), archive.images / "p1/a.dcm")
+    recode(path, "JPEGLosslessProcess14_1")
+    if crashes:  # libjpeg calls exit() where a lossless stream claims more than 16 bits
+        content = bytearray(path.read_bytes())
+        content[content.index(b"\xff\xc3") + 4] = 88
+        path.write_bytes(content)
+    assert archive.run("none", "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert ("ends its decoder" in said) == crashes
+    assert bool(re.search(r"about \d+ s in 1 processes", said)) != crashes
 
 
 def test_a_refusal_comes_before_the_dry_run(

@@ -274,6 +274,13 @@ def test_cdd_rows_of_another_image_are_refused(
     assert "is not that of the image P1_L_DM_CC, 1 such rows" in said
 
 
+def test_cdd_rows_without_a_patient_are_refused(
+    archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = cdd(archive, [cdd_row("P1_L_DM_CC", "Mass", "Benign", patient="")], [])
+    assert "table.csv line 2: Patient_ID is empty" in refusal(archive, capsys, tables)
+
+
 # EMBED --------------------------------------------------------------------------------------------
 
 METADATA = (
