@@ -351,6 +351,8 @@ def read_table(
         raw = check_columns(raw, adapter, options)
     reading = Reading(index, options.patient_pattern, options.on_conflict)
     table = adapter.adapt(raw, reading)
+    if table.empty:
+        raise MammoError("; ".join(["the table lists no mammogram that is laid out", *reading.notes]))
     absent = [column for column in OPTIONAL if column not in table]
     if absent and tables:
         reading.notes.append(f"not in the CSV, so empty in the manifest: {some(absent)}")

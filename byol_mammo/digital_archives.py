@@ -68,6 +68,8 @@ def adapt_cdd(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     if left_out := counted(listed.loc[~low, "Type"]):
         reading.notes.append(f"left out as no mammograms: rows of Type {left_out}")
     rows = listed[low]
+    if rows.empty:
+        return pd.DataFrame()
     check_cdd_names(rows)
     grades = next((name for name in raw if str(name).startswith("Breast density")), "")
     rows = rows.assign(BIRADS=rows.get("BIRADS", pd.Series("", rows.index)).map(most_severe))
@@ -185,7 +187,7 @@ def region_box(text: str) -> dict[str, float] | None:
             across, down = ellipse_half(shape) if kind == "ellipse" else (shape["r"], shape["r"])
             xs, ys = ([shape[c] - half, shape[c] + half] for c, half in (("cx", across), ("cy", down)))
         corners = [float(value) for value in (min(xs), min(ys), max(xs), max(ys))]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     if not all(map(math.isfinite, corners)):
         return None
@@ -244,11 +246,13 @@ def adapt_embed(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     raw = raw.assign(**ids)
     listed = raw["anon_dicom_path"] != ""
     images, findings = contact_views(raw[listed], reading), raw[~listed]
-    if len(findings) and not set(images["acc_anon"]) & set(findings["acc_anon"]):
+    if len(findings) and not set(raw.loc[listed, "acc_anon"]) & set(findings["acc_anon"]):
         raise MammoError(
             f"{findings.index[0]}: no acc_anon of the images is among those of the findings, such as "
             f"{findings['acc_anon'].iloc[0]}; give both tables of one release"
         )
+    if images.empty:
+        return pd.DataFrame()
     paths = images["anon_dicom_path"].map(clean_path)
     stems = paths.str.rpartition("/")[2]
     breasts, tissue = embed_breasts(findings, reading), embed_density(findings, reading)
@@ -355,7 +359,7 @@ def label_embed(table: pd.DataFrame, rois: pd.Series, breasts: list[Breast], rea
             continue
         boxes = [{"finding": [breast.kind or UNNAMED], **box} for box in corners or []]
         height, width = map(float, size)
-        known = (height, width) if height > 0 and width > 0 else None
+        known = (height, width) if 0 < height < math.inf and 0 < width < math.inf else None
         reading.labels[study, image] = ImageLabels(dict(breast.values), boxes or None, known)
     if unread:
         reading.notes.append(f"{len(unread)} ROI_coords are not understood, so no boxes: {some(unread)}")

@@ -146,7 +146,8 @@ DDSM_NAME = re.compile(r"([A-D])_(\d{4})_\d\.(?:LEFT|RIGHT)_(?:CC|MLO)(?:\.LJPEG
 DDSM_COLUMNS = ["case", "film", "LINES", "PIXELS_PER_LINE", "RESOLUTION", "DENSITY", "OVERLAY"]
 DDSM_COLUMNS += ["LESION_TYPE", "ASSESSMENT", "PATHOLOGY", "BOUNDARY", "problem"]
 DDSM_FILM = re.compile(
-    r"(?P<film>(?:LEFT|RIGHT)_(?:CC|MLO)) LINES (?P<LINES>\d+) PIXELS_PER_LINE (?P<PIXELS_PER_LINE>\d+)"
+    r"(?P<film>(?:LEFT|RIGHT)_(?:CC|MLO)) LINES (?P<LINES>[1-9]\d{0,5})"
+    r" PIXELS_PER_LINE (?P<PIXELS_PER_LINE>[1-9]\d{0,5})"
     r" BITS_PER_PIXEL \d+ RESOLUTION (?P<RESOLUTION>\d+(?:\.\d+)?) (?P<OVERLAY>(?:NON_)?OVERLAY)"
 )
 DDSM_LESIONS = {"MASS": "mass", "CALCIFICATION": "calcification"}
@@ -158,7 +159,10 @@ STEPS = np.array([(0, -1), (1, -1), (1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-
 def read_ddsm(root: Path, index: Index) -> pd.DataFrame | None:
     """DDSM's cases below a folder as DDSM_COLUMNS of text, a row for each abnormality and for each film
     without one, indexed by 'FILE line N'; None where there is none. What is wrong with an overlay, or
-    that it is not there, stands in `problem`."""
+    that it is not there, stands in `problem`.
+
+    Raises MammoError where no film of the cases is understood, or OSError.
+    """
     paths = {name.rpartition("/")[2].upper(): name for name in index[EVERY_FILE]}
     cases = [name for name in index[EVERY_FILE] if DDSM_CASE.fullmatch(name.rpartition("/")[2])]
     rows, places = [], []
@@ -171,10 +175,13 @@ def read_ddsm(root: Path, index: Index) -> pd.DataFrame | None:
                 case = name.rpartition("/")[2].rpartition(".")[0].upper()
                 overlay = paths.get(f"{case.replace('-', '_')}.{film['film']}.OVERLAY")
                 found = read_overlay(root / overlay if overlay else None, film["OVERLAY"] == "OVERLAY")
-                known = {"case": case, "DENSITY": tissue, **film.groupdict()}
+                known = dict.fromkeys(DDSM_COLUMNS, "") | film.groupdict()
+                known |= {"case": case, "DENSITY": tissue}
                 rows += [{**known, **row} for row in found]
                 places += [f"{name} line {number}"] * len(found)
-    table = pd.DataFrame(rows, columns=DDSM_COLUMNS, index=places).fillna("")
+    if cases and not rows:
+        raise MammoError(f"{cases[0]}: no line such as LEFT_CC LINES ... OVERLAY; is it DDSM's?")
+    table = pd.DataFrame(rows, columns=DDSM_COLUMNS, index=places)
     return table.drop_duplicates(["case", "film", "LESION_TYPE", "BOUNDARY"]) if cases else None
 
 
@@ -190,7 +197,7 @@ def read_overlay(path: Path | None, expected: bool) -> list[dict[str, str]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip()
     ]
-    count = next((words[1] for words in lines if words[0] == "TOTAL_ABNORMALITIES"), "")
+    count = next((" ".join(words[1:2]) for words in lines if words[0] == "TOTAL_ABNORMALITIES"), "")
     for place, words in enumerate(lines):
         if words[0] == "ABNORMALITY":
             rows.append({})

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from test_prepare_archives import Archive, refusal
 from test_prepare_dicom import breast
 
 import prepare_dataset as prep
-from byol_mammo import film_archives, tables
+from byol_mammo import digital_archives, film_archives, tables
+from byol_mammo.archive_files import index_files
+from byol_mammo.settings import MammoError
 
 FINDINGS = ["mass", "calcification", "cancer"]
 
@@ -524,6 +529,60 @@ def test_ddsm_as_lossless_jpeg_is_skipped_by_name(archive: Archive) -> None:
     assert set(archive.read("skipped.csv")["reason"]) == {
         "the format .ljpeg is not read; convert to PNG"
     }
+
+
+# Damage -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [
+    lambda archive: cdd(archive, [CDD_ROWS[-1]], CDD_REGIONS[-1:]),
+    lambda archive: embed(archive, [embed_image("a1", "a", kind="cview")], [embed_finding("a1", "L", "N")]),
+])  # fmt: skip
+def test_tables_of_other_images_alone_are_refused(
+    archive: Archive, make: Callable[[Archive], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(archive, capsys, make(archive))
+    assert "the table lists no mammogram that is laid out; left out as no" in said
+
+
+def spoilt(text: str, at: float, how: str) -> str:
+    """A text with a piece of it gone, doubled, or replaced."""
+    start = int(at * len(text))
+    piece = text[start : start + 7]
+    return text[:start] + {"gone": "", "twice": piece * 2, "odd": '\0,"¹é}'}[how] + text[start + 7 :]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(at=st.floats(0, 1), how=st.sampled_from(["gone", "twice", "odd"]), where=st.integers(0, 4))
+def test_spoilt_text_is_read_refused_or_said(tmp_path_factory, at: float, how: str, where: int) -> None:
+    """Whatever is damaged: a message, or rows; never another error."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    regions, case = (
+        json.dumps({"name": "polygon", "all_points_x": [1, 2], "all_points_y": [3, 4]}),
+        "A-0001-1",
+    )
+    texts = [INFO, regions, "((10, 20, 30, 60), (1, 2, 3, 4))", overlay((OVAL, "4", "BENIGN", RING))]
+    texts.append(ics(case, {"LEFT_CC": "OVERLAY"}))
+    texts[where] = spoilt(texts[where], at, how)
+    (folder / "Info.txt").write_text(texts[0])
+    (folder / f"{case}.ics").write_text(texts[4])
+    (folder / "A_0001_1.LEFT_CC.OVERLAY").write_text(texts[3])
+    with suppress(MammoError):
+        raw = film_archives.read_mias(folder / "Info.txt")
+        assert raw is None or len(film_archives.adapt_mias(raw, tables.Reading({})))
+    index = index_files(folder)
+    with suppress(MammoError):
+        raw = film_archives.read_ddsm(folder, index)
+        assert raw is not None
+        assert len(film_archives.adapt_ddsm(raw, tables.Reading(index))) == 1
+    assert isinstance(digital_archives.region_box(texts[1]), dict | None)
+    assert isinstance(digital_archives.roi_boxes(texts[2]), list | None)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "7", '{"name": "circle", "cx": 1e999, "cy": 1, "r": 1}', "[" * 10**5,
+    '{"name": "rect", "x": 1' + "0" * 400 + ', "y": 1, "width": 1, "height": 1}', '{"name": "polygon"}'])  # fmt: skip
+def test_regions_that_are_none(text: str) -> None:
+    assert digital_archives.region_box(text) is None
 
 
 # Without a table ----------------------------------------------------------------------------------
