@@ -40,6 +40,7 @@ CDD_NAME = re.compile(
 )
 CDD_PATHOLOGY = "Pathology Classification/ Follow up"
 CDD_HEADER = ("Image_name", "Patient_ID", "Side", "Type", "View", "Findings", CDD_PATHOLOGY)
+CDD_REGION = ("#filename", "region_shape_attributes")
 CDD_SUBTRACTED = r"_CM_(?:CC|MLO)"
 CDD_KINDS = {  # column of labels.csv -> how the paper and the sheet spell a kind of finding
     "mass": r"mass(es)?",
@@ -147,9 +148,16 @@ def label_cdd(table: pd.DataFrame, rows: pd.DataFrame, reading: Reading) -> None
 
 def add_regions(table: pd.DataFrame, regions: pd.DataFrame, reading: Reading) -> None:
     """Give the images their boxes. A region does not name its finding: it is the image's where that has
-    one alone, else UNNAMED. An image with a region that cannot be read gets no boxes."""
-    if regions.empty or "#filename" not in regions:
+    one alone, else UNNAMED. An image with a region that cannot be read gets no boxes. Raises MammoError
+    for rows that are neither of an image nor of a region."""
+    if regions.empty:
         return
+    stated = [name in regions and (regions[name] != "").all() for name in CDD_REGION]
+    if not all(stated):
+        raise MammoError(
+            f"{regions.index[0]}: rows without Image_name are regions, which have "
+            f"{' and '.join(CDD_REGION)}, and there is one without {CDD_REGION[stated.index(False)]}"
+        )
     studies = dict(zip(table["image_id"], table["study_id"], strict=True))
     images = regions["#filename"].str.replace(r"\s*\.jpe?g$", "", regex=True).str.strip()
     unread: list[str] = []

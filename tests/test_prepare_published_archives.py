@@ -279,6 +279,16 @@ def test_cdd_rows_of_another_image_are_refused(
     assert "is not that of the image P1_L_DM_CC, 1 such rows" in said
 
 
+def test_cdd_rows_that_are_of_nothing_are_refused(
+    archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, regions = cdd(archive, CDD_ROWS[:1], CDD_REGIONS[:1])
+    other = archive.table("file,shape\nP1_L_DM_CC.jpg,{}\n", "other.csv")
+    assert "other.csv line 2: rows without Image_name" in refusal(archive, capsys, [image, other])
+    Path(image).write_text(Path(image).read_text() + ",1,L,DM,CC,50,C,4,Mass,,1,Benign\n")
+    assert "and there is one without #filename" in refusal(archive, capsys, [image, regions])
+
+
 def test_cdd_rows_without_a_patient_are_refused(
     archive: Archive, capsys: pytest.CaptureFixture[str]
 ) -> None:
