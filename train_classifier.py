@@ -265,10 +265,8 @@ def check_leak(labels: pd.DataFrame, path: str) -> None:
                 )
 
 
-def match_sources(
-    settings: Settings, config: mammo.Config
-) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
-    """labels.csv, its row of each image (-1 = none), and the images; says what doesn't match.
+def match_sources(settings: Settings, config: mammo.Config) -> tuple[pd.DataFrame, np.ndarray]:
+    """labels.csv, and its row of each image (N,), -1 = none; says what doesn't match.
 
     Raises MammoError for an unreadable table, a study in two splits, or no label that fits an image.
     """
@@ -290,7 +288,7 @@ def match_sources(
     for what, names in report.items():
         if names:
             print(f"note: {len(names):,} {what}, first {names[0]}", file=sys.stderr)
-    return labels, found, sources
+    return labels, found
 
 
 def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
@@ -298,7 +296,7 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
 
     Raises MammoError as match_sources does.
     """
-    labels, found, _ = match_sources(settings, config)
+    labels, found = match_sources(settings, config)
     where = Path(settings.labels).parent, Path(config.data_dir)
     side = mammo.reduction(config.tile_size, config.view_side)
     tiles = mammo.open_tiles(mammo.build_cache(config), side)
@@ -1535,10 +1533,10 @@ def dry_run(command: str, operands: Sequence[str], settings: Settings) -> None:
         print_images(operands)
     else:
         config = next((configs[start] for start in starts if start not in UNTRAINED), configs[starts[0]])
-        print_labels(*match_sources(settings, config)[:2], settings)
+        print_labels(*match_sources(settings, config), settings)
         mammo.foresee_cache(config)
     folder = settings.folder(f"classifier_{settings.mode}" if command == "train" else command)
-    print(f"results   {folder} {'is there: see --resume' if folder.exists() else 'is new'}")
+    print(f"results   {folder} {'is there already' if folder.exists() else 'is new'}")
     print("Nothing was written (--dry_run).")
 
 

@@ -102,7 +102,8 @@ def adapt_mias(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
             "mdb002rl); the text beside mini-MIAS says the opposite"
         )
     nowhere = []
-    for film, rows in raw.assign(bare=bare).groupby(films):
+    places = {name: pd.to_numeric(raw[name], errors="coerce") for name in ("X", "Y", "RADIUS")}
+    for film, rows in raw.assign(bare=bare, **places).groupby(films):
         labels, missing = mias_labels(rows)
         reading.labels[woman[rows.index[0]], str(film)] = labels
         nowhere += [f"{film} ({name})" for name in missing]
@@ -125,7 +126,7 @@ def mias_labels(rows: pd.DataFrame) -> tuple[ImageLabels, list[str]]:
     values["cancer"] = united(severity.where(rows["CLASS"] != "NORM", "0"))
     if not rows["bare"].all():
         return ImageLabels(values), []
-    numbers = rows[["X", "Y", "RADIUS"]].apply(pd.to_numeric, errors="coerce")
+    numbers = rows[["X", "Y", "RADIUS"]]
     nowhere = sorted(kinds[numbers.isna().any(axis=1)].dropna().unique())
     boxes = []
     for name, (x, y, radius) in zip(kinds, numbers.to_numpy(), strict=True):

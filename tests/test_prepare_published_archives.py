@@ -562,7 +562,7 @@ def spoilt(text: str, at: float, how: str) -> str:
     return text[:start] + {"gone": "", "twice": piece * 2, "odd": '\0,"¹é}'}[how] + text[start + 7 :]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(at=st.floats(0, 1), how=st.sampled_from(["gone", "twice", "odd"]), where=st.integers(0, 4))
 def test_spoilt_text_is_read_refused_or_said(tmp_path_factory, at: float, how: str, where: int) -> None:
     """Whatever is damaged: a message, or rows; never another error."""
