@@ -8,12 +8,14 @@
     python prepare_dataset.py --csv_path none --images_root dicom     no table: every image there
     python prepare_dataset.py --csv_path my.csv --images_root my_images \\
         --columns image=path,study=exam,patient=mrn_hash,laterality=side,mass=has_mass
+    python prepare_dataset.py --csv_path none --images_root dicom --dry_run    what it would do
     python prepare_dataset.py check split_images/manifest.csv --sample 2000    contact sheets, the
                                   oddest of the images first; check --help lists its flags
+    python prepare_dataset.py inspect scan.dcm     header, polarity, window, mask and tiles in a picture
 
 The archive is told by its header (ADAPTERS): VinDr-Mammo and what is laid out like it, CBIS-DDSM,
-INbreast, CMMD, RSNA 2022; --columns maps any other table. A table without a split gets one by
-patient, the same in every run (--test_share).
+INbreast, CMMD, RSNA 2022, CDD-CESM, EMBED, MIAS; DDSM by its .ics files; --columns maps any other table.
+A table without a split gets one by patient, the same in every run (--test_share).
 
 Writes <output_dir>/<split>/<study_id>_<image_id>.png and
     manifest.csv         one row per image laid out
@@ -45,8 +47,10 @@ Contents
     8 Labels          findings and boxes to labels.csv
     9 Checks          what is wrong with images that were laid out
     10 Report         manifest and lists, prepare_report.html, summary
-    11 Archive check  check: contact sheets and check.csv
-    12 Entry          main
+    11 Dry run        what would be done, bytes and time
+    12 Archive check  check: contact sheets and check.csv
+    13 Inspection     inspect: a page for each of a few files
+    14 Entry          main
 
 Exit codes
     0  every image in the table is laid out (problems.csv may name doubtful ones)
@@ -60,6 +64,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import html
 import json
@@ -68,15 +73,17 @@ import re
 import stat
 import struct
 import sys
+import tempfile
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import cv2
 import numpy as np
@@ -84,7 +91,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from byol_mammo import anatomy, files, framing, labels as labelling, settings
+from byol_mammo import anatomy, files, film_archives, foresight, framing, labels as labelling, settings
 from byol_mammo.archive_files import (
     DICOM_INSIDE,
     EVERY_FILE,
@@ -118,6 +125,9 @@ from byol_mammo.tables import (
     side,
     some,
 )
+
+if TYPE_CHECKING:
+    from byol_mammo import archive_check, inspection
 
 # 1 Configuration ----------------------------------------------------------------------------------
 
@@ -207,6 +217,7 @@ class Options:
     num_workers: int = NUM_WORKERS
     flip_right: bool = False
     verify: bool = False
+    dry_run: bool = False
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -243,6 +254,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--flip_right", action="store_true", help=text)
     text = "decode PNG in full too, once: skip damaged ones, check the pixels of all"
     add("--verify", action="store_true", help=text)
+    text = "say what would be laid out, skipped and removed, how many bytes and how long; write nothing"
+    add("--dry_run", action="store_true", help=text)
     return parser
 
 
@@ -276,18 +289,22 @@ def nearest(name: str, candidates: Sequence[str]) -> str:
 # 2 Table ------------------------------------------------------------------------------------------
 
 
-def read_csv(csv_path: Path) -> pd.DataFrame:
-    """One CSV as strings (leading zeros kept), indexed by 'NAME line N'.
+def read_csv(csv_path: Path, whole: bool = True) -> pd.DataFrame:
+    """One CSV as strings (leading zeros kept), indexed by 'NAME line N'; unless `whole`, without columns
+    that its archive's adapter does not read.
 
     Raises MammoError where the file is missing, empty or not a table.
     """
     if not csv_path.is_file():
         raise MammoError(f"there is no file {csv_path}; give the annotation CSV with --csv_path")
     files.refuse_other_tables(csv_path)
+    if (films := film_archives.read_mias(csv_path)) is not None:
+        return films
     delimiter = delimiter_of(csv_path)
     try:
+        wanted = None if whole else columns_read(csv_path, delimiter)
         # Blank lines are kept for now, so that the index gives the line in the file.
-        table = files.parse_table(csv_path, sep=delimiter, skip_blank_lines=False)
+        table = files.parse_table(csv_path, sep=delimiter, skip_blank_lines=False, usecols=wanted)
     except ValueError as error:
         raise MammoError(f"{csv_path} is not a comma-separated UTF-8 table: {error}") from None
     table.columns = table.columns.str.strip()
@@ -295,6 +312,14 @@ def read_csv(csv_path: Path) -> pd.DataFrame:
     # The header is line 1.
     table.index = pd.Index([f"{csv_path.name} line {n}" for n in range(2, len(table) + 2)])
     return table
+
+
+def columns_read(csv_path: Path, delimiter: str) -> Callable[[str], bool] | None:
+    """Which columns are read of a table, by their names; None: all, as of most archives."""
+    header = set(files.parse_table(csv_path, sep=delimiter, nrows=0).columns.str.strip())
+    # All tables of such an archive have its ids, which its header begins with.
+    reads = next((a.reads for a in ADAPTERS if a.reads and set(a.header[:2]) <= header), None)
+    return (lambda name: name.strip() in reads) if reads else None
 
 
 def delimiter_of(csv_path: Path) -> str:
@@ -326,6 +351,8 @@ def read_table(
         raw = check_columns(raw, adapter, options)
     reading = Reading(index, options.patient_pattern, options.on_conflict)
     table = adapter.adapt(raw, reading)
+    if table.empty:
+        raise MammoError("; ".join(["the table lists no mammogram that is laid out", *reading.notes]))
     absent = [column for column in OPTIONAL if column not in table]
     if absent and tables:
         reading.notes.append(f"not in the CSV, so empty in the manifest: {some(absent)}")
@@ -886,8 +913,10 @@ def make_plan(options: Options) -> Plan:
     paths = [] if options.csv_path == [Path("none")] else options.csv_path
     if options.columns and not paths:
         raise MammoError("--columns maps a table, and --csv_path none gives none; leave one of them out")
-    tables = [read_csv(path) for path in paths]
+    tables = [read_csv(path, whole=bool(options.columns)) for path in paths]
     index = index_files(options.images_root)
+    if not paths and (films := film_archives.read_ddsm(options.images_root, index)) is not None:
+        tables = [films]
     table, reading, adapter = read_table(tables, options, index)
     note_spellings(table, reading.notes)
     table, moved = check_splits(table, options.split)
@@ -1076,7 +1105,7 @@ def decode_item(item: Item, options: Options, write: bool) -> Outcome:
     wall = facts["chest_wall"] or {"L": "left", "R": "right"}.get(tag, "")
     flipped = options.flip_right and wall == "right"
     if write and (flipped or item.kind != ".png"):
-        spacing = header.get("spacing_mm") or item.row.get("spacing_mm", "")
+        spacing = header.get("spacing_mm") or spacing_told(item.row, *map(str, pixels.shape[:2]))
         shown = np.ascontiguousarray(pixels[:, ::-1]) if flipped else pixels
         write_file(item.output, encode_png(shown, spacing), item.found)
     return {**facts, **header, "flipped": str(int(flipped))}
@@ -1196,15 +1225,21 @@ def lay_out(plan: Plan) -> None:
     plan.checked = {file: row for file, row in plan.checked.items() if row}
 
 
-def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
-    """Decode what has to be, noting each image in the journal: outcome and whether it was written,
-    by file."""
-    options, tasks = plan.options, []
+def decoding_tasks(plan: Plan) -> list[Task]:
+    """What has to be decoded."""
+    tasks = []
     for item in plan.items:
         current = is_current(item, plan)
         known = bool(plan.facts(item).get("margin"))
-        if (item.may_be_encoded and not current) or (options.verify and not known):
-            tasks.append((item, options, not current))
+        if (item.may_be_encoded and not current) or (plan.options.verify and not known):
+            tasks.append((item, plan.options, not current))
+    return tasks
+
+
+def decode_needed(plan: Plan) -> dict[str, tuple[Outcome, bool]]:
+    """Decode what has to be, noting each image in the journal: outcome and whether it was written,
+    by file."""
+    options, tasks = plan.options, decoding_tasks(plan)
     if not tasks:
         return {}
     outcomes = {}
@@ -1244,6 +1279,7 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     reusable = unchanged and action == "already there"
     size = [before[n] for n in SIZE] if reusable else read_png_header(item.output)
     values = {**item.row, **item.record, "view": item.row.get("view_position", "")}
+    values["spacing_mm"] = spacing_told(item.row, str(size[0]), str(size[1]))
     for name in ("laterality", "view", "implant", "spacing_mm", "view_modifier", "flipped"):
         earlier = before.get(name, "") if unchanged else ""
         told, found = values.get(name, ""), facts.get(name) or earlier
@@ -1253,6 +1289,20 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
     values["polarity"], values["polarity_from"] = polarity_of(item, facts, plan.options.verify)
     values |= dict(zip(SIZE, map(str, size), strict=True))
     return {name: values.get(name, "") for name in REPORTS["manifest.csv"]}, action
+
+
+def spacing_told(row: dict[str, str], height: str, width: str) -> str:
+    """The table's pixel spacing; '' for an image of another size than the table's, such as a reduced
+    copy, whose pixels are others."""
+    stated = size_stated(row)
+    return "" if stated and stated != [height, width] else row.get("spacing_mm", "")
+
+
+def size_stated(row: dict[str, str]) -> list[str]:
+    """Height and width of the table's row, [] where it has no numbers there."""
+    # pandas may have written 512.0.
+    numbers = [re.sub(r"\.0*$", "", row.get(name, "")) for name in ("height", "width")]
+    return numbers if all(value.isdigit() and int(value) for value in numbers) else []
 
 
 def polarity_of(item: Item, facts: dict[str, str], verify: bool) -> tuple[str, str]:
@@ -1581,12 +1631,10 @@ def find_duplicates(plan: Plan) -> None:
 
 def check_size_stated(plan: Plan, row: dict[str, str], stated: dict[str, str]) -> None:
     """Report an image whose size is not the table's (rows without a number there are left out)."""
-    sizes = [stated.get(name, "") for name in ("height", "width")]
-    numbers = [re.sub(r"\.0*$", "", value) for value in sizes]  # pandas may have written 512.0
-    actual = [row["height"], row["width"]]
-    if not all(value.isdigit() and int(value) for value in numbers) or numbers == actual:
+    numbers, actual = size_stated(stated), [row["height"], row["width"]]
+    if numbers in ([], actual):
         return
-    plan.report("different size", row, f"{' x '.join(actual)}, CSV {' x '.join(sizes)}")
+    plan.report("different size", row, f"{' x '.join(actual)}, CSV {' x '.join(numbers)}")
     ratios = [int(a) / int(b) for a, b in zip(actual, numbers, strict=True)]
     if abs(ratios[0] / ratios[1] - 1) > ASPECT_TOLERANCE:
         plan.report("aspect", row, f"height x {ratios[0]:.3f}, width x {ratios[1]:.3f}")
@@ -1746,11 +1794,11 @@ def skip_reasons(plan: Plan) -> str:
     return some([f"{count} {reason}" for reason, count in reasons.most_common()])
 
 
-def print_summary(plan: Plan) -> None:
-    """Print the counts per split, what needs attention and the next command."""
+def print_counts(plan: Plan, done: str) -> None:
+    """Print how many images are laid out, per split and finding, and how; `done`: are, or would be."""
     options, counts = plan.options, plan.counts
     rows = pd.DataFrame(plan.manifest, columns=REPORTS["manifest.csv"])
-    print(f"{len(rows)} images laid out in {options.output_dir}")
+    print(f"{len(rows)} images {done} in {options.output_dir}")
     rows = rows.assign(patient=patients(rows))
     for split, group in rows.groupby("split"):
         counted = f"{group['study_id'].nunique():>6} studies {group['patient'].nunique():>6} patients"
@@ -1760,6 +1808,10 @@ def print_summary(plan: Plan) -> None:
         print("  " + ", ".join(f"{counts[key]} {key}" for key in sorted(counts)))
     if options.mode == "hardlink" and counts["copied"]:
         print("  hard links were not possible for some files; those were copied")
+
+
+def print_lists(plan: Plan) -> None:
+    """Print what needs attention, and what was chosen in reading the table."""
     missing = (plan.missing["study_id"] + "/" + plan.missing["image_id"]).tolist()
     skipped = [f"{row['source']} ({row['reason']})" for row in plan.skipped]
     lists = [
@@ -1778,13 +1830,21 @@ def print_summary(plan: Plan) -> None:
             print(f"  for: {skip_reasons(plan)}")
     for note in plan.notes:
         print(f"note: {note}")
+
+
+def print_summary(plan: Plan) -> None:
+    """Print the counts per split, what needs attention and the next command."""
+    options = plan.options
+    print_counts(plan, "laid out")
+    print_lists(plan)
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
     if plan.manifest:
         print(f"Look: python prepare_dataset.py check {options.output_dir / 'manifest.csv'}")
-    splits = sorted(set(rows["split"]) - {"test"}, key=lambda name: (name != "training", name))
+    found = {row["split"] for row in plan.manifest}
+    splits = sorted(found - {"test"}, key=lambda name: (name != "training", name))
     if splits:
         print(f"Next: python train_byol_mammo.py --data_dir {options.output_dir / splits[0]}")
-    elif len(rows):
+    elif plan.manifest:
         print("All images are in the split test: there is none to pre-train on")
     else:
         print("No image was laid out; the reasons are in skipped.csv")
@@ -1804,7 +1864,97 @@ def print_labels(plan: Plan) -> None:
         print(f"  {name:<22} {told}")
 
 
-# 11 Archive check ---------------------------------------------------------------------------------
+# 11 Dry run ---------------------------------------------------------------------------------------
+
+
+def foresee(plan: Plan) -> None:
+    """Fill the plan's manifest, counts, labels and skipped images as far as names, sizes and the heads
+    of PNG tell, and print them with what it would take. Writes nothing."""
+    decoded = {item.row["file"] for item, _, _ in decoding_tasks(plan)}
+    for item in plan.items:
+        try:
+            if item.kind == ".png" and not plan.unchanged(item):
+                read_png_header(item.source)
+        except (OSError, SkipImageError) as error:
+            plan.skipped.append({**item.row, "reason": getattr(error, "strerror", "") or str(error)})
+            continue
+        plan.manifest.append({name: item.row.get(name, "") for name in REPORTS["manifest.csv"]})
+        plan.counts[action_foreseen(item, plan, item.row["file"] in decoded)] += 1
+        entry = plan.labels.get((item.row["study_id"], item.row["image_id"]))
+        entry = entry or plan.labels.get((item.row["study_id"], f"side {item.row.get('laterality')}"))
+        plan.label_rows += [dict(entry.values if entry else {})] if plan.labels else []
+    listed = {item.row["file"] for item in plan.items}
+    plan.counts["removed or set aside"] = len({*plan.previous, *plan.claimed} - listed)
+    plan.counts = +plan.counts  # without zeros
+    print_counts(plan, "would be laid out")
+    print_costs(plan)
+    print_lists(plan)
+    if any(item.kind != ".png" for item in plan.items):
+        print(
+            "What the pixels and headers of DICOM and others say is not known before they are decoded."
+        )
+    print("Nothing was written (--dry_run).")
+
+
+def action_foreseen(item: Item, plan: Plan, decoded: bool) -> str:
+    """What would be done with an image."""
+    if decoded and item.kind != ".png":
+        return f"{item.kind[1:]} to be converted"
+    if is_current(item, plan):
+        return "to be verified" if decoded else "already there"
+    if decoded and plan.options.flip_right:
+        return "to be mirrored or linked, by its pixels"
+    return {"hardlink": "to be linked", "copy": "to be copied", "symlink": "to be linked by symlink"}[
+        plan.options.mode
+    ]
+
+
+def print_costs(plan: Plan) -> None:
+    """Print bytes and time of what has to be decoded and copied, from a few images tried in memory."""
+    tasks = decoding_tasks(plan)
+    sizes = [item.found.st_size for item, _, _ in tasks]
+    png = [item for item in plan.items if item.kind == ".png" and not is_current(item, plan)]
+    copies = sum(item.found.st_size for item in png) if plan.options.mode == "copy" else 0
+    read, written, time = sum(sizes) + copies, float(copies), ""
+    try:
+        if tasks:
+            tried, outcomes, seconds = try_tasks(tasks)
+            scale = sum(sizes) / max(1, sum(item.found.st_size for item, _, _ in tried))
+            written += scale * sum(outcomes)
+            workers = min(plan.options.num_workers, available_cores(), len(tasks))
+            took = foresight.duration_text(scale * seconds / workers)
+            time = f", about {took} in {workers} processes (from {len(tried)} images, decoded in memory)"
+    except BrokenProcessPool:
+        time = ", in a time that is not known: an image that was tried ends its decoder"
+    text = foresight.size_text
+    free = foresight.space_text(plan.options.output_dir, written)
+    print(f"  {text(read)} to read, about {text(written)} to write{time}; {free}")
+
+
+def try_tasks(tasks: Sequence[Task]) -> tuple[list[Task], list[int], float]:
+    """foresight.try_some of try_decoding, in another process where a decoder may end it. Raises
+    BrokenProcessPool."""
+    if not any(may_crash(item) for item, _, _ in tasks):
+        return foresight.try_some(tasks, try_decoding)
+    with process_pool(1, PRELOADED, use_one_thread) as pool:
+        return foresight.try_some(tasks, lambda task: pool.submit(try_decoding, task).result())
+
+
+def try_decoding(task: Task) -> int:
+    """Decode and measure an image as laying it out would; bytes of the PNG that it would become, 0 where
+    it would be linked or skipped."""
+    item, options, write = task
+    try:
+        pixels, header = decode(item.source, item.kind, options.window)
+        wall = examine(pixels)["chest_wall"]
+    except (SkipImageError, MemoryError):
+        return 0
+    mirrored = options.flip_right and wall == "right"
+    made = write and (mirrored or item.kind != ".png")
+    return len(encode_png(pixels, header.get("spacing_mm", ""))) if made else 0
+
+
+# 12 Archive check ---------------------------------------------------------------------------------
 
 CHECK_DIR = "./archive_check"  # folder of the contact sheets and check.csv
 
@@ -1830,10 +1980,11 @@ def make_check_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(argv: Sequence[str]) -> int:
-    """Check an archive: 0, 1 where images could not be read, 2 where refused, 3 where stopped."""
+def subcommand(job: Callable[[], tuple[str, int]]) -> int:
+    """The exit code of a subcommand, whose job returns what to print and its code, 0 or 1; 2 where it
+    was refused, 3 where it was stopped."""
     try:
-        text, code = check_images(make_check_parser().parse_args(settings.with_underscores(argv)))
+        text, code = job()
     except MammoError as error:
         print(f"prepare_dataset: error: {error}", file=sys.stderr)
         return 2
@@ -1845,9 +1996,24 @@ def check(argv: Sequence[str]) -> int:
     return code
 
 
+def training_method() -> archive_check.Method:
+    """What training makes of an image, at its usual settings."""
+    import train_byol_mammo as mammo  # here: laying out has no use for torch
+    from byol_mammo import archive_check
+
+    return archive_check.Method(
+        *(mammo.read_and_reduce, mammo.find_breast, mammo.find_muscle, mammo.score_tiles),
+        *(mammo.intensity_window, mammo.Config()),
+    )
+
+
+def check(argv: Sequence[str]) -> tuple[str, int]:
+    """Check an archive: what to print, and 1 where images could not be read, else 0."""
+    return check_images(make_check_parser().parse_args(settings.with_underscores(argv)))
+
+
 def check_images(options: argparse.Namespace) -> tuple[str, int]:
     """What `check` prints, and its code. Raises MammoError, StoppedError or OSError."""
-    import train_byol_mammo as mammo  # here: only this command has use for torch
     from byol_mammo import archive_check
 
     for name, least in (("sample", 0), ("num_workers", 1)):
@@ -1862,15 +2028,157 @@ def check_images(options: argparse.Namespace) -> tuple[str, int]:
     sources = archive_check.list_images(options.images)
     if 0 < options.sample < len(sources):
         sources = sources.sample(options.sample, random_state=0).sort_index()
-    method = archive_check.Method(
-        mammo.read_and_reduce, mammo.find_breast, mammo.find_muscle, mammo.score_tiles, mammo.Config()
-    )
+    method = training_method()
     table, sheets = archive_check.check(sources, method, options.output_dir, options.num_workers, "auto")
     unread = bool((table["reason"] != "").any())
     return archive_check.summary(table, sheets, options.output_dir), int(unread)
 
 
-# 12 Entry -----------------------------------------------------------------------------------------
+# 13 Inspection ------------------------------------------------------------------------------------
+
+INSPECT_DIR = "./inspected"  # folder of the pages
+
+
+def make_inspect_parser() -> argparse.ArgumentParser:
+    """The flags of `prepare_dataset.py inspect`."""
+    parser = settings.make_parser(
+        "Look into single files, as they are read: a page for each with the header's values (none of "
+        "them names a patient), polarity, window, spacing, outlines of breast and pectoral muscle, and "
+        "the tiles kept. Exit codes: 0, 1 some files can't be used, 2 refused, 3 stopped.",
+        "inspect --help lists the flags",
+    )
+    parser.prog = "prepare_dataset.py inspect"
+    add = parser.add_argument
+    text = "a mammogram: PNG, TIFF, JPEG, PGM or DICOM"
+    add("files", type=Path, nargs="+", metavar="FILE", help=text)
+    text = "where to write inspect_001.png ...; made if needed; not among the images"
+    add("--output_dir", type=Path, metavar="FOLDER", default=INSPECT_DIR, help=text + DEFAULT)
+    text = "DICOM grey values: none keeps all that is stored, voi applies the header's window"
+    add("--window", choices=["none", "voi"], default=WINDOW, help=text + DEFAULT)
+    text = "as --polarity of training: auto takes the header's or the manifest's, else judges"
+    add("--polarity", choices=["auto", "as_is", "inverted"], default="auto", help=text + DEFAULT)
+    text = "CC, MLO ...; empty: the header's or the manifest's"
+    add("--view", default="", help=text)
+    text = "mm per pixel; 0: the header's or the manifest's, else that of training"
+    add("--pixel_spacing_mm", type=float, default=0.0, metavar="MM", help=text + DEFAULT)
+    return parser
+
+
+def inspect_files(argv: Sequence[str]) -> tuple[str, int]:
+    """Draw a page for each file: what to print, and 1 where some could not be used, else 0.
+
+    Raises MammoError or OSError.
+    """
+    from byol_mammo import inspection
+
+    options = make_inspect_parser().parse_args(settings.with_underscores(argv))
+    check_inspected(options)
+    method, lines, unused = training_method(), [], 0
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(options.output_dir)
+    for earlier in options.output_dir.iterdir():
+        if inspection.PAGE.fullmatch(earlier.name):
+            earlier.unlink()
+    for number, path in enumerate(options.files, 1):
+        try:
+            facts, panels = inspect_file(path, options, method)
+        except SkipImageError as reason:
+            facts, panels = [("not used", str(reason))], None
+            unused += 1
+        name = f"inspect_{number:03d}.png"  # files may be named by patients, pages are not
+        with files.atomic_path(options.output_dir / name) as temporary:
+            inspection.draw_page(panels, facts).save(temporary)
+        told = dict(facts)
+        lines.append(f"{name}  {path}: {told.get('not used') or told['tiles']}")
+    return "\n".join([*lines, f"open {options.output_dir}"]), int(bool(unused))
+
+
+def check_inspected(options: argparse.Namespace) -> None:
+    """Refuse files that are none, and an output folder that training would read. Raises MammoError."""
+    if folders := [path for path in options.files if path.is_dir()]:
+        raise MammoError(f"{folders[0]} is a folder; `check` looks at all images of one")
+    output = options.output_dir.resolve()
+    listed = [place for place in (output, *output.parents) if (place / "manifest.csv").is_file()]
+    beside = [path for path in options.files if path.resolve().parent == output]
+    if listed or beside:
+        raise MammoError(
+            f"--output_dir {options.output_dir} lies among the images, and training would read the "
+            "pages as mammograms; give another folder"
+        )
+    if not 0 <= options.pixel_spacing_mm <= 1:
+        raise MammoError(f"--pixel_spacing_mm {options.pixel_spacing_mm} is not between 0 and 1")
+
+
+def inspect_file(
+    path: Path, options: argparse.Namespace, method: archive_check.Method
+) -> tuple[list[inspection.Fact], Image.Image]:
+    """The facts of one file, those of its header first, and its panels. Raises SkipImageError."""
+    from byol_mammo import inspection
+    from byol_mammo.images import ImageReadError
+
+    try:
+        item = inspect({"source": str(path), "file": path.name}, Options([], Path(), Path()), True)
+        with tempfile.TemporaryDirectory() as folder:
+            header, readable = {}, path
+            if item.kind == ".png":
+                read_png_header(path)
+            else:
+                readable = Path(folder) / "image.png"
+                alone = replace(item, output=readable)
+                task = (alone, Options([], Path(), Path(), window=options.window), True)
+                outcome = decode_alone(task) if may_crash(item) else decode_item(*task)
+                if isinstance(outcome, SkipImageError):
+                    raise outcome
+                header = {name: outcome[name] for name in HEADER if outcome.get(name)}
+            known = known_of(path, item.kind, header, options, method)
+            facts, panels = inspection.look_into(readable, known, method)
+    except ImageReadError as error:
+        raise SkipImageError(error.reason) from error
+    except (OSError, MemoryError) as error:
+        raise SkipImageError(
+            getattr(error, "strerror", "") or "needs more memory than there is"
+        ) from error
+    told = [(name.replace("_", " "), value) for name, value in header.items()]
+    return [("format", item.kind[1:]), *told, ("", ""), *facts], panels
+
+
+def known_of(
+    path: Path,
+    kind: str,
+    header: dict[str, str],
+    options: argparse.Namespace,
+    method: archive_check.Method,
+) -> inspection.Known:
+    """View, polarity and spacing of a file as training would know them: the flag's, the header's, those
+    of a manifest beside it or above, else judged or the usual ones."""
+    from byol_mammo import images, inspection
+
+    row: dict[str, object] = {}
+    root = next(
+        (place for place in path.absolute().parents[:2] if (place / "manifest.csv").is_file()), None
+    )
+    if root:
+        with suppress(MammoError):  # another program's
+            table = images.read_manifest(root)
+            found = table[table["path"] == str(path.absolute())]
+            row = found.iloc[0].dropna().to_dict() if len(found) else {}
+    polarity, polarity_from = options.polarity, "--polarity" if options.polarity != "auto" else ""
+    if not polarity_from and kind == ".dcm":
+        polarity, polarity_from = "as_is", "written so by its header"
+    elif not polarity_from and row.get("polarity") in ("as_is", "inverted"):
+        polarity, polarity_from = str(row["polarity"]), "by the manifest"
+    spacings = (
+        (options.pixel_spacing_mm, "by the flag"),
+        (float(header.get("spacing_mm") or 0), "by the header"),
+        (float(str(row.get("spacing_mm") or 0)), "by the manifest"),
+        (method.settings.pixel_spacing_mm, "taken, as nothing tells it"),
+    )
+    spacing, spacing_from = next(pair for pair in spacings if pair[0])
+    view = options.view.upper() or header.get("view", "") or str(row.get("view") or "")
+    return inspection.Known(view, polarity, spacing, polarity_from, spacing_from)
+
+
+# 14 Entry -----------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1887,8 +2195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> int:
     """The program without what becomes of its output."""
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] == "check":
-        return check(words[1:])
+    for name, job in (("check", check), ("inspect", inspect_files)):
+        if words and words[0] == name:
+            return subcommand(functools.partial(job, words[1:]))
     try:
         options = parse_options(argv)
     except MammoError as error:
@@ -1899,6 +2208,9 @@ def run(argv: Sequence[str] | None) -> int:
     except (MammoError, OSError) as error:
         print(f"prepare_dataset: error: {error}. Nothing was written.", file=sys.stderr)
         return 2
+    if options.dry_run:
+        foresee(plan)
+        return 1 if len(plan.missing) or plan.skipped else 0
     try:
         carry_out(plan)
     except (OSError, KeyboardInterrupt) as error:

@@ -8,6 +8,7 @@ BYOL then learns from two medically safe views of every tile: full bit depth, on
     python train_byol_mammo.py --backbone resnet18 --weights none --view_size 128 --epochs 3
     torchrun --nproc_per_node 4 train_byol_mammo.py --data_dir ...       # four GPUs, or submit_byol.sh
     python train_byol_mammo.py --extract_only --qc_pages                 # the tiles alone, to look at
+    python train_byol_mammo.py --dry_run                                 # what it would do, bytes, time
     python train_byol_mammo.py --report runs/byol_resnet50               # write its report.html again
     python train_byol_mammo.py --help                                    # every setting, one line each
 
@@ -111,6 +112,7 @@ TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
 ENERGY_SHARE = 0.0  # how much energy and convergence decide that draw; 0 = chance, 1 = they alone
 QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run's qc folder
 EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
+DRY_RUN = False  # say what would be read, extracted and trained, how many bytes and how long; no more
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 VIEW_SIZE = 0  # px, side of a view; 0 = the tile size
 BACKBONE = "resnet50"  # resnet18, resnet34 or resnet50 (torchvision), or timm:NAME
@@ -168,9 +170,9 @@ CHOICES = {
 LR_BATCH = 32  # batch size at which LR is meant
 # Settings that may differ between a run and its resumption: they don't change the weights.
 FREE_ON_RESUME = (
-    "output_dir run_name cache_dir data_dir qc_pages extract_only num_workers max_steps save_every "
-    "log_every device compile grad_checkpoint deterministic on_collapse resume wandb_mode wandb_project "
-    "checkpoint_every labels probe_every progress report_every report "
+    "output_dir run_name cache_dir data_dir qc_pages extract_only dry_run num_workers max_steps "
+    "save_every log_every device compile grad_checkpoint deterministic on_collapse resume wandb_mode "
+    "wandb_project checkpoint_every labels probe_every progress report_every report "
     "peer_timeout"
 ).split()  # fmt: skip
 
@@ -199,6 +201,7 @@ class Config:
     energy_share: float = ENERGY_SHARE
     qc_pages: bool = QC_PAGES
     extract_only: bool = EXTRACT_ONLY
+    dry_run: bool = DRY_RUN
     num_workers: int = NUM_WORKERS
     view_size: int = VIEW_SIZE
     backbone: str = BACKBONE
@@ -754,10 +757,8 @@ def build_cache(config: Config) -> Path:
     return final
 
 
-def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[dict[str, Any]]:
-    """Extract to the folder `journal` what no other beside it holds yet; returns the records of all."""
-    from byol_mammo import extraction
-
+def extraction_jobs(sources: pd.DataFrame, config: Config) -> list[tuple]:
+    """Arguments of extract_to_file for each image; says what of spacing and files is worth a note."""
     spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
     if config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
         images.note_unknown_spacing(sources, config.pixel_spacing_mm)
@@ -765,17 +766,69 @@ def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[di
     # Images of one polarity share a Config.
     configs = {name: dataclasses.replace(config, polarity=name) for name in CHOICES["polarity"]}
     given = images.known_polarity(sources, config.polarity)
-    jobs = [
+    return [
         (index, path, float(mm), configs[polarity], view)
         for index, (path, mm, polarity, view) in enumerate(
             zip(sources["path"], spacing, given, sources["view"], strict=True)
         )
     ]
+
+
+def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[dict[str, Any]]:
+    """Extract to the folder `journal` what no other beside it holds yet; returns the records of all."""
+    from byol_mammo import extraction
+
+    jobs = extraction_jobs(sources, config)
     records = extraction.extract_missing(
         extract_to_file, jobs, journal, config.num_workers, config.progress
     )
     extraction.note_polarity(sources["image"], [record.get("polarity_margin") for record in records])
     return records
+
+
+def foresee_cache(config: Config) -> int:
+    """Say which pixel cache would be used, or what making it takes, from a few images tried in memory.
+
+    Returns how many tiles it holds, or about how many it would. Writes nothing.
+    """
+    from byol_mammo import foresight
+
+    sources = images.list_sources(config.data_dir)
+    cache = Path(config.cache_dir) / cache_key(cache_inputs(sources, config))
+    caches.check_readable(cache)
+    read, count = foresight.size_text(sources["size"].sum()), len(sources)
+    studies = sources["study_id"].nunique()
+    print(f"images    {count:,} of {studies:,} studies in {config.data_dir}, {read}")
+    if caches.is_finished(cache):
+        tiles = len(pd.read_csv(cache / "tiles.csv", usecols=["image"]))
+        print(f"cache     {cache} is there: {tiles:,} tiles, nothing to extract")
+        return tiles
+    threads = cv2.getNumThreads()
+    tried, found, seconds = foresight.try_some(extraction_jobs(sources, config), try_extraction)
+    cv2.setNumThreads(threads)
+    scale, workers = count / len(tried), min(config.num_workers, processes.available_cores(), count)
+    tiles, needed = (round(scale * sum(values)) for values in list(zip(*found, strict=True))[:2])
+    tiles = min(tiles, config.max_tiles) if config.max_tiles else tiles
+    begun = cache.with_name(f".{cache.name}.building").exists()
+    print(
+        f"cache     {cache} would be {'finished' if begun else 'made'}: about {tiles:,} tiles, "
+        f"{foresight.size_text(needed)}, {foresight.duration_text(scale * seconds / workers)} in "
+        f"{workers} processes (from {len(tried)} images); {foresight.space_text(cache, needed)}"
+    )
+    for job, (_, _, reason) in zip(tried, found, strict=True):
+        if reason:
+            print(f"skipped   {job[1]}: {reason}")
+    return tiles
+
+
+def try_extraction(job: tuple) -> tuple[int, int, str]:
+    """Tiles and bytes of pixels of an image, and why it would be skipped."""
+    cv2.setNumThreads(1)  # as in extract_to_file
+    try:
+        record, pixels = extract_image(*job[1:])
+    except ImageReadError as error:
+        return 0, 0, error.reason
+    return len(record["tiles"]["x"]), pixels.nbytes, ""
 
 
 def finish_cache(
@@ -2066,6 +2119,28 @@ def extract_only(config: Config) -> Path:
     return cache
 
 
+def dry_run(config: Config) -> None:
+    """Say what a run would read, extract, train and write; writes nothing, downloads nothing."""
+    ranks = processes.find_ranks()
+    images.note_test_images(images.image_folder(config.data_dir))
+    device = devices.choose_device(config.device, ranks.local_rank)
+    if config.weights not in ("imagenet", "none"):
+        checkpoints.build_backbone(config.backbone, config.weights)
+    tiles = foresee_cache(config)
+    batch = config.batch_size * ranks.world_size
+    steps = min(config.tiles_per_epoch or tiles, tiles) // batch
+    print(f"device    {ranks.world_size} x {devices.describe_device(device, config.precision)}")
+    last = min(filter(None, (config.epochs * steps, config.max_steps)), default=0)
+    print(
+        f"training  {config.backbone} from {config.weights}: {steps:,} steps of {batch} tiles an epoch, "
+        f"{last:,} in all" + (f"; too few tiles for a batch of {batch}" if not steps else "")
+    )
+    folder, resumable = config.run_dir, (config.run_dir / "last.pth").is_file()
+    there = "goes on" if resumable and config.resume else "is moved aside first"
+    print(f"run       {folder} {there if folder.exists() else 'is new'}")
+    print("Nothing was written (--dry_run). How long a step takes is told by the first lines of a run.")
+
+
 def match_input_dim(config: Config, backbone: nn.Module) -> Config:
     """Set input_dim to the backbone's width. Raises MammoError where another was asked for."""
     width = checkpoints.feature_width(backbone)
@@ -2133,6 +2208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_args(argv)
         if config.report:
             print(report.write_report(Path(config.report), terms()))
+        elif config.dry_run:
+            dry_run(config)
         elif config.extract_only:
             extract_only(config)
         else:

@@ -8,6 +8,7 @@ Reads the images and labels.csv that prepare_dataset.py lays out and a checkpoin
     python train_classifier.py predict --weights runs/classifier_finetune/classifier_best.pth my_images
     python train_classifier.py compare none imagenet runs/byol_resnet50/mammogram_byol_final.pth
     python train_classifier.py embed --weights runs/byol_resnet50/mammogram_byol_final.pth
+    python train_classifier.py train --dry_run          # what a command would read and write, no more
     python train_classifier.py --help                                     # every setting, one line each
 
 Contents
@@ -97,6 +98,7 @@ BACKBONE_LR = 3e-4  # peak learning rate of the backbone
 WEIGHT_DECAY = 1e-2  # AdamW weight decay of fine-tuning
 BOOTSTRAP = 1000  # resamples of the studies for intervals and p-values
 TOP_TILES = 3  # tiles boxed per finding by predict
+DRY_RUN = False  # say what would be read, extracted, learnt and written, and end
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 SEED = 0  # every random choice follows from it
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
@@ -117,7 +119,7 @@ OPERANDS = {"compare": "WEIGHTS", "predict": "IMAGE"}
 # Settings that don't change what fine-tuning learns; the labels themselves are compared.
 FREE_ON_RESUME = (
     "data_dir labels shuffle_labels output_dir run_name cache_dir split folds bootstrap top_tiles "
-    "num_workers device resume wandb_mode wandb_project"
+    "dry_run num_workers device resume wandb_mode wandb_project"
 ).split()
 # Mild: labels must stay true, and a tile's box is only known for the tile as it lies.
 MILD_VIEW = mammo.ViewSpec("mild", rotation=15, scale=0.1, brightness=0.15, contrast=0.15, flip=True)
@@ -156,6 +158,7 @@ class Settings:
     weight_decay: float = WEIGHT_DECAY
     bootstrap: int = BOOTSTRAP
     top_tiles: int = TOP_TILES
+    dry_run: bool = DRY_RUN
     num_workers: int = NUM_WORKERS
     seed: int = SEED
     device: str = DEVICE
@@ -262,8 +265,8 @@ def check_leak(labels: pd.DataFrame, path: str) -> None:
                 )
 
 
-def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
-    """Build or find the cache of all images and join it with labels.csv; says what doesn't match.
+def match_sources(settings: Settings, config: mammo.Config) -> tuple[pd.DataFrame, np.ndarray]:
+    """labels.csv, and its row of each image (N,), -1 = none; says what doesn't match.
 
     Raises MammoError for an unreadable table, a study in two splits, or no label that fits an image.
     """
@@ -285,6 +288,16 @@ def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
     for what, names in report.items():
         if names:
             print(f"note: {len(names):,} {what}, first {names[0]}", file=sys.stderr)
+    return labels, found
+
+
+def load_labelled(settings: Settings, config: mammo.Config) -> LabelledTiles:
+    """Build or find the cache of all images and join it with labels.csv; says what doesn't match.
+
+    Raises MammoError as match_sources does.
+    """
+    labels, found = match_sources(settings, config)
+    where = Path(settings.labels).parent, Path(config.data_dir)
     side = mammo.reduction(config.tile_size, config.view_side)
     tiles = mammo.open_tiles(mammo.build_cache(config), side)
     mammo.hold_on_device(tiles, own_device(config), config)
@@ -1501,6 +1514,54 @@ def flat_map(features: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
 # ---- 8 Entry ---------------------------------------------------------------------------------------
 
 
+def dry_run(command: str, operands: Sequence[str], settings: Settings) -> None:
+    """Say what a command would read, extract and write; writes nothing, downloads nothing."""
+    starts = list(operands) if command == "compare" else [settings.weights]
+    configs = {}
+    for start in starts:
+        opened = dataclasses.replace(settings, weights=start)
+        if command in ("evaluate", "predict"):
+            engine, settings = open_classifier(opened)
+            configs[start] = engine.config
+        elif start in UNTRAINED:
+            own = mammo.Config(backbone=settings.backbone or mammo.BACKBONE)
+            configs[start] = tile_config(settings, own)
+        else:
+            configs[start] = start_model(opened)[1]
+        print(f"weights   {start}: {configs[start].backbone}")
+    if command == "predict":
+        print_images(operands)
+    else:
+        config = next((configs[start] for start in starts if start not in UNTRAINED), configs[starts[0]])
+        print_labels(*match_sources(settings, config), settings)
+        mammo.foresee_cache(config)
+    folder = settings.folder(f"classifier_{settings.mode}" if command == "train" else command)
+    print(f"results   {folder} {'is there already' if folder.exists() else 'is new'}")
+    print("Nothing was written (--dry_run).")
+
+
+def print_images(operands: Sequence[str]) -> None:
+    """Say how many images predict would read, and which are not there."""
+    found = [images.find_images(name) if Path(name).is_dir() else [Path(name)] for name in operands]
+    paths = [path for part in found for path in part]
+    missing = [str(path) for path in paths if not path.is_file()]
+    there = f", {len(missing)} of them not there, first {missing[0]}" if missing else ""
+    print(f"images    {len(paths):,}{there}")
+
+
+def print_labels(labels: pd.DataFrame, found: np.ndarray, settings: Settings) -> None:
+    """Say per split how many images there are with each finding, without, and not known."""
+    matched = labels.loc[np.unique(found[found >= 0])]
+    for split, rows in matched.groupby(matched["split"].replace("", "training")):
+        print(f"labels    {split}: {len(rows):,} images of {rows['patient'].nunique():,} patients")
+        for name in settings.names:
+            with_it, without = (int((rows[name] == value).sum()) for value in (1, 0))
+            boxed = sum(any(name in box["finding"] for box in boxes) for boxes in rows["boxes"])
+            unknown = len(rows) - with_it - without
+            told = f"{with_it:,} with ({boxed:,} of them with boxes), {without:,} without"
+            print(f"          {name}: {told}, {unknown:,} unknown")
+
+
 def update_report(settings: Settings) -> None:
     """Where results lie in the folder of a pre-training run, show them in its report.html too."""
     if (Path(settings.output_dir) / "summary.json").is_file():
@@ -1515,6 +1576,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         command, operands, settings = parse_args(argv)
+        if settings.dry_run:
+            dry_run(command, operands, settings)
+            return
         if command == "compare":
             compare(settings, operands)
         elif command == "predict":

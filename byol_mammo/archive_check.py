@@ -53,6 +53,7 @@ class Method:
     find_breast: Callable[[framing.ReducedImage], np.ndarray]
     find_muscle: Callable[[framing.ReducedImage, np.ndarray, str], np.ndarray]  # the last: view
     score_tiles: Callable[..., pd.DataFrame]  # image, mask, settings, spacing, muscle
+    window: Callable[[np.ndarray, np.ndarray], tuple[float, float]]  # image, mask
     settings: Any
 
 
@@ -237,9 +238,11 @@ BREAST_BGR, MUSCLE_BGR = (233, 180, 86), (0, 159, 230)  # Okabe & Ito's blue and
 LINE_LENGTH = 33  # characters of a caption's line
 
 
-def outlined(image: np.ndarray, mask: np.ndarray, muscle: np.ndarray) -> np.ndarray:
-    """An image (H, W) within CELL, with the outlines of breast and muscle: (h, w, 3) uint8."""
-    scale = min(1.0, CELL[0] / image.shape[1], CELL[1] / image.shape[0])
+def outlined(
+    image: np.ndarray, mask: np.ndarray, muscle: np.ndarray, cell: tuple[int, int] = CELL
+) -> np.ndarray:
+    """An image (H, W) within a cell, with the outlines of breast and muscle: (h, w, 3) uint8."""
+    scale = min(1.0, cell[0] / image.shape[1], cell[1] / image.shape[0])
     size = tuple(max(1, round(scale * length)) for length in image.shape[::-1])
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
     low, high = np.percentile(small, (0.5, 99.5))

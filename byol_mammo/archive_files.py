@@ -11,7 +11,7 @@ from pathlib import Path
 from byol_mammo.images import is_left_out
 from byol_mammo.settings import MammoError
 
-RASTER = (".tif", ".tiff", ".jpg", ".jpeg")
+RASTER = (".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
 DICOM = (".dcm", ".dicom", ".dic")
 SUFFIXES = [".png", *RASTER, *DICOM]  # in order of preference where an image has several
 

@@ -13,6 +13,16 @@ from pathlib import Path
 import pandas as pd
 
 from byol_mammo.archive_files import without_suffix
+from byol_mammo.digital_archives import (
+    CDD_HEADER,
+    CDD_NAME,
+    CDD_SUBTRACTED,
+    EMBED_HEADER,
+    EMBED_READ,
+    adapt_cdd,
+    adapt_embed,
+)
+from byol_mammo.film_archives import DDSM_COLUMNS, MIAS_COLUMNS, adapt_ddsm, adapt_mias, woman_of_film
 from byol_mammo.labels import split_named
 from byol_mammo.settings import MammoError
 from byol_mammo.tables import (
@@ -57,6 +67,7 @@ class Adapter:
     columns: dict[str, str] = field(default_factory=dict)  # ours -> the table's, for messages
     labels: tuple[str, ...] = ()  # findings that it tells
     ignored: str = r"(?!)"  # files (relative paths) that are no mammograms; this matches none
+    reads: frozenset[str] = frozenset()  # columns that are read, where a table has many more
 
 
 def adapt_vindr(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
@@ -240,6 +251,17 @@ def is_class(name: str) -> bool:
     return not re.search(r"\d", name) and bool({word, word.removesuffix("s")} & CLASS_WORDS)
 
 
+def woman_named(place: str) -> str:
+    """The patient that an image's name tells where it is named as INbreast, CDD-CESM, DDSM and MIAS name
+    theirs, '' where it is not."""
+    name = place.rpartition("/")[2]
+    if found := INBREAST_FILE.search(name):
+        return found[1]
+    if found := CDD_NAME.fullmatch(name):
+        return f"P{found['patient']}"
+    return woman_of_film(name)
+
+
 def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     """No table: each image below the folder. The first folder's name is study and patient, below folders
     that are named as splits."""
@@ -256,8 +278,7 @@ def adapt_folder(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     for place in places:
         study, _, image = below[place].partition("/")
         woman = safe_name(reading.patient_in(place, study if image else place))
-        pseudonym = INBREAST_FILE.search(place.rpartition("/")[2])
-        patient = woman if not pseudonym or reading.patient_pattern else pseudonym[1]
+        patient = woman if reading.patient_pattern else woman_named(place) or woman
         values = {"study_id": woman, "patient_id": patient, "image_id": safe_name(image or study)}
         rows.append({**values, "places": place} | ({"split": split_of[place]} if split_of else {}))
     # Names of which no letter is safe, such as two in Chinese, would be one.
@@ -343,7 +364,7 @@ def check_folders_are_patients(paths: Sequence[str], pattern: str) -> None:
 
 def note_single_images(below: dict[str, str], reading: Reading) -> None:
     """Say that images in no folder count as women of their own; INbreast's are known not to be."""
-    alone = [path for path in below.values() if "/" not in path and not INBREAST_FILE.search(path)]
+    alone = [path for path in below.values() if "/" not in path and not woman_named(path)]
     if reading.patient_pattern:
         return
     remedy = "tell the patient by --patient_pattern 'REGEX', or by a table with --columns patient=..."
@@ -447,6 +468,23 @@ ADAPTERS = [
         {"study_id": "patient_id"},
         ("cancer",),
     ),
+    Adapter(
+        "CDD-CESM",
+        CDD_HEADER,
+        adapt_cdd,
+        {"study_id": "Patient_ID", "image_id": "Image_name"},
+        FINDINGS,
+        ignored=CDD_SUBTRACTED,
+    ),
+    Adapter(
+        "EMBED",
+        EMBED_HEADER,
+        adapt_embed,
+        {"study_id": "acc_anon", "patient_id": "empi_anon", "image_id": "anon_dicom_path"},
+        reads=frozenset(EMBED_READ),
+    ),
+    Adapter("DDSM", tuple(DDSM_COLUMNS), adapt_ddsm, {"study_id": "case", "image_id": "film"}, FINDINGS),
+    Adapter("MIAS", tuple(MIAS_COLUMNS), adapt_mias, {"study_id": "REFNUM", "image_id": "REFNUM"}),
 ]
 
 

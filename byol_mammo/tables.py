@@ -257,6 +257,13 @@ UNDERSTOOD: dict[Callable[[str], str], str] = {  # what a reader makes something
 # Rows -----------------------------------------------------------------------------------------------
 
 
+def united(values: Iterable[str]) -> str:
+    """What several findings say of one image: 1 where any is, 0 where all are not, '' where one is not
+    known, as a finding that is not known may be the one."""
+    said = set(values)
+    return "1" if "1" in said else "" if "" in said else "0"
+
+
 def completed(table: pd.DataFrame, keys: list[str], notes: list[str]) -> pd.DataFrame:
     """The table with cells that are empty filled from the rows about the same, where all that say
     something say the same: a table of masses and one of calcifications complete each other."""

@@ -1,0 +1,53 @@
+"""What a command would take, before it is carried out: bytes, and time from a few items tried."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+TRIED = 4  # items that are tried, spread evenly over all
+
+
+def try_some(
+    items: Sequence[Item], attempt: Callable[[Item], Outcome]
+) -> tuple[list[Item], list[Outcome], float]:
+    """A few of the items, what `attempt` makes of each, and the seconds that this took in all.
+
+    The first is tried twice: what is loaded once, such as a library, is not to be counted for all.
+    """
+    count = min(TRIED, len(items))
+    tried = [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
+    for item in tried[:1]:
+        attempt(item)
+    start = time.perf_counter()
+    return tried, [attempt(item) for item in tried], time.perf_counter() - start
+
+
+def size_text(size: float) -> str:
+    """'1.2 GB' of bytes."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size:.0f} bytes"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """'3 min' of seconds."""
+    for unit, length, limit in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < limit * length:
+            return f"{max(1, round(seconds / length))} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def space_text(path: Path, needed: float) -> str:
+    """'20 GB are free there', and that this is too little where it is."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    return f"{size_text(free)} are free there" + (", TOO LITTLE" if free < needed else "")
