@@ -386,7 +386,7 @@ def find_breast(small: framing.ReducedImage) -> np.ndarray:
     breast = anatomy.without_rims(breast)
     if breast.mean() < MIN_BREAST_AREA:
         return np.zeros(area.shape, bool)
-    return anatomy.without_labels(breast, area)
+    return anatomy.without_film_ends(anatomy.without_labels(breast, area), area)
 
 
 def segment_pectoral_muscle(image: np.ndarray, mask: np.ndarray, view: str = "") -> np.ndarray:

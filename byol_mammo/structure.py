@@ -15,12 +15,18 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from byol_mammo import specks
+from byol_mammo import images, specks
 
 GRID = 0.5  # mm, pixel of the reduced grid that gradients are taken on; maps have pixels twice as wide
 SMOOTHING = 0.65  # mm, sigma before gradients are taken, as grain has some of its own
 SKIN = 2.5  # mm from the skin line within which nothing counts: the skin is a structure of its own
+PART = 0.4  # share of a disc that must count where a part of it may be missing: half of it is at a side
 RADII = (5.0, 7.0)  # mm, of the discs whose strongest convergence is a tile's
+MASS_RADII = (4.0, 7.0)  # mm, of the discs in which gradients converge on a mass over the muscle
+# Least round_convergence there, as chance reaches less in a larger disc: each takes 1.4 % of the muscle
+# on films of CBIS-DDSM without a mass over it.
+MASS_CONVERGENCE = (0.5, 0.4)
+MASS_CORE = 0.37  # share of a disc's radius around its centre that is taken for mass
 
 
 def disc_kernels(radius: float) -> np.ndarray:
@@ -87,6 +93,51 @@ def convergence(gradients: np.ndarray, step_mm: float, radii: Sequence[float] = 
         parts = [cv2.filter2D(part, -1, disc, borderType=cv2.BORDER_CONSTANT) for part, disc in discs]
         np.maximum(strongest, parts[0] + parts[1], out=strongest)
     return np.where(counts > 0, strongest, np.float32(0))
+
+
+def round_convergence(gradients: np.ndarray, radius: float) -> np.ndarray:
+    """Convergence from all sides alike, over discs of `radius` px: (h, w) float32, -1 to 1.
+
+    The mean cosine comes from two directions across each other; this is twice the weaker part, as
+    beside a strand or a fold all gradients point to it, but none along it. Of a disc a part may be
+    missing: the mean is over what counts, times the root of its share, as noise in the mean of n
+    directions falls with the root of n. So a mass that the picture's side cuts through shows as a whole
+    one does, and chance doesn't show more often there. -1 where less than PART of a disc counts.
+    """
+    x, y, counts = gradients
+    along_x, along_y = disc_kernels(radius)
+    disc = ((along_x != 0) | (along_y != 0)).astype(np.float32)
+
+    def mean(part: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        return cv2.filter2D(part, -1, kernel, borderType=cv2.BORDER_CONSTANT)
+
+    share = mean(counts, disc / disc.sum())
+    across, down = mean(x, along_x), mean(y, along_y)
+    oblique = mean(x, along_y) + mean(y, along_x)
+    weaker = across + down - cv2.magnitude(across - down, oblique)
+    return np.where(share > PART, weaker / np.sqrt(np.maximum(share, PART)), np.float32(-1))
+
+
+def masses_over(muscle: np.ndarray, grey: np.ndarray, breast: np.ndarray) -> np.ndarray:
+    """Where masses and nodes lie over a muscle: (H, W) bool.
+
+    `muscle` and `breast` (H, W) bool, `grey` (H, W) float32, with px of about GRID, the muscle at the
+    upper left. A muscle is made of fibres along it: nowhere on it does grey rise from all sides to one
+    place.
+    """
+    left, top, width, height = images.bounding_box(muscle)
+    reach = round(MASS_RADII[-1] / GRID)
+    part = np.s_[: top + height + reach, : left + width + reach]
+    gradients, factor = unit_gradients(grey[part], breast[part].view(np.uint8), GRID)
+    centres, found = np.zeros((2, *muscle.shape), np.uint8)
+    for radius, least in zip(MASS_RADII, MASS_CONVERGENCE, strict=True):
+        places = round_convergence(gradients, radius / (factor * GRID)) > least
+        places = places.repeat(factor, axis=0).repeat(factor, axis=1)
+        centres[: places.shape[0], : places.shape[1]] = places
+        size = 2 * round(MASS_CORE * radius / GRID) + 1
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+        np.maximum(found, cv2.dilate(centres & muscle, disc), out=found)
+    return found > 0
 
 
 def tile_convergence(

@@ -52,6 +52,22 @@ def holding(table):
     return np.logical_and(*inside)
 
 
+def test_round_convergence_tells_a_mass_from_a_strand_also_at_the_picture_s_side():
+    y, x = np.mgrid[:60, :40].astype(np.float32)
+    shapes = {
+        "mass": np.hypot(y - 30, x - 20), "cut mass": np.hypot(y - 30, x),
+        "strand": np.abs(y - 30 + x - 20), "cut strand": np.abs(y - 30), "side": x,
+    }  # fmt: skip
+    found = {}
+    for name, far in shapes.items():
+        gradients, _ = structure.unit_gradients(100 - far, np.ones(far.shape, np.uint8), 1.0)
+        column = 0 if name.startswith(("cut", "side")) else 20
+        found[name] = float(structure.round_convergence(gradients, 7.0)[30, column])
+    assert found["mass"] > 0.9
+    assert found["cut mass"] > 0.6
+    assert max(found["strand"], found["cut strand"], found["side"]) < 0.2, found
+
+
 def test_convergence_is_the_mean_cosine_with_the_direction_to_a_place():
     rng = np.random.default_rng(1)
     angle = rng.uniform(0, 2 * np.pi, (30, 26))
