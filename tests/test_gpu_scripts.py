@@ -60,7 +60,7 @@ def test_every_stage_ends_well_and_leaves_its_figures(rehearsed):
         assert 0 <= line["profile"]["gaps"] < 1
     assert len(settings) == 2
     assert [line["batch"] for line in found["memory"]] == [2, 4]
-    assert found["killed"] == [{"steps": 8, "resumed_apart": 0.0}]
+    assert found["killed"] == [{"steps": 24, "resumed_apart": 0.0}]
     assert "aten::convolution" in (rehearsed / "log.txt").read_text()
 
 
