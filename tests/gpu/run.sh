@@ -6,6 +6,6 @@
 #     python tests/gpu/table.py OUT     # then writes the figures into docs/measured.md
 #
 # environment.sh tells what it runs with.
-cd "$(dirname "$0")/../.."
-. tests/gpu/environment.sh
-"$PYTHON" tests/gpu/run.py "$@"
+root=$(cd "$(dirname "$0")/../.." && pwd)
+. "$root/tests/gpu/environment.sh"
+"$PYTHON" "$root/tests/gpu/run.py" "$@"

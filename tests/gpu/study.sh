@@ -8,8 +8,8 @@
 # IMAGENET=FILE adds its weights as a reference and each arm from them, ARMS=a,b chooses among study_arms.txt,
 # BUDGET=300 are the seconds of all. After each arm the results of those so far stand in OUT: a run that is cut
 # keeps what it has. All arms take the same steps. environment.sh tells what it runs with.
-cd "$(dirname "$0")/../.."
-. tests/gpu/environment.sh
+root=$(cd "$(dirname "$0")/../.." && pwd)
+. "$root/tests/gpu/environment.sh"
 
 phantoms="--studies 40 --height 896 --width 704 --spacing_mm 0.27"
 sizes="--tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.27 --min_breast_ratio 0.6"
@@ -30,12 +30,13 @@ mkdir -p "$out"
 
 if [ -z "$images" ]; then
     images=$scratch/images
-    "$PYTHON" synthetic_mammograms.py --output_dir "$scratch/archive" $phantoms --lesion_share 1 --test_share 0.4
-    "$PYTHON" prepare_dataset.py --csv_path "$scratch/archive/breast-level_annotations.csv" \
+    "$PYTHON" "$root/synthetic_mammograms.py" --output_dir "$scratch/archive" $phantoms \
+        --lesion_share 1 --test_share 0.4
+    "$PYTHON" "$root/prepare_dataset.py" --csv_path "$scratch/archive/breast-level_annotations.csv" \
         --findings_csv "$scratch/archive/finding_annotations.csv" \
         --images_root "$scratch/archive/images_png" --output_dir "$images"
 elif [ -f "$images/boxes.csv" ]; then
-    "$PYTHON" tests/lay_out_real.py "$images" "$scratch/images"
+    "$PYTHON" "$root/tests/lay_out_real.py" "$images" "$scratch/images"
     images=$scratch/images
 fi > "$out/study.log" 2>&1
 
@@ -44,14 +45,14 @@ while IFS=: read -r name flags; do
     case ",$arms," in *",$name,"*) ;; *) continue ;; esac
     echo "$name: $flags $common"
     [ -z "${IMAGENET-}" ] || echo "${name}_imagenet: $flags $common --weights $IMAGENET"
-done < study_arms.txt > "$out/arms.txt"
+done < "$root/study_arms.txt" > "$out/arms.txt"
 [ -s "$out/arms.txt" ] || { echo "study_arms.txt has none of the arms $arms"; exit 2; }
 
 done_so_far=
 while IFS=: read -r name _; do
     done_so_far+=${done_so_far:+,}$name
-    if [ "$SECONDS" -ge "$left" ] || ! timeout $((left - SECONDS)) "$PYTHON" study.py --data_dir "$images" \
-        --output_dir "$scratch/study" --cache_dir "$scratch/cache" --arms_file "$out/arms.txt" \
+    if [ "$SECONDS" -ge "$left" ] || ! timeout $((left - SECONDS)) "$PYTHON" "$root/study.py" \
+        --data_dir "$images" --output_dir "$scratch/study" --cache_dir "$scratch/cache" --arms_file "$out/arms.txt" \
         --arms "$done_so_far" $sizes ${IMAGENET:+--imagenet "$IMAGENET"} >> "$out/study.log" 2>&1; then
         echo "$name: failed or out of time after $SECONDS s, see $out/study.log"
         exit 1
