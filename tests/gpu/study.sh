@@ -25,7 +25,7 @@ if [ "${1-}" = --dry_run ]; then
     common="--precision fp32 --hidden_dim 64 --proj_dim 16"
     arms=${ARMS:-plain}
 fi
-out=$1 images=${2-} left=${BUDGET:-300}
+out=${1:?name the folder of the results} images=${2-} left=${BUDGET:-300}
 mkdir -p "$out"
 
 if [ -z "$images" ]; then
@@ -53,7 +53,7 @@ while IFS=: read -r name _; do
     done_so_far+=${done_so_far:+,}$name
     if [ "$SECONDS" -ge "$left" ] || ! timeout $((left - SECONDS)) "$PYTHON" "$root/study.py" \
         --data_dir "$images" --output_dir "$scratch/study" --cache_dir "$scratch/cache" --arms_file "$out/arms.txt" \
-        --arms "$done_so_far" $sizes ${IMAGENET:+--imagenet "$IMAGENET"} >> "$out/study.log" 2>&1; then
+        --arms "$done_so_far" $sizes ${IMAGENET:+--imagenet "$IMAGENET"} >> "$out/study.log" 2>&1 < /dev/null; then
         echo "$name: failed or out of time after $SECONDS s, see $out/study.log"
         exit 1
     fi
