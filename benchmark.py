@@ -6,6 +6,7 @@
     python benchmark.py memory                          # peak memory of extraction, 50 and 500 images
     python benchmark.py masks                           # quality, not speed
     python benchmark.py step                            # or loop, views, resume; see the flags for a GPU
+    python benchmark.py profile                         # where a step's time goes, gaps between kernels
     python benchmark.py showing --steps 400             # what progress, wandb, pictures and report cost
     python benchmark.py all                             # all but memory, masks and showing
 
@@ -26,6 +27,8 @@ loop: the whole training step against what a user of lightly would write
     fp32      lightly without AMP
 views: both views of a batch against
     kornia    the same kinds of views from float tiles that lie on the device already
+profile: kernels of a step by time, and the share of the time in which none runs (no timing against a
+    baseline; on the CPU operators stand for kernels).
 resume: writing and reading the complete state.
 showing: the main script as a user starts it, with progress, wandb offline, pictures and report, against
     nothing   the same with all of it switched off
@@ -35,7 +38,7 @@ a step after the step).
 Contents
     1 Extraction    baselines, the cache, memory
     2 Masks         phantoms with traps, encodings, inserted clusters
-    3 Training      step, loop, views, resume, showing
+    3 Training      step, loop, views, profile, resume, showing
     4 Entry         flags, main
 """
 
@@ -44,6 +47,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import math
 import multiprocessing
 import resource
@@ -362,12 +366,15 @@ def benchmark_clusters(count: int) -> None:
 # ---- 3 Training ------------------------------------------------------------------------------------
 
 TRAIN_PHANTOMS, TRAIN_SIZE, TRAIN_SPACING = 6, (2048, 1664), 0.146  # rows, columns, mm per pixel
+PRODUCT_SIDES = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matrix product
 WARM_UP = 3  # steps that are not timed
+PROFILED = 5  # steps of a profile, which reads no metrics
+KERNELS_SHOWN = 25  # lines of it
 LOG_EVERY = 10  # steps between readings of the metrics
 
 
-def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mammo.Run:
-    """A training run on phantoms with tiles of one size, its cache built."""
+def training_phantoms(scratch: Path) -> Path:
+    """The folder of TRAIN_PHANTOMS in `scratch`, written where it is not there."""
     images = scratch / "images"
     if not images.is_dir():
         images.mkdir()
@@ -377,11 +384,16 @@ def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mamm
                 width=TRAIN_SIZE[1], spacing_mm=TRAIN_SPACING,
             )  # fmt: skip
             phantoms.write_png(images / f"{seed}.png", phantoms.make_phantom(spec).image)
+    return images
+
+
+def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mammo.Run:
+    """A training run on phantoms with tiles of one size, its cache built."""
     config = mammo.Config(
-        data_dir=str(images), cache_dir=str(scratch / "cache"), output_dir=str(scratch / "runs"),
-        run_name=f"tile{tile_size}", tile_size=tile_size, tile_stride=64, min_freq_energy=0,
-        pixel_spacing_mm=TRAIN_SPACING, backbone=options.backbone, weights="none",
-        view_size=options.view_size, batch_size=options.batch_size, monitor_tiles=2,
+        data_dir=str(training_phantoms(scratch)), cache_dir=str(scratch / "cache"),
+        output_dir=str(scratch / "runs"), run_name=f"tile{tile_size}", tile_size=tile_size,
+        tile_stride=64, min_freq_energy=0, pixel_spacing_mm=TRAIN_SPACING, backbone=options.backbone,
+        weights="none", view_size=options.view_size, batch_size=options.batch_size, monitor_tiles=2,
         device=options.device, precision=options.precision, grad_checkpoint=options.grad_checkpoint,
         freq_loss_weight=0, structure_loss_weight=0,
     )  # fmt: skip
@@ -477,7 +489,7 @@ def utilisation(run: mammo.Run, seconds: float) -> tuple[float, float]:
         mammo.BYOL(run.model, run.config)(views)[0].backward()
     run.model.grad_checkpoint = run.config.grad_checkpoint
     run.model.zero_grad()
-    side = 8192 if run.device.type == "cuda" else 2048
+    side = PRODUCT_SIDES[run.device.type]
     factors = [torch.randn(side, side, device=run.device) for _ in range(2)]
     with run.autocast():
         kind = (factors[0][:1] @ factors[1]).dtype
@@ -652,43 +664,107 @@ def sides_of(
     }
 
 
-def print_shares(run: mammo.Run, whole: float, options: argparse.Namespace) -> None:
-    """Print each part's share of a step of `whole` seconds, and how much of the arithmetic is used."""
+def print_shares(run: mammo.Run, whole: float, options: argparse.Namespace) -> dict[str, float]:
+    """Print and return each part's share of a step of `whole` seconds, and of the arithmetic."""
     parts = {
-        name: min(time_steps(part, options.steps, run.device) for _ in range(options.repeats))
+        name: min(time_steps(part, options.steps, run.device) for _ in range(options.repeats)) / whole
         for name, part in parts_of_step(run).items()
     }
-    shares = ", ".join(f"{name} {seconds / whole:.3f}" for name, seconds in parts.items())
     used, ceiling = utilisation(run, whole)
-    print(f"  shares: {shares}")
+    print(f"  shares: {', '.join(f'{name} {share:.3f}' for name, share in parts.items())}")
     print(f"  model's arithmetic / matrix product's {used:.2f}, of {ceiling / 1e12:.2f} TFLOP/s")
+    return {**parts, "arithmetic": used}
+
+
+def device_events(run: mammo.Run) -> list[tuple[str, float, float, float]]:
+    """Kernels of PROFILED whole steps by start: name, start, end, own time, all in seconds.
+
+    On the CPU operators, of which some hold others.
+    """
+    kinds = torch.profiler.ProfilerActivity
+    on_gpu = run.device.type == "cuda"
+    step = whole_step(run)
+    for index in range(WARM_UP):
+        step(index)
+    wait_for(run.device)
+    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])]) as profiler:
+        for index in range(PROFILED):
+            step(WARM_UP + index)
+        wait_for(run.device)
+    found = []
+    for event in profiler.events():
+        # Ranges that a program names (optimiser, compiled graph) are drawn over the gaps too.
+        named = getattr(event, "is_user_annotation", False)
+        if (event.device_type.name == "CUDA") == on_gpu and not named:
+            start, end = event.time_range.start / 1e6, event.time_range.end / 1e6
+            own = end - start if on_gpu else event.self_cpu_time_total / 1e6
+            found.append((event.name, start, end, own))
+    return sorted(found, key=lambda event: event[1])
+
+
+def print_profile(run: mammo.Run) -> dict[str, float]:
+    """Print the kernels that take longest; return kernels a step and the share of time without any."""
+    events, busy, until = device_events(run), 0.0, -math.inf
+    totals: dict[str, tuple[float, int]] = {}
+    for name, start, end, own in events:
+        seconds, count = totals.get(name, (0.0, 0))
+        totals[name] = seconds + own, count + 1
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    gaps = 1 - busy / (until - events[0][1])
+    kernels = len(events) / PROFILED
+    print(f"  {kernels:.0f} kernels a step, none runs for {gaps:.3f} of the time")
+    for name, (seconds, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:KERNELS_SHOWN]:
+        print(f"    {1e3 * seconds / PROFILED:8.3f} ms {count / PROFILED:6.1f} x {name[:80]}")
+    return {"kernels": kernels, "gaps": gaps}
+
+
+def time_sides(
+    run: mammo.Run, scratch: Path, what: Sequence[str], options: argparse.Namespace
+) -> tuple[dict[str, float], int]:
+    """Seconds a step of each side, timed in turn, and the bytes of GPU memory that the loop takes."""
+    seconds: dict[str, float] = {}
+    peak, device = 0, run.device
+    for _ in range(options.repeats):
+        for name, make_step in sides_of(run, scratch, what).items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            turn = time_steps(make_step(), options.steps, device)
+            seconds[name] = min(turn, seconds.get(name, turn))
+            if device.type == "cuda" and name == "whole":
+                peak = torch.cuda.max_memory_allocated(device)
+    return seconds, peak
+
+
+def save_figures(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Add a line to the file of --figures, where one is given."""
+    if options.figures:
+        with open(options.figures, "a") as file:
+            file.write(json.dumps({"stage": "training", **figures}) + "\n")
 
 
 def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequence[str]) -> None:
-    """Print tiles per second and ratios of `step`, `loop` and `views`, each with its baselines."""
-    for tile_size in dict.fromkeys((options.view_size, 4 * options.view_size)):
+    """Print tiles per second and ratios of `step`, `loop`, `views`, and what `profile` shows."""
+    sizes = (options.tile_size,) if options.tile_size else (options.view_size, 4 * options.view_size)
+    for tile_size in dict.fromkeys(sizes):
         run = open_run(options, scratch, tile_size)
         batch, device = options.batch_size, run.device
+        precision = devices.precision_name(run.config.precision, device)
         print(
             f"{options.backbone}, tiles of {tile_size} px, views of {run.config.view_side} px, "
-            f"batch {batch}, {device.type}, {devices.precision_name(run.config.precision, device)}"
+            f"batch {batch}, {device.type}, {precision}"
         )
-        seconds: dict[str, float] = {}
-        peak = 0
-        for _ in range(options.repeats):
-            for name, make_step in sides_of(run, scratch, what).items():
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                turn = time_steps(make_step(), options.steps, device)
-                seconds[name] = min(turn, seconds.get(name, turn))
-                if device.type == "cuda" and name == "whole":
-                    peak = torch.cuda.max_memory_allocated(device)
+        seconds, peak = time_sides(run, scratch, what, options)
+        names = "backbone tile_size view_size batch_size".split()
+        figures: dict[str, Any] = {name: getattr(run.config, name) for name in names}
+        figures |= {"precision": precision, "seconds": seconds, "peak_bytes": peak}
+        save_figures(options, figures)  # what follows may be cut short
         if "whole" in seconds:
             bare, whole = seconds["bare"], seconds["whole"]
             print(f"  bare step {batch / bare:.1f} tiles/s, loop {batch / whole:.1f}", end="")
             print(f", loop / bare {whole / bare:.3f}")
         if "step" in what:
-            print_shares(run, whole, options)
+            figures["shares"] = print_shares(run, whole, options)
         if "loop" in what:
             for name in ("lightly", "alike", "fp32"):
                 print(
@@ -699,6 +775,9 @@ def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequenc
             print(f"  views {1e3 * ours:.1f} ms a batch, kornia / ours {kornia / ours:.2f}")
         if peak:
             print(f"  peak memory of the loop {peak / 2**30:.1f} GiB")
+        if "profile" in what:
+            figures["profile"] = print_profile(run)
+        save_figures(options, figures)
 
 
 def benchmark_resume(options: argparse.Namespace, scratch: Path) -> None:
@@ -744,11 +823,11 @@ def benchmark_showing(options: argparse.Namespace, scratch: Path) -> None:
 # ---- 4 Entry ---------------------------------------------------------------------------------------
 
 
-COMMANDS = "extraction memory masks step loop views resume showing all".split()
+COMMANDS = "extraction memory masks step loop views profile resume showing all".split()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark named on the command line."""
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, and the benchmark as `what`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -756,7 +835,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", help="folder of mammograms; default: phantoms")
     parser.add_argument("--images", type=int, default=8, help="number of phantoms")
     parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--view_size", type=int, default=128, help="px; tiles are that and 4 times that")
+    parser.add_argument("--view_size", type=int, default=128, help="px")
+    parser.add_argument("--tile_size", type=int, default=0, help="px; 0: the view's, and 4 times that")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--device", default="auto")
@@ -764,10 +844,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grad_checkpoint", action="store_true")
     parser.add_argument("--seeds", type=int, default=20, help="phantoms of each trap")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, the best counts")
-    options = parser.parse_args(argv)
+    parser.add_argument("--figures", default="", help="file that gets a line of JSON for each setting")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark named on the command line."""
+    options = parse_options(argv)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        if options.what in ("step", "loop", "views"):
+        if options.what in ("step", "loop", "views", "profile"):
             benchmark_training(options, scratch, [options.what])
         elif options.what == "resume":
             benchmark_resume(options, scratch)

@@ -56,7 +56,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from lightly.loss import NegativeCosineSimilarity, VICRegLoss
+from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
 from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
@@ -82,7 +82,7 @@ from byol_mammo import (
 )
 from byol_mammo.checkpoints import load_backbone  # noqa: F401 - others import it from here
 from byol_mammo.images import ImageReadError
-from byol_mammo.objectives import Objective, ParameterGroup, feature_std, rankme
+from byol_mammo.objectives import Objective, ParameterGroup, VICReg, feature_std, rankme
 from byol_mammo.settings import MammoError, StoppedError
 from byol_mammo.specks import speck_peaks
 
@@ -1055,19 +1055,27 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
 
 
 def cut_regions(tiles: MammogramTiles, ids: np.ndarray, reach: int) -> Tensor:
-    """Grey values around tiles `ids` (B,): (B, 1, 2 reach, 2 reach) float32, 0 off the image."""
-    side = 2 * reach
-    regions = torch.zeros((len(ids), side, side), dtype=tiles.pixels.dtype, device=tiles.pixels.device)
-    corner = np.floor(tiles.centre[ids]).astype(int) - reach
-    for region, (x, y), (offset, height, width) in zip(
-        regions, corner.tolist(), tiles.layout[ids].tolist(), strict=True
-    ):
-        left, top, right, bottom = max(x, 0), max(y, 0), min(x + side, width), min(y + side, height)
-        crop = tiles.pixels[offset : offset + height * width].view(height, width)[top:bottom, left:right]
-        region[top - y : bottom - y, left - x : right - x] = crop
-    if regions.dtype == torch.int16:
-        regions = regions.int().bitwise_and_(0xFFFF)  # the bits of a uint16
-    return regions.float().unsqueeze(1)
+    """Grey values around tiles `ids` (B,): (B, 1, 2 reach, 2 reach) float32, 0 off the image.
+
+    One gather of rows, however many tiles: on a GPU the launch of a kernel for each would cost more.
+    """
+    pixels, side = tiles.pixels, 2 * reach
+    put = functools.partial(devices.to_device, device=pixels.device)
+    corner = np.floor(tiles.centre[ids]).astype(np.int64) - reach
+    x, y = corner.T[..., None] + np.arange(side)  # (B, side) each
+    offset, height, width = tiles.layout[ids].T[..., None]
+    start = (offset + y.clip(0, height - 1) * width + x[:, :1]).ravel()
+    # All runs of `side` pixels, as a view: places of pixels would take more memory than the pixels do.
+    runs = pixels.unfold(0, side, 1)
+    place = start.clip(0, len(runs) - 1)
+    rows = runs.index_select(0, put(place))
+    # A run that begins before the first pixel or ends behind the last, if there is one, pixel by pixel.
+    beyond = np.flatnonzero(place != start)
+    places = (start[beyond, None] + np.arange(side)).clip(0, len(pixels) - 1)
+    rows.index_copy_(0, put(beyond), pixels[put(places)])
+    lines, columns = put(np.stack([(y >= 0) & (y < height), (x >= 0) & (x < width)]))
+    regions = rows.view(-1, 1, side, side).mul_(lines[:, None, :, None]).mul_(columns[:, None, None])
+    return (regions.view(torch.uint16) if regions.dtype == torch.int16 else regions).float()
 
 
 def adjust_photometry(view: Tensor, spec: ViewSpec, rng: np.random.Generator) -> Tensor:
@@ -1252,7 +1260,7 @@ class BYOL(Objective):
         super().__init__(model)
         self.config = config
         self.criterion = NegativeCosineSimilarity()
-        self.vicreg = VICRegLoss(gather_distributed=True)
+        self.vicreg = VICReg(gather_distributed=True)
 
     def trained(self) -> list[ParameterGroup]:
         """The online network, as far as a loss asks for it."""

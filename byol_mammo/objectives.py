@@ -8,7 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from lightly.loss.vicreg_loss import VICRegLoss, invariance_loss, variance_loss
+from lightly.utils.dist import gather
+from torch import Tensor, distributed, nn
 
 
 class ParameterGroup(NamedTuple):
@@ -56,6 +58,32 @@ class Objective(nn.Module, ABC):
     def own_state(self) -> dict[str, Tensor]:
         """What a resumption needs beyond the model."""
         return {name: v for name, v in self.state_dict().items() if not name.startswith("model.")}
+
+
+class VICReg(VICRegLoss):
+    """lightly's VICRegLoss without the mask by which it picks what is off the covariance's diagonal.
+
+    How many a mask picks the GPU alone knows: the host would wait for it.
+    """
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """The loss of projections (B, D) of two views, variance and covariance over all ranks."""
+        agreement = invariance_loss(z_a, z_b)
+        if self.gather_distributed and distributed.is_initialized():
+            z_a, z_b = torch.cat(gather(z_a)), torch.cat(gather(z_b))
+        spread = 0.5 * (variance_loss(z_a, self.eps) + variance_loss(z_b, self.eps))
+        shared = covariance_loss(z_a) + covariance_loss(z_b)
+        return self.lambda_param * agreement + self.mu_param * spread + self.nu_param * shared
+
+
+def covariance_loss(x: Tensor) -> Tensor:
+    """Squares of the covariance of (B, D) off its diagonal, over D (eq. 4 of Bardes et al. 2022)."""
+    x = x - x.mean(dim=0)
+    covariance = torch.einsum("bc,bd->cd", x, x) / (len(x) - 1)
+    dim = len(covariance)
+    # Without the last element, rows of dim + 1 begin with the diagonal.
+    others = covariance.flatten()[:-1].view(dim - 1, dim + 1)[:, 1:].flatten()
+    return others.square().sum() / dim
 
 
 def feature_std(features: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ RESNET18 = ("--backbone", "resnet18")
 # Files that take longest go first, so that both processes end together; the order changes no result.
 LONGEST = (
     "test_readme test_full_disk test_pipeline test_killed_processes test_broken_images test_notebook "
-    "test_image_mask test_tracking test_report test_classifier test_security test_training"
+    "test_gpu_scripts test_image_mask test_tracking test_report test_classifier test_security "
+    "test_training"
 ).split()
 
 

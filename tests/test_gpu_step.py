@@ -83,7 +83,7 @@ def gpu_run(folder, monkeypatch, *flags):
     model = mammo.MammogramBYOL(
         mammo.checkpoints.build_backbone(small_network.NAME), small_network.WIDTH, 64, 32
     )
-    objective: mammo.Objective = mammo.BYOL(model, mammo.Config())
+    objective: mammo.Objective = mammo.BYOL(model, config)
     if config.freq_loss_weight:
         objective = target_objective(model, 32)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -114,7 +114,9 @@ def gpu_run(folder, monkeypatch, *flags):
     return run, mode
 
 
-@pytest.mark.parametrize("flags", [(), ("--optimizer", "lars"), ("--freq_loss_weight", "1")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--optimizer", "lars"), ("--freq_loss_weight", "1"), ("--vicreg_weight", "1")]
+)
 def test_a_step_stays_on_the_gpu_and_waits_for_nothing(tmp_path, monkeypatch, no_gpu_is_asked, flags):
     run, mode = gpu_run(tmp_path, monkeypatch, *flags)
     with mode, NoCopyFromTheHost():
@@ -122,6 +124,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_nothing(tmp_path, monkeypatch, no
     assert run.step == 2
     names = {"loss", "feature_std"}
     names |= {"freq_loss", "structure_loss"} if "--freq_loss_weight" in flags else set()
+    names |= {"vicreg_loss"} if "--vicreg_weight" in flags else set()
     for metrics in found:
         tensors = {name: value for name, value in metrics.items() if isinstance(value, torch.Tensor)}
         assert set(tensors) == names
@@ -149,6 +152,22 @@ def test_pixels_beyond_the_gpus_memory_are_cut_by_the_host_and_seen_on_the_gpu(
         view = mammo.make_view(run.tiles, np.arange(4), mammo.VIEW_2, 32, device=GPU).image
     assert len(steps) == run.steps_per_epoch
     assert view.device == GPU
+
+
+@pytest.mark.parametrize("flags", [(), ("--vicreg_weight", "1")])
+def test_a_batch_of_more_tiles_takes_no_more_operators(archive, tmp_path, flags):
+    """Each is a kernel or a few on a GPU, where a small network waits for their launches."""
+    counts = []
+    for batch in (8, 32):
+        size = ("--batch_size", str(batch), "--device", "cpu")
+        run = real_run(archive, tmp_path / str(batch), *size, *flags)
+        ids = next(mammo.batches(run))[0]
+        mammo.train_step(run, ids)  # the optimiser makes its state
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            mammo.train_step(run, ids)
+        counts.append({e.key: e.count for e in profiler.key_averages() if e.key.startswith("aten::")})
+    assert counts[0] == counts[1]
+    assert counts[0]["aten::convolution"] > 10
 
 
 def test_bf16_is_what_the_gpu_multiplies_in(tmp_path, monkeypatch, no_gpu_is_asked):
@@ -284,7 +303,8 @@ def test_a_step_compiles_into_one_graph_that_gives_the_same_numbers():
     )
     images = torch.randn(2, 4, 1, 64, 64)
     views = [mammo.View(spec.kind, x, x.sigmoid()) for spec, x in zip(mammo.VIEWS, images, strict=True)]
-    for objective in (mammo.BYOL(model, mammo.Config()), target_objective(model, 64)):
+    spread = mammo.BYOL(model, mammo.Config(vicreg_weight=0.1))
+    for objective in (mammo.BYOL(model, mammo.Config()), spread, target_objective(model, 64)):
         compiled = torch.compile(objective, backend="eager", fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
             loss, metrics = compiled(views)

@@ -107,6 +107,18 @@ def test_vicreg_beside_it_is_lightlys_of_the_projections_in_fp32(precision):
     assert with_it.model.projection_head.layers[0].weight.grad.abs().sum() > 0
 
 
+def test_vicreg_has_lightlys_numbers_and_gradients():
+    torch.manual_seed(0)
+    for shape in ((2, 2), (8, 5), (33, 64)):
+        a, b = (torch.randn(shape).mul(3).requires_grad_() for _ in range(2))
+        found, expected = mammo.VICReg()(a, b), VICRegLoss()(a, b)
+        assert torch.equal(found, expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(found, (a, b)), torch.autograd.grad(expected, (a, b)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_gradient_reaches_the_online_network_alone():
     model, (a, b) = small_model(), views()
     mammo.BYOL(model, mammo.Config())(as_views(a, b))[0].backward()

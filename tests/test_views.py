@@ -64,6 +64,55 @@ def test_gather_equals_a_float64_reference_warp(tiles, spec, reduce):
         assert np.abs(view[0].numpy() - expected).max() < 1e-3
 
 
+def regions_by_slices(tiles, ids, reach):
+    """What cut_regions must give, tile after tile."""
+    side, grey = 2 * reach, tiles.pixels.numpy()
+    grey = grey.view(np.uint16) if grey.dtype == np.int16 else grey
+    out = np.zeros((len(ids), 1, side, side), np.float32)
+    for region, (x, y), (offset, height, width) in zip(
+        out[:, 0],
+        np.floor(tiles.centre[ids]).astype(int) - reach,
+        tiles.layout[ids].tolist(),
+        strict=True,
+    ):
+        image = grey[offset : offset + height * width].reshape(height, width)
+        top, bottom, left, right = max(y, 0), min(y + side, height), max(x, 0), min(x + side, width)
+        region[top - y : bottom - y, left - x : right - x] = image[top:bottom, left:right]
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("reduce", "reach"), [(1, 19), (1, 27), (1, 60), (2, 13)])
+def test_regions_are_slices_of_their_images_and_0_off_them(dtype, reduce, reach):
+    """Tiles touch all borders of the images and the ends of the pixel array; some regions are wider."""
+    sizes = [(50, 40), (33, 90), (64, 34)]
+    offsets = np.cumsum([0, *(height * width for height, width in sizes)])
+    pixels = np.random.default_rng(0).integers(1, np.iinfo(dtype).max + 1, offsets[-1]).astype(dtype)
+    images = pd.DataFrame(sizes, columns=["height", "width"]).assign(
+        offset=offsets[:-1], x0=0, y0=0, low=0, high=9
+    )
+    pixels = pixels[: sum(-(-height // reduce) * -(-width // reduce) for height, width in sizes)]
+    places = [
+        {"image": index, "x": x, "y": y}
+        for index, (height, width) in enumerate(sizes)
+        for x in (0, (width - 32) // 2, width - 32)
+        for y in (0, height - 32)
+    ]
+    tiles = mammo.MammogramTiles(pixels, images, pd.DataFrame(places), 32, reduce)
+    ids = np.random.default_rng(1).permutation(len(places))
+    expected = regions_by_slices(tiles, ids, reach)
+    assert torch.equal(mammo.cut_regions(tiles, ids, reach), expected)
+    assert 0.05 < (expected == 0).float().mean() < 0.95
+
+
+def test_a_subset_gives_the_views_of_its_tiles_to_the_bit(tiles):
+    ids = np.arange(len(tiles))[::-3]
+    for spec in SPECS.values():
+        whole = mammo.make_view(tiles, ids, spec, 32, (5,)).image
+        part = mammo.make_view(tiles.subset(ids), np.arange(len(ids)), spec, 32, (5,)).image
+        assert torch.equal(whole, part)
+
+
 def test_plain_view_is_the_tile(archive, tiles):
     ids = np.arange(4)
     view = mammo.make_view(tiles, ids, mammo.PLAIN_VIEW, 128).image * mammo.GREY_STD + mammo.GREY_MEAN
