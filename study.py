@@ -185,9 +185,9 @@ def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> 
     folder = Path(settings.output_dir) / f"{arm}.seed{seed}"
     epochs = settings.steps // settings.epoch_steps // settings.points  # from point to point
     start = ("random", seed)
-    if "imagenet" in words and settings.imagenet:
+    if settings.imagenet:
         words = [settings.imagenet if word == "imagenet" else word for word in words]
-        start = ("imagenet", 0)
+        start = ("imagenet", 0) if settings.imagenet in words else start
     points = [
         Point(
             arm,

@@ -56,10 +56,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from lightly.loss import NegativeCosineSimilarity
-from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
-from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
-from lightly.utils.scheduler import cosine_schedule, cosine_warmup_schedule
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -82,6 +78,16 @@ from byol_mammo import (
 )
 from byol_mammo.checkpoints import load_backbone  # noqa: F401 - others import it from here
 from byol_mammo.images import ImageReadError
+from byol_mammo.lightly_parts import (
+    BYOLPredictionHead,
+    BYOLProjectionHead,
+    NegativeCosineSimilarity,
+    cosine_schedule,
+    cosine_warmup_schedule,
+    deactivate_requires_grad,
+    get_weight_decay_parameters,
+    update_momentum,
+)
 from byol_mammo.objectives import Objective, ParameterGroup, VICReg, feature_std, rankme
 from byol_mammo.settings import MammoError, StoppedError
 from byol_mammo.specks import speck_peaks

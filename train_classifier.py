@@ -43,7 +43,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torchvision.ops import nms
@@ -63,6 +62,7 @@ from byol_mammo import (
     sampling,
     tracking,
 )
+from byol_mammo.lightly_parts import cosine_warmup_schedule
 from byol_mammo.settings import exit_code, make_parser, parse_fields, setting_help
 from train_byol_mammo import MammoError
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightly.loss.vicreg_loss import VICRegLoss, invariance_loss, variance_loss
-from lightly.utils.dist import gather
 from torch import Tensor, distributed, nn
+
+from byol_mammo.lightly_parts import VICRegLoss, gather, invariance_loss, variance_loss
 
 
 class ParameterGroup(NamedTuple):

@@ -15,7 +15,7 @@ phantoms="--studies 40 --height 896 --width 704 --spacing_mm 0.27"
 sizes="--tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.27 --min_breast_ratio 0.6"
 sizes+=" --backbone resnet18 --batch_size 256 --steps 300 --points 3 --seeds 0"
 common="--precision auto"
-arms=${ARMS:-plain,structure,structure_vicreg,vicreg}
+arms=${ARMS:-plain,default,targets,vicreg}
 if [ "${1-}" = --dry_run ]; then
     shift
     phantoms="--studies 8 --height 440 --width 350 --spacing_mm 0.68"
