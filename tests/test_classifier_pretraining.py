@@ -126,6 +126,85 @@ def test_the_targets_are_learnt_and_stay_out_of_the_model(archive, name):
     assert "objective" not in torch.load(run.folder / "plain.pth")
 
 
+DEFAULTS = ("--freq_loss_weight", "0.25", "--structure_loss_weight", "-1")
+OBJECTIVES = {  # flags, and how the objective describes itself
+    "views with room": (DEFAULTS, "freq_loss x 0.25, structure_loss x 2, BYOL x 1; "),
+    "views without": ((*DEFAULTS, "--pixel_spacing_mm", "0.05"), "freq_loss x 0.25, BYOL x 1; "),
+    "plain": ((), "BYOL x 1; "),
+    "alone": (
+        (*DEFAULTS, "--byol_weight", "0"),
+        "freq_loss x 0.25, structure_loss x 2, targets alone; ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objective_says_what_it_asks_for(archive, name):
+    flags, said = OBJECTIVES[name]
+    run = open_run(archive, *flags, "--run_name", name)
+    described = run.objective.describe(run.total_steps)
+    assert described.startswith(said)
+    assert described.endswith("backbone: the batch's statistics, lr x 1, rests 0 steps")
+
+
+def test_the_defaults_are_those_that_were_tried():
+    config = mammo.Config()
+    asked = dict(zip(DEFAULTS[::2], map(float, DEFAULTS[1::2]), strict=True))
+    assert asked == {
+        "--freq_loss_weight": config.freq_loss_weight,
+        "--structure_loss_weight": config.structure_loss_weight,
+    }
+
+
+def test_the_targets_alone_leave_byols_heads_as_they_are(archive, tmp_path):
+    flags = (
+        *DEFAULTS,
+        "--byol_weight",
+        "0",
+        "--run_name",
+        "alone",
+        "--epochs",
+        "1",
+        "--report_every",
+        "5",
+    )
+    before = open_run(archive, *flags).model.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    folder = mammo.train(small_config(archive, *flags))
+    after = torch.load(folder / "mammogram_byol_final.pth")["model_state_dict"]
+    for part in ("projection_head", "prediction_head"):
+        names = [name for name in before if name.startswith(f"{part}.") and name.endswith("weight")]
+        assert names
+        assert all(torch.equal(before[name], after[name]) for name in names)
+    assert not torch.equal(before["backbone.conv1.weight"], after["backbone.conv1.weight"])
+    table = pd.read_csv(folder / "metrics.csv")
+    weighted = 0.25 * table["freq_loss"] + 2 * table["structure_loss"]
+    np.testing.assert_allclose(table["loss"].dropna(), weighted.dropna(), rtol=1e-4)
+    assert cv2.imread(str(folder / "targets.png")) is not None
+    assert "targets" in (folder / "report.html").read_text()
+
+
+def test_nothing_to_learn_is_refused(archive):
+    with pytest.raises(mammo.MammoError, match="nothing to learn"):
+        small_config(archive, "--byol_weight", "0")
+
+
+def test_the_heads_learn_before_a_trained_backbone(archive, tmp_path):
+    start = open_run(archive, "--run_name", "start").model.backbone
+    checkpoint = tmp_path / "start.pth"
+    torch.save(start.state_dict(), checkpoint)
+    flags = ("--run_name", "kept", "--weights", str(checkpoint), "--warmup_frozen_steps", "2")
+    run = open_run(archive, *flags, "--warmup_epochs", "0")
+    kept = {name: value.clone() for name, value in run.model.backbone.state_dict().items()}
+    head = run.model.projection_head.state_dict()["layers.0.weight"].clone()
+    for step in range(3):
+        mammo.train_step(run, run.train_ids[:8])
+        now = run.model.backbone.state_dict()
+        assert torch.equal(now["conv1.weight"], kept["conv1.weight"]) == (step < 2)
+        assert torch.equal(now["bn1.running_mean"], kept["bn1.running_mean"])
+    assert not torch.equal(run.model.projection_head.state_dict()["layers.0.weight"], head)
+
+
 def test_with_the_targets_stopped_and_resumed_equals_uninterrupted(archive, tmp_path):
     (tmp_path / "images").symlink_to(archive / "images")
     shutil.copytree(archive / "cache", tmp_path / "cache")
