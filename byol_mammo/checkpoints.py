@@ -66,7 +66,8 @@ def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
     checkpoint of this script, safetensors). Raises MammoError with the remedy where weights can't be
     had or don't fit.
     """
-    backbone = build_timm(name) if name.startswith(TIMM) else build_torchvision(name)
+    known = str(name)  # of a stranger's checkpoint it may be anything
+    backbone = build_timm(known) if known.startswith(TIMM) else build_torchvision(known)
     if weights == "imagenet":
         load_backbone_state(backbone, imagenet_state(name), "imagenet")
     elif weights != "none":
@@ -76,7 +77,7 @@ def build_backbone(name: str = "resnet50", weights: str = "none") -> nn.Module:
 
 def build_torchvision(name: str) -> nn.Module:
     """A torchvision ResNet with random weights and an identity for `fc`."""
-    if name not in torchvision.models.list_models():  # of a stranger's checkpoint
+    if name not in torchvision.models.list_models():
         raise MammoError(f"torchvision has no model {name!r}")
     backbone = torchvision.models.get_model(name, weights=None)
     if not hasattr(backbone, "fc"):
