@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import lite0_weights
 import numpy as np
 import pytest
 import timm
@@ -75,6 +76,19 @@ def test_weights_of_a_file_are_those_that_timm_saves(tmp_path):
     backbone = checkpoints.build_backbone(NAMES[0], str(tmp_path / "w.pth"))
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, network.state_dict()[key])
+
+
+def test_the_packaged_imagenet_weights_are_those_of_the_network(tmp_path):
+    """Trained features tell two patterns apart more than two pictures of one pattern."""
+    path = tmp_path / "lite0.pth"
+    assert lite0_weights.main(str(path)) == 0
+    backbone = checkpoints.build_backbone("timm:tf_efficientnet_lite0", str(path)).eval()
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(96.0), indexing="ij")
+    stripes = [torch.sin(0.5 * line + shift) for line in (x, y) for shift in (0, 1.5)]
+    with torch.no_grad():
+        found = backbone(torch.stack(stripes)[:, None].expand(-1, 3, -1, -1))
+    alike = torch.corrcoef(found)
+    assert min(alike[0, 1], alike[2, 3]) > max(alike[0, 2], alike[1, 3]) + 0.05
 
 
 @pytest.mark.parametrize(
