@@ -223,7 +223,7 @@ def in_turn(table: pd.DataFrame, by: str) -> pd.DataFrame:
 def draw_views(columns: dict[str, np.ndarray], path: Path) -> None:
     """views.png: a column for each title, a row for each tile of (count, S, S) grey values."""
     rows = len(next(iter(columns.values())))
-    figure, panels = panel_grid(len(columns) * rows, len(columns), 2.0)
+    figure, panels = panel_grid(len(columns) * rows, len(columns), 6 / len(columns))
     for index, axes in enumerate(panels):
         row, column = divmod(index, len(columns))
         title = list(columns)[column]

@@ -255,10 +255,10 @@ class StructureHead(Head):
 
     @torch.no_grad()
     def shown(self, found: Tensor, sharp: Tensor) -> list[Tensor]:
-        """Strongest convergence for a picture, each (B, n, n): at each place, in each of the finest
-        cells, and in those as the head tells it."""
-        discs = len(DISC_RADII)
+        """Strongest convergence over the discs of masses for a picture, each (B, n, n): at each place,
+        in each of the finest cells, and in those as the head tells it."""
+        shown = slice(DISC_RADII.index(5.0), len(DISC_RADII))  # smaller ones find some in every cell
         maps = self.maps(sharp)
         cells = F.adaptive_max_pool2d(maps, self.cells[0])
         told = self(found)[0] * self.get_buffer("deviation0") + self.get_buffer("mean0")
-        return [part[:, :discs].amax(1) for part in (maps, cells, told)]
+        return [part[:, shown].amax(1) for part in (maps, cells, told)]
