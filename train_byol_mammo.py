@@ -1762,7 +1762,7 @@ def train_step(
     lr = learning_rate(run.step, run.total_steps, run.steps_per_epoch, config, processes)
     frozen = run.step < config.frozen_steps(run.total_steps)
     for group in run.optimizer.param_groups:
-        # Not by requires_grad: what runs differ by in their middle, DDP and torch.compile would trip on.
+        # Not by requires_grad, whose change in the middle of a run DDP and torch.compile trip on.
         group["lr"] = 0.0 if frozen and group["rests"] else lr * group["lr_factor"]
     source, places = (run.tiles, ids) if tiles is None else (tiles, np.arange(len(ids)))
     views = make_views(run, source, places, (config.seed, run.step, run.ranks.rank))
