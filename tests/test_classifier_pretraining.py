@@ -187,6 +187,9 @@ def test_the_targets_alone_leave_byols_heads_as_they_are(archive, tmp_path):
 def test_nothing_to_learn_is_refused(archive):
     with pytest.raises(mammo.MammoError, match="nothing to learn"):
         small_config(archive, "--byol_weight", "0")
+    no_room = ("--structure_loss_weight", "-1", "--pixel_spacing_mm", "0.05", "--run_name", "no_room")
+    with pytest.raises(mammo.MammoError, match="leave nothing to learn"):
+        open_run(archive, "--byol_weight", "0", *no_room)
 
 
 def test_the_heads_learn_before_a_trained_backbone(archive, tmp_path):
