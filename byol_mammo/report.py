@@ -346,7 +346,7 @@ def print_end(folder: Path, step: int, healthy: bool, with_report: bool) -> None
     print(f"finished at step {step}. Open in {folder}:")
     if with_report:
         print("  report     report.html")
-        print("  pictures   segmentation.png grid.png tiles.png views.png curves.png embedding.png")
+        print(f"  pictures   {' '.join(name for name in CAPTIONS if (Path(folder) / name).is_file())}")
     print("  numbers    metrics.csv summary.json config.json")
     print(
         "  models     mammogram_byol_best.pth mammogram_byol_final.pth backbone.safetensors", flush=True
