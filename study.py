@@ -506,14 +506,14 @@ def classic_features(settings: Settings) -> Features:
     """Convergence and blobs of each tile, strongest and mean (targets.StructureMaps), and its specks;
     nothing learns."""
     side = settings.view_size or settings.tile_size
-    taps = torch.tensor(targets.SPECK_TAPS)
+    specks = targets.SpeckMaps(side)
 
     def call(tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
         spacing = tiles.images["spacing_mm"].median() if "spacing_mm" in tiles.images else 1.0
         maps, out = targets.StructureMaps(side, float(spacing) * tiles.tile_size / side), []
         for part in np.array_split(ids, max(1, len(ids) // 64)):
             sharp = mammo.make_view(tiles, part, mammo.PLAIN_VIEW, side).sharp
-            found = [maps(sharp), targets.speck_targets(sharp, taps)]
+            found = [maps(sharp), specks(sharp)]
             out.append(torch.cat([f(x) for x in found for f in (_strongest, _mean)], dim=1))
         return torch.cat(out).numpy()
 

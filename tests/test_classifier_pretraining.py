@@ -54,7 +54,7 @@ def tissue_views(count=4, size=128, seed=0):
 
 
 def speck_targets(sharp):
-    return mammo.targets.speck_targets(sharp, torch.tensor(mammo.targets.SPECK_TAPS))
+    return mammo.targets.SpeckMaps(sharp.shape[-1])(sharp)
 
 
 def test_specks_stand_out_in_their_own_cell_and_lines_do_not():
