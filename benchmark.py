@@ -21,12 +21,15 @@ masks: breast masks, bit depths and clusters of specks on phantoms with exact tr
 step: the whole training step (views, step, metrics), with the share of each part, against
     bare      the optimiser step on constant views that lie on the device already
     product   a large matrix product in the same precision: what the arithmetic can do
+    and of the step with the default objective, targets and all, against the same step of plain BYOL
 loop: the whole training step against what a user of lightly would write
     lightly   8-bit PNG tiles, Pillow, lightly's BYOLTransform, DataLoader workers, eager AMP
     alike     the same with our kinds of views: torchvision's rotation, perspective, photometry, blur
     fp32      lightly without AMP
 views: both views of a batch against
     kornia    the same kinds of views from float tiles that lie on the device already
+    and shortcuts: what the two views of a tile share that tells nothing of tissue (correlations);
+    with --data_dir, of that folder's tiles
 profile: kernels of a step by time, and the share of the time in which none runs (no timing against a
     baseline; on the CPU operators stand for kernels).
 resume: writing and reading the complete state.
@@ -71,7 +74,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
-from byol_mammo import checkpoints, device as devices, images as image_files, processes, report
+from byol_mammo import (
+    checkpoints,
+    device as devices,
+    images as image_files,
+    processes,
+    report,
+    shortcuts,
+)  # fmt: skip
 
 # ---- 1 Extraction ----------------------------------------------------------------------------------
 
@@ -368,6 +378,7 @@ def benchmark_clusters(count: int) -> None:
 TRAIN_PHANTOMS, TRAIN_SIZE, TRAIN_SPACING = 6, (2048, 1664), 0.146  # rows, columns, mm per pixel
 PRODUCT_SIDES = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matrix product
 WARM_UP = 3  # steps that are not timed
+SHORTCUT_BATCHES = 16  # whose views are compared
 PROFILED = 5  # steps of a profile, which reads no metrics
 KERNELS_SHOWN = 25  # lines of it
 LOG_EVERY = 10  # steps between readings of the metrics
@@ -388,9 +399,9 @@ def training_phantoms(scratch: Path) -> Path:
 
 
 def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mammo.Run:
-    """A training run on phantoms with tiles of one size, its cache built."""
+    """A training run on phantoms, or on the user's folder, with tiles of one size, its cache built."""
     config = mammo.Config(
-        data_dir=str(training_phantoms(scratch)), cache_dir=str(scratch / "cache"),
+        data_dir=options.data_dir or str(training_phantoms(scratch)), cache_dir=str(scratch / "cache"),
         output_dir=str(scratch / "runs"), run_name=f"tile{tile_size}", tile_size=tile_size,
         tile_stride=64, min_freq_energy=0, pixel_spacing_mm=TRAIN_SPACING, backbone=options.backbone,
         weights="none", view_size=options.view_size, batch_size=options.batch_size, monitor_tiles=2,
@@ -402,6 +413,17 @@ def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mamm
     config = mammo.match_input_dim(config, backbone)
     devices.set_determinism(config.deterministic, devices.choose_device(config.device))
     return mammo.prepare_run(config, backbone, mammo.build_cache(config), processes.Ranks())
+
+
+def with_targets(run: mammo.Run) -> mammo.Run:
+    """A run like another, with the main script's own objective in place of plain BYOL."""
+    config = dataclasses.replace(
+        run.config,
+        freq_loss_weight=mammo.FREQ_LOSS_WEIGHT,
+        structure_loss_weight=mammo.STRUCTURE_LOSS_WEIGHT,
+    )
+    backbone = checkpoints.build_backbone(config.backbone)
+    return mammo.prepare_run(config, backbone, run.tiles.cache, processes.Ranks())
 
 
 def wait_for(device: torch.device) -> None:
@@ -651,6 +673,7 @@ def sides_of(
     """Makers of the steps to be timed, by name."""
     size = run.config.view_side
     training = {"bare": lambda: bare_step(run), "whole": lambda: whole_step(run)}
+    objective = {"default": lambda: whole_step(with_targets(run))}
     plain = {
         "lightly": lambda: lightly_step(run, scratch, photograph_views(size), run.autocast),
         "alike": lambda: lightly_step(run, scratch, views_alike(size), run.autocast),
@@ -659,6 +682,7 @@ def sides_of(
     views = {"views": lambda: our_views(run), "kornia": lambda: kornia_views(run)}
     return {
         **(training if "step" in what or "loop" in what else {}),
+        **(objective if "step" in what else {}),
         **(plain if "loop" in what else {}),
         **(views if "views" in what else {}),
     }
@@ -674,6 +698,21 @@ def print_shares(run: mammo.Run, whole: float, options: argparse.Namespace) -> d
     print(f"  shares: {', '.join(f'{name} {share:.3f}' for name, share in parts.items())}")
     print(f"  model's arithmetic / matrix product's {used:.2f}, of {ceiling / 1e12:.2f} TFLOP/s")
     return {**parts, "arithmetic": used}
+
+
+def print_shortcuts(run: mammo.Run) -> dict[str, float]:
+    """Print and return what the two views of a tile share that tells nothing of tissue."""
+    source, views = endless_batches(run), []
+    for index in range(SHORTCUT_BATCHES):
+        ids, tiles = next(source)
+        places = ids if tiles is None else np.arange(len(ids))
+        views.append(mammo.make_views(run, tiles or run.tiles, places, (0, index, 0)))
+    images = [torch.cat([pair[number].image for pair in views]) for number in range(2)]
+    seen = [(image * mammo.GREY_STD + mammo.GREY_MEAN).cpu() for image in images]
+    found = shortcuts.correlations(*(grey.where(grey > 1e-4, 0.0) for grey in seen))  # rounded air
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+    print(f"  shared by the views of {len(seen[0])} tiles (correlation): {shown}")
+    return found
 
 
 def device_events(run: mammo.Run) -> list[tuple[str, float, float, float]]:
@@ -764,6 +803,8 @@ def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequenc
             print(f"  bare step {batch / bare:.1f} tiles/s, loop {batch / whole:.1f}", end="")
             print(f", loop / bare {whole / bare:.3f}")
         if "step" in what:
+            cost = seconds["default"] / whole
+            print(f"  default objective's step / plain BYOL's {cost:.3f}")
             figures["shares"] = print_shares(run, whole, options)
         if "loop" in what:
             for name in ("lightly", "alike", "fp32"):
@@ -773,6 +814,7 @@ def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequenc
         if "views" in what:
             ours, kornia = seconds["views"], seconds["kornia"]
             print(f"  views {1e3 * ours:.1f} ms a batch, kornia / ours {kornia / ours:.2f}")
+            figures["shortcuts"] = print_shortcuts(run)
         if peak:
             print(f"  peak memory of the loop {peak / 2**30:.1f} GiB")
         if "profile" in what:

@@ -54,7 +54,16 @@ from torch import Tensor
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
-from byol_mammo import files, images, labels as labelling, sampling, settings as flags, targets, tracking
+from byol_mammo import (
+    files,
+    images,
+    labels as labelling,
+    sampling,
+    settings as flags,
+    shortcuts,
+    targets,
+    tracking,
+)
 from byol_mammo.objectives import rankme
 from byol_mammo.settings import MammoError
 
@@ -575,28 +584,10 @@ def weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> n
 def nuisances(features: np.ndarray, ids: np.ndarray, data: classifier.LabelledTiles) -> dict[str, float]:
     """R^2 (out of fold, patients whole) with which features tell the share of air and the brightness of
     tiles `ids`, and the centred RankMe of up to 2,048 of them."""
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import GroupKFold, cross_val_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     parts = np.array_split(ids, max(1, len(ids) // 64))
     views = [mammo.make_view(data.tiles, part, mammo.PLAIN_VIEW, 32).sharp for part in parts]
-    pixels = torch.cat(views).flatten(1)
-    tissue = pixels > 0
-    known = {
-        "r2_air": 1 - tissue.float().mean(1),
-        "r2_brightness": pixels.sum(1) / tissue.sum(1).clamp_min(1),
-    }
-    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 6)))
-    scores = {
-        name: cross_val_score(model, features, value.numpy(), groups=data.groups[ids], cv=GroupKFold(3))
-        for name, value in known.items()
-    }
-    chosen = torch.from_numpy(features[:2048])
-    return {name: float(score.mean()) for name, score in scores.items()} | {
-        "rankme": float(rankme(chosen))
-    }
+    told = shortcuts.told_nuisances(features, torch.cat(views), data.groups[ids])
+    return told | {"rankme": float(rankme(torch.from_numpy(features[:2048])))}
 
 
 # ---- 5 Results -------------------------------------------------------------------------------------

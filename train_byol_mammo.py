@@ -1621,6 +1621,7 @@ def target_columns(run: Run, count: int = 4) -> dict[str, np.ndarray]:
     }
 
 
+NUISANCE_SIDE = 32  # px of a view that tells its air and brightness
 COLLAPSE_ADVICE = (
     "all tiles look alike to the network. Lower --lr, raise --batch_size or --momentum_base."
 )
@@ -1651,13 +1652,26 @@ def describe_run(run: Run, state: str, reason: str = "") -> dict[str, Any]:
     }
 
 
+def told_nuisances(run: Run) -> dict[str, float]:
+    """How well the monitor tiles' features tell what is of no use, as far as they are known."""
+    from byol_mammo import shortcuts
+
+    if run.features is None:
+        return {}
+    grey = make_view(run.tiles, run.monitor_ids, PLAIN_VIEW, NUISANCE_SIDE).sharp
+    image = run.tiles.table["image"].to_numpy()[run.monitor_ids]
+    studies = run.tiles.images["study_id"].to_numpy()[image]
+    return shortcuts.told_nuisances(run.features.numpy(), grey.cpu(), studies)
+
+
 def show_run(run: Run, tracker: tracking.Tracker, state: str = "running", reason: str = "") -> None:
     """Bring summary.json, pictures and report.html up to date. A failure is a note and ends no run."""
     from byol_mammo import pictures, report
 
     folder = run.folder
     try:
-        report.write_summary(folder, run.tiles.cache, describe_run(run, state, reason))
+        facts = describe_run(run, state, reason) | {"told": told_nuisances(run)}
+        report.write_summary(folder, run.tiles.cache, facts)
         if run.best:
             best = run.best | {"checkpoint": str(folder / "mammogram_byol_best.pth")}
             tracker.log({f"best_{name}": value for name, value in best.items()}, summary=True)
@@ -1716,6 +1730,7 @@ class Run:
     # Epoch of the best checkpoint and the figure that chose it; empty = none yet.
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     healthy: bool = True
+    agreed_early: bool = False  # whether note_early_agreement has spoken
     batch_std: float = 0.0  # feature std of the last logged training steps
     monitor: dict[str, float] = dataclasses.field(default_factory=dict)
     features: Tensor | None = None  # (monitor tiles, input_dim) as of the last epoch
@@ -1833,6 +1848,7 @@ def train_one_epoch(
             )
             tracking.check_finite(run.step, means, pending, recent, sound)
             run.batch_std = means["feature_std"]
+            note_early_agreement(run, means)
             row = describe_step(run, means, len(pending) / (time.monotonic() - logged), ids)
             bar.set_postfix_str(tracking.describe_row(row, run.monitor))
             metrics.write(row)
@@ -1865,6 +1881,23 @@ def read_metrics(
         distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
         stop.agreed = int(agreed)
     return {**steps[-1], **dict(zip(measured, means.tolist(), strict=True))}
+
+
+EARLY_AGREEMENT = -0.95  # BYOL's loss below which views agree almost wholly
+
+
+def note_early_agreement(run: Run, means: dict[str, float]) -> None:
+    """Say once what it means if BYOL's loss is all but gone within a twentieth of the run."""
+    early = run.step <= run.total_steps / 20 and means.get("loss", 0.0) < EARLY_AGREEMENT
+    if early and not run.agreed_early and run.ranks.is_main:
+        tqdm.write(
+            f"note: BYOL loss {means['loss']:.3f} after {run.step} of {run.total_steps} steps: views "
+            "agree before the network can have learnt much of tissue. Either it collapses (feature std "
+            f"below {COLLAPSE_STD}) or the views share what is easily told, such as air and brightness "
+            "(benchmark.py views --data_dir prints how much; the report says what the features tell)",
+            file=sys.stderr,
+        )
+    run.agreed_early |= early
 
 
 def save_is_due(run: Run) -> bool:

@@ -175,7 +175,7 @@ def write_report(folder: Path, terms: Terms) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{REPORT_STYLE}</style></head><body><h1>{title}</h1>",
         html_headline(summary, metrics, terms.collapse_advice),
-        html_learning(folder, metrics, terms.collapse_std),
+        html_learning(folder, metrics, terms.collapse_std, summary.get("told", {})),
         html_funnel(folder, record["config"], summary, terms.criteria),
         html_classifier(folder),
         html_settings(record["config"], terms.defaults),
@@ -231,8 +231,10 @@ def html_headline(summary: dict[str, Any], metrics: pd.DataFrame, collapse_advic
     return f'<p class="state{bad}">{html.escape(text)}</p><div class="facts">{"".join(shown)}</div>'
 
 
-def html_learning(folder: Path, metrics: pd.DataFrame, collapse_std: float) -> str:
-    """Curves, the signs of collapse and the map of features."""
+def html_learning(
+    folder: Path, metrics: pd.DataFrame, collapse_std: float, told: dict[str, float]
+) -> str:
+    """Curves, the signs of collapse, what is `told` (R2 by name) of no use, and the map of features."""
     epochs = metrics.dropna(subset=["monitor_rankme"]).dropna(axis=1, how="all")
     columns = [name for name in epochs if name == "epoch" or name.startswith("monitor_")]
     rows = [[f"{value:.4g}" for value in row] for row in epochs[columns].tail(20).to_numpy()]
@@ -244,8 +246,22 @@ def html_learning(folder: Path, metrics: pd.DataFrame, collapse_std: float) -> s
         f"in all directions, below {collapse_std} collapsed. <b>RankMe</b> is the number of directions "
         "that the features fill; it has no fixed threshold: a fall towards 1 is collapse, and without "
         "labels the best checkpoint is from the healthy epoch where it is highest.</p>"
+        + html_nuisances(told)
         + html_pictures(folder, "curves.png", "targets.png", "embedding.png")
         + (last if rows else "")
+    )
+
+
+def html_nuisances(told: dict[str, float]) -> str:
+    """A sentence on what features tell of tiles without telling anything of tissue."""
+    words = {"r2_air": "the share of air", "r2_brightness": "the brightness"}
+    parts = [f"{words[name]} with R&sup2; {value:.2f}" for name, value in told.items() if name in words]
+    if not parts:
+        return ""
+    return (
+        f"<p>Of what should not matter, the features tell {' and '.join(parts)} of monitor tiles (1 = "
+        "wholly, 0 or less = nothing; ridge regression, studies apart). The lower, the less of them is "
+        "spent on shortcuts.</p>"
     )
 
 

@@ -264,9 +264,9 @@ def test_neither_gain_nor_air_change_the_target():
 
 
 @pytest.mark.parametrize(
-    ("side", "step_mm", "cells"), [(512, 0.085, [5, 3]), (128, 0.34, [4, 3]), (32, 1.2, [1])]
+    ("side", "step_mm", "cells"), [(512, 0.085, [5, 3, 1]), (128, 0.34, [4, 3, 1]), (32, 1.2, [1])]
 )
-def test_cells_are_about_9_and_17_mm_and_no_finer_than_the_features(side, step_mm, cells):
+def test_cells_are_about_9_and_17_mm_and_the_view_and_no_finer_than_the_features(side, step_mm, cells):
     head = targets.StructureHead(torch.rand(3, 1, side, side), 8, step_mm)
     assert head.cells == cells
     features = -(-side // 32)
