@@ -11,7 +11,7 @@ from test_prepare_headers import prepare, problems, table
 
 import mammogram_dicom as dicom
 import prepare_dataset as prep
-from byol_mammo import acquisition, digital_archives, images
+from byol_mammo import acquisition, images
 
 SCANNER = {
     "Manufacturer": "HOLOGIC, Inc.", "ManufacturerModelName": "Selenia  Dimensions",
@@ -179,11 +179,6 @@ def test_a_line_of_several_images_tells_of_none():
     assert "maker" not in acquisition.of_table(files, raw, "", [])
     one = acquisition.of_table(files.iloc[:1], raw, "CMMD", [])
     assert one[["maker", "archive"]].iloc[0].tolist() == ["GE", "CMMD"]
-
-
-def test_embed_s_own_columns_are_read():
-    """Of EMBED's 150 columns only those that are named are read from disk."""
-    assert set(acquisition.KEYWORDS) <= set(digital_archives.EMBED_READ)
 
 
 def test_only_what_is_listed_is_asked_of_a_header():
