@@ -41,6 +41,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from byol_mammo import acquisition
 from byol_mammo.images import MAX_SAMPLES
 from byol_mammo.spacing import judge_spacing
 
@@ -62,6 +63,7 @@ HEADER = {  # what leaves the header: key -> meaning
     "relationship": "LIN, LOG or DISP: pixel value to X-ray intensity",
     "compression": "name of the transfer syntax",
     "padding": "share of pixels that were padding and are now 0",
+    **{name: column.meaning for name, column in acquisition.COLUMNS.items()},
     "doubts": "what problems.csv is to say: 'check: detail', joined by ' | '",
 }
 # Without these pixels cannot be told from each other, and no default is the standard's: all are of type
@@ -209,11 +211,16 @@ VIEW_LABELS = {f"{sign}{view}": name for sign, name in (("M", "magnified"), ("S"
 
 def text(dataset: Dataset, keyword: str) -> str:
     """A header value as stripped upper-case text; '' where it is absent, empty or malformed."""
+    return as_written(dataset, keyword).upper()
+
+
+def as_written(dataset: Dataset, keyword: str) -> str:
+    """The same as it is written."""
     try:
         value = dataset.get(keyword)
     except Exception:  # pydicom parses a value when it is asked for, and raises almost anything
         return ""
-    return "" if value is None else str(value).strip().upper()
+    return "" if value is None else str(value).strip()
 
 
 def numbers(dataset: Dataset, keyword: str) -> list[float]:
@@ -278,6 +285,8 @@ def read_header(dataset: Dataset) -> dict[str, str]:
     implant = {"YES": "1", "NO": "0"}.get(text(dataset, "BreastImplantPresent"), "")
     intent = text(dataset, "PresentationIntentType")
     relationship = text(dataset, "PixelIntensityRelationship")
+    taken, odd = acquisition.of_header(lambda keyword: as_written(dataset, keyword))
+    doubts = [f"spacing: {doubt}"] * bool(doubt) + [f"acquisition: {said}" for said in odd]
     return {
         "laterality": read_laterality(dataset),
         "view": view,
@@ -290,7 +299,8 @@ def read_header(dataset: Dataset) -> dict[str, str]:
         "intent": intent if intent in ("FOR PRESENTATION", "FOR PROCESSING") else "",
         "relationship": relationship if relationship in ("LIN", "LOG", "DISP") else "",
         "compression": dataset.file_meta.TransferSyntaxUID.name,
-        "doubts": f"spacing: {doubt}" if doubt else "",
+        **taken,
+        "doubts": " | ".join(doubts),
     }
 
 

@@ -91,7 +91,16 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from byol_mammo import anatomy, files, film_archives, foresight, framing, labels as labelling, settings
+from byol_mammo import (
+    acquisition,
+    anatomy,
+    files,
+    film_archives,
+    foresight,
+    framing,
+    labels as labelling,
+    settings,
+)
 from byol_mammo.archive_files import (
     DICOM_INSIDE,
     EVERY_FILE,
@@ -155,7 +164,8 @@ SOURCE = ["source", "source_size", "source_mtime_ns"]
 RECORD = [*SOURCE, "settings"]  # an output is up to date while these are as they were
 HEADER = [  # what is taken from a DICOM header, see mammogram_dicom.HEADER
     *("laterality", "view", "view_modifier", "spacing_mm", "implant", "modality", "photometric"),
-    *("bits_stored", "intent", "relationship", "compression", "padding", "doubts"),
+    *("bits_stored", "intent", "relationship", "compression", "padding"),
+    *(*acquisition.COLUMNS, "doubts"),
 ]
 KEPT_OUT = {"magnified", "spot"}  # view modifiers: their scale and field are not those of a contact view
 MEASURED = ["content", "minimum", "maximum", "air", "chest_wall", "margin", "flipped"]  # see examine
@@ -173,7 +183,7 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
     "manifest.csv": [
         *("file", "study_id", "image_id", "laterality", "view", "breast_birads", "breast_density"),
         *(*SIZE, "split", *SOURCE, "spacing_mm", "patient_id", "implant", "view_modifier"),
-        *("flipped", "settings", "polarity", "polarity_from"),
+        *("flipped", "settings", "polarity", "polarity_from", *acquisition.COLUMNS, "archive"),
     ],
     "missing.csv": ["study_id", "image_id", "split"],
     "extra.csv": ["file"],
@@ -186,7 +196,11 @@ REPORTS = {  # file name -> columns; a file of this name with other columns is n
 SIGNATURES = {
     **REPORTS,
     "manifest.csv": REPORTS["manifest.csv"][:14],
-    "image_checks.csv": [n for n in REPORTS["image_checks.csv"] if n not in ("margin", "doubts")],
+    "image_checks.csv": [
+        name
+        for name in REPORTS["image_checks.csv"]
+        if name not in ("margin", "doubts", *acquisition.COLUMNS)
+    ],
     "labels.csv": LABELS,
 }
 OTHER_KNOWN = {"labels.csv", "prepare_report.html"}
@@ -365,6 +379,8 @@ def read_table(
     check_ids(table, adapter)
     check_studies(table, adapter)
     table = check_spacing(table, reading.notes)
+    archive = adapter.name if adapter in ADAPTERS else ""
+    table = acquisition.of_table(table, raw, archive, reading.notes)
     unique = table.drop_duplicates()
     if len(unique) < len(table):
         dropped = len(table) - len(unique)
@@ -1230,8 +1246,11 @@ def decoding_tasks(plan: Plan) -> list[Task]:
     tasks = []
     for item in plan.items:
         current = is_current(item, plan)
-        known = bool(plan.facts(item).get("margin"))
-        if (item.may_be_encoded and not current) or (plan.options.verify and not known):
+        facts = plan.facts(item)
+        known = bool(facts.get("margin"))
+        # An earlier version's manifest doesn't say how images were taken: their headers are read again.
+        told = item.kind != ".dcm" or "maker" in {**plan.recorded(item), **facts}
+        if (item.may_be_encoded and not current) or not told or (plan.options.verify and not known):
             tasks.append((item, plan.options, not current))
     return tasks
 
@@ -1285,6 +1304,8 @@ def lay_out_image(item: Item, plan: Plan, outcome: Outcome, written: bool) -> tu
         told, found = values.get(name, ""), facts.get(name) or earlier
         # The table counts before the header, but for the pixels' size, which the detector knows best.
         values[name] = found or told if name == "spacing_mm" and item.kind == ".dcm" else told or found
+    known = facts or (before if unchanged and item.kind == ".dcm" else {})
+    values |= acquisition.of_image(item.row, known)
     values["flipped"] = values["flipped"] or "0"  # a PNG that was not decoded is as it was
     values["polarity"], values["polarity_from"] = polarity_of(item, facts, plan.options.verify)
     values |= dict(zip(SIZE, map(str, size), strict=True))
@@ -1590,6 +1611,8 @@ CHECKS = {  # check -> what it means, for people
     "side": "the breast is not on the side that its laterality says",
     "laterality": "the table and the DICOM header disagree; the table counts",
     "view": "the table and the DICOM header disagree; the table counts",
+    "maker": "the table and the DICOM header disagree; the table counts",
+    "acquisition": "exposure or detector that cannot be, left empty, or that is told in two ways",
     "no laterality": "not mirrored: neither tag nor pixels tell the side",
     "raw": "for processing: detector values, not what readers see",
     "no modality": "the DICOM header does not say that it is a mammogram",
@@ -1670,8 +1693,8 @@ def check_polarity(plan: Plan, row: dict[str, str], facts: dict[str, str]) -> No
 
 def check_header(plan: Plan, row: dict[str, str], facts: dict[str, str], stated: dict[str, str]) -> None:
     """Report where a DICOM header disagrees with the table or with what an image for reading has."""
-    for name, column in (("laterality", "laterality"), ("view", "view_position")):
-        pair = stated.get(column, ""), facts[name]
+    for name, column in (("laterality", "laterality"), ("view", "view_position"), ("maker", "maker")):
+        pair = stated.get(column, ""), facts.get(name, "")
         if all(pair) and pair[0] != pair[1]:
             plan.report(name, row, f"table {pair[0]}, header {pair[1]}")
     told, header = stated.get("polarity"), PHOTOMETRIC.get(facts["photometric"], "")
@@ -1733,7 +1756,7 @@ def bits_used(row: dict[str, str], facts: dict[str, str]) -> str:
 
 SHOWN_VALUES = (  # columns of the manifest that are counted in the report
     *("laterality", "view", "implant", "view_modifier", "flipped", "spacing_mm"),
-    *("polarity", "polarity_from"),
+    *("polarity", "polarity_from", "maker", "model"),
 )
 REPORT_STYLE = """
 body { font: 16px/1.4 system-ui, sans-serif; max-width: 1180px; margin: auto; padding: 1rem }

@@ -56,6 +56,7 @@ from byol_mammo import (
     files,
     images,
     labels as labelling,
+    makers,
     pictures,
     processes,
     report,
@@ -214,7 +215,8 @@ class LabelledTiles:
     """Tiles with what is known of them.
 
     `targets` (N, findings) float32: 1, 0, NaN = unknown. `table`: one row for each tile: image, patient,
-    study_id, laterality, view, split, breast_density, labelled, row (of images.csv), x, y (px).
+    study_id, laterality, view, split, breast_density, maker, archive, labelled, row (of images.csv), x,
+    y (px).
     `image_targets` (images, findings) float32, by row of images.csv. `untiled`: the labels of images
     that have no tile.
     """
@@ -240,6 +242,12 @@ class LabelledTiles:
     def in_split(self, split: str) -> np.ndarray:
         """Ids of the tiles of a split."""
         return np.flatnonzero(is_of_split(self.table, split) & self.table["labelled"].to_numpy())
+
+    def images_of(self, ids: np.ndarray) -> pd.DataFrame:
+        """One row for each image of tiles `ids`, with its findings."""
+        table = self.table.iloc[ids].drop_duplicates("row").reset_index(drop=True)
+        table[self.names] = self.image_targets[table["row"]]
+        return table
 
 
 INNER = ["row", "labelled", "patient"]  # columns that are not written to files
@@ -275,6 +283,7 @@ def match_sources(settings: Settings, config: mammo.Config) -> tuple[pd.DataFram
     where = Path(settings.labels).parent, Path(config.data_dir)
     found = labelling.match_labels(labels, where[0], sources["image"], where[1])
     labels = labelling.with_manifest(labels, found, sources)
+    labels = makers.with_groups(labels, found, sources, config.data_dir)
     check_leak(labels, settings.labels)
     if (found < 0).all():
         raise MammoError(
@@ -332,7 +341,7 @@ def join_labels(
         patient = known["patient"].fillna("").to_numpy(str)
         targets = shuffle_patients(targets, patient[image], settings.seed)
         image_targets = shuffle_patients(image_targets, patient, settings.seed)
-    words = ["study_id", "patient", "laterality", "view", "split", "breast_density"]
+    words = ["study_id", "patient", "laterality", "view", "split", "breast_density", *makers.GROUPS]
     table = tiles.images[["image"]].join(known[words].fillna("")).assign(labelled=rows >= 0)
     table = table.iloc[image].reset_index(drop=True)
     table = table.assign(row=image, x=tiles.table["x"].to_numpy(), y=tiles.table["y"].to_numpy())
@@ -641,6 +650,7 @@ def prepare_job(settings: Settings) -> Job:
     data = load_labelled(settings, engine.config)
     ids = data.in_split("training")
     check_classes(data.targets[ids], settings.names, "training split")
+    makers.note_coinciding(data.images_of(ids), settings.names)
     share = max(2, round(1 / settings.validation_share))
     fold = group_folds(data.groups[ids], data.targets[ids], share, settings.seed)
     train_ids, validation_ids = ids[fold != 0], ids[fold == 0]
@@ -982,6 +992,7 @@ def predictions(
     tile[data.names], tile[p] = data.targets[ids], scores
     rows = tile.groupby("row")
     columns = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
+    columns += makers.GROUPS
     known = rows[columns].first()
     known[data.names] = data.image_targets[known.index]
     untiled = data.untiled.loc[is_of_split(data.untiled, split), [*columns, *data.names]]
@@ -1018,15 +1029,38 @@ def evaluation_table(
                 groups += [(f"{column} {value}", part) for value, part in table.groupby(column)]
         for group, part in groups:
             for name in names:
-                known = part[part[name].notna()]
-                figures = describe(
-                    known[f"p_{name}"].to_numpy(float),
-                    known[name].to_numpy(float),
-                    known["patient"].to_numpy(str),
-                    settings,
-                )
+                figures = describe(*scored(part, name), settings)
                 rows.append({"level": level, "group": group, "finding": name, **figures})
     return pd.DataFrame(rows)
+
+
+def scored(table: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probability, truth and patient (N,) of the units that are known to have a finding or not."""
+    known = table[table[name].notna()]
+    score, truth = (known[column].to_numpy(float) for column in (f"p_{name}", name))
+    return score, truth, known["patient"].to_numpy(str)
+
+
+def figures_by_group(
+    tables: dict[str, pd.DataFrame], names: Sequence[str], settings: Settings
+) -> pd.DataFrame:
+    """Figures by maker and by archive, all with intervals, of tiles and images: a breast or study may be
+    of several makers."""
+
+    def judge(part: pd.DataFrame) -> list[dict[str, Any]]:
+        rows = []
+        for name in names:
+            score, truth, patient = scored(part, name)
+            row = describe(score, truth, patient, settings)
+            if "auroc" in row:
+                weights = resample_groups(patient, settings.bootstrap, settings.seed)
+                row |= makers.intervals(score, truth, weights[1:])
+            rows.append({"finding": name, **row})
+        return rows
+
+    levels = ("tile", "image_max", "image_noisy_or")
+    found = {level: makers.by_group(tables[level], names, judge, FEW_STUDIES) for level in levels}
+    return pd.concat([table.assign(level=level) for level, table in found.items()], ignore_index=True)
 
 
 def located(tiles: pd.DataFrame, name: str) -> pd.Series:
@@ -1259,17 +1293,19 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     parts = comparison_folds(data, settings)
     used = np.unique(np.concatenate([np.concatenate(part) for part in parts]))
     targets, groups = data.targets[used], data.groups[used]
-    scores = {}
+    scores, controls = {}, []
     for start, engine in engines.items():
         engine.config = config
         calibrate_untrained(engine, data, parts[0][0], start)
         features = engine.features(data.tiles, used)
         scores[start] = probe_scores(features, targets, groups, used, parts, settings)
+        controls += maker_control(features, data, used, start, settings)
     judged = np.unique(np.concatenate([held_out for _, held_out in parts]))
     chosen = np.searchsorted(used, judged)
-    table = comparison_table(
-        {start: score[chosen] for start, score in scores.items()}, data, judged, settings
-    )
+    scores = {start: score[chosen] for start, score in scores.items()}
+    table = comparison_table(scores, data, judged, settings)
+    if controls:
+        table = pd.concat([table, pd.DataFrame(controls)], ignore_index=True)
     folder = settings.folder("compare")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(folder / "compare.csv", table.to_csv(index=False))
@@ -1282,8 +1318,37 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
     note_few(data.names, data.targets[judged], data.groups[judged])
     note_seen([start for start in engines if start.endswith(".pth")], data, judged, settings)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    shared = makers.note_coinciding(data.images_of(used), data.names)
+    makers.write_tables(folder, comparison_by_group(scores, data, judged, settings), shared)
     print(f"open      {folder}/compare.csv")
     return table
+
+
+def maker_control(
+    features: np.ndarray, data: LabelledTiles, ids: np.ndarray, start: str, settings: Settings
+) -> list[dict[str, Any]]:
+    """The row of compare.csv that says how well features (N, D) of tiles `ids` tell the maker."""
+
+    def auroc(score: np.ndarray, truth: np.ndarray, patient: np.ndarray) -> np.ndarray:
+        weights = resample_groups(patient, settings.bootstrap, settings.seed)
+        return weighted_auroc(score, truth, weights)
+
+    rows = makers.control(features, data.table.iloc[ids], auroc, settings.seed)
+    return [{"start": start, **row} for row in rows]
+
+
+def comparison_by_group(
+    scores: dict[str, np.ndarray], data: LabelledTiles, ids: np.ndarray, settings: Settings
+) -> pd.DataFrame:
+    """comparison_table by maker and by archive; its scores are fitted on all of them."""
+
+    def judge(part: pd.DataFrame) -> list[dict[str, Any]]:
+        of_group = {start: score[part.index] for start, score in scores.items()}
+        return comparison_table(of_group, data, ids[part.index], settings).to_dict("records")
+
+    units = data.table.iloc[ids].reset_index(drop=True)
+    units[data.names] = data.image_targets[units["row"]] if settings.weak_labels else data.targets[ids]
+    return makers.by_group(units, data.names, judge, FEW_STUDIES)
 
 
 def note_seen(
@@ -1409,6 +1474,7 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     draw_curves(tables, data.names, folder)
     shown = table[table["group"] == "all"].drop(columns="group")
     images = tables["image_max"]
+    shared = makers.note_coinciding(images, data.names)
     note_few(data.names, images[data.names].to_numpy(), images["patient"].to_numpy(str))
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for name in data.names:
@@ -1417,6 +1483,7 @@ def evaluate(settings: Settings) -> pd.DataFrame:
             print(
                 f"top tile  holds the {name} in {hits.sum()} of {len(hits)} images that have one boxed"
             )
+    makers.write_tables(folder, figures_by_group(tables, data.names, settings), shared)
     print(f"open      {folder}: evaluation.csv predictions_*.csv roc.png pr.png reliability.png")
     return table
 

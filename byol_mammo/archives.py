@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from byol_mammo.acquisition import COLUMNS
 from byol_mammo.archive_files import without_suffix
 from byol_mammo.digital_archives import (
     CDD_HEADER,
@@ -400,6 +401,7 @@ GENERIC: dict[str, tuple[str, Callable[[str], str]]] = {
     "mass": ("mass", flag),
     "calcification": ("calcification", flag),
     "cancer": ("cancer", cancer),
+    **{name: (name, str) for name in (*COLUMNS, "archive")},  # read by acquisition.of_table
 }
 
 

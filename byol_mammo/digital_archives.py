@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from byol_mammo.acquisition import KEYWORDS
 from byol_mammo.settings import MammoError
 from byol_mammo.tables import (
     ImageLabels,
@@ -221,7 +222,7 @@ EMBED_READ = {  # of two tables of 150 columns and half a million rows, those th
     *EMBED_HEADER,
     *("png_filename", "BreastImplantPresent", "Rows", "Columns", "PixelSpacing", "ImagerPixelSpacing"),
     *("side", "asses", "tissueden", "massshape", "massmargin", "massdens", "calcfind", "calcdistri"),
-    *("calcnumber", "path_severity"),
+    *("calcnumber", "path_severity", *KEYWORDS),
 }
 EMBED_GRADES = {"N": "1", "B": "2", "A": "0", "P": "3", "S": "4", "M": "5", "K": "6"}  # the worst last
 EMBED_SIDES = {"L": "L", "R": "R", "B": "LR", "": "LR"}

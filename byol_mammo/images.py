@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,12 @@ def known_polarity(sources: pd.DataFrame, asked: str) -> list[str]:
 CLAIMS = ".prepare_dataset.claims.csv"  # what an unfinished run of prepare_dataset.py set out to make
 
 
-def read_manifest(root: Path) -> pd.DataFrame:
-    """What manifest.csv knows of images, by path; empty where there is none. Raises MammoError."""
-    columns = ["path", "study_id", "laterality", "view", "spacing_mm", "polarity"]
+def read_manifest(root: Path, also: Sequence[str] = ()) -> pd.DataFrame:
+    """What manifest.csv knows of images, by path, and its columns `also`; empty where there is none.
+
+    Raises MammoError.
+    """
+    columns = ["path", "study_id", "laterality", "view", "spacing_mm", "polarity", *also]
     real = root.resolve()  # a linked folder may keep its manifest beside the link or where it leads to
     for folder in (root, root.parent, real.parent):
         if (folder / CLAIMS).exists():

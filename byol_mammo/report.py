@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from byol_mammo import files, pictures
+from byol_mammo import files, makers, pictures
 from byol_mammo.settings import MammoError
 
 
@@ -295,7 +295,7 @@ def html_funnel(
 
 
 def html_results(path: Path) -> str:
-    """A table of train_classifier.py without its sub-groups of images."""
+    """A table of train_classifier.py without evaluation.csv's sub-groups of images."""
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
@@ -313,9 +313,10 @@ def html_classifier(folder: Path) -> str:
     parts = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = []
-        for path in (place / "evaluation.csv", place / "compare.csv"):
-            if path.is_file():
-                found.append(html_results(path))
+        for name in ("evaluation.csv", "compare.csv", *makers.TABLES):
+            if (place / name).is_file():
+                found.append(html_results(place / name))
+        found += [html.escape(text).join(("<p>Warning: ", "</p>")) for text in makers.warned(place)]
         maps = [path.name for path in sorted(place.glob("map_*.png"))[:4]]
         found.append(html_pictures(place, *CLASSIFIER_PICTURES, *maps))
         if any(found):

@@ -385,6 +385,7 @@ def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, label
     assert {"view CC", "view MLO", "laterality L", "laterality R"} <= set(table["group"])
     for picture in ("roc.png", "pr.png", "reliability.png"):
         assert min(cv2.imread(str(folder / picture)).shape[:2]) > 300
+    assert not list(folder.glob("*maker*"))  # nothing tells of makers
 
 
 def test_images_without_a_tile_and_views_without_a_label(tmp_path):
@@ -393,14 +394,14 @@ def test_images_without_a_tile_and_views_without_a_label(tmp_path):
         {
             "image": ["a", "b", "c"], "study_id": ["s", "s", "t"], "patient": ["p", "p", "q"],
             "split": "test", "laterality": ["L", "L", ""], "view": ["CC", "MLO", ""],
-            "breast_density": "", "labelled": True, "row": [0, 1, 2],
+            "breast_density": "", "labelled": True, "row": [0, 1, 2], "maker": "", "archive": "",
         }
     )  # fmt: skip
     untiled = pd.DataFrame(
         {
             "image": ["d", "e"], "study_id": ["t", "u"], "patient": ["q", "r"],
             "split": ["test", "training"], "laterality": ["R", "R"], "view": "CC",
-            "breast_density": "", "mass": [1.0, 1.0],
+            "breast_density": "", "mass": [1.0, 1.0], "maker": "", "archive": "",
         }
     )  # fmt: skip
     targets = np.array([[0], [nan], [1]], np.float32)
@@ -500,6 +501,45 @@ def test_compare_judges_all_on_the_same_tiles(trained, labelled, tmp_path, capsy
     notes = re.findall("^note:.*", capsys.readouterr().err, flags=re.MULTILINE)
     assert len(notes) == 1  # every label has its image
     assert re.search(r"too narrow for mass \(\d studies with, 6 without\), calc", notes[0])
+
+
+def test_makers_are_judged_apart_and_said_where_labels_coincide(
+    trained, labelled, tmp_path, capsys, monkeypatch
+):
+    """Four of six studies are of the maker that has all the masses."""
+
+    def change(table):
+        other = table["study_id"].isin(["s0", "s2", "s4", "s5"])
+        table["maker"] = np.where(other, "GE", "Siemens")
+        table.loc[~other, ["mass", "boxes"]] = [0, "[]"]
+
+    monkeypatch.setattr(classifier, "FEW_STUDIES", 1)
+    monkeypatch.setattr(classifier.makers, "CONTROL_FOLDS", 2)
+    monkeypatch.setattr(classifier.makers, "CHANCE", 1.0)  # six studies prove nothing
+    (tmp_path / "two").mkdir()
+    two = ("--labels", relabel(labelled, tmp_path / "two", change), "--findings", "mass")
+    weights = ("--weights", trained / "classifier_best.pth", "--split", "all")
+    commands = {
+        "evaluate": weights,
+        "compare": ("none", *TILES, "--folds", 2, "--validation_share", 0.5),
+    }
+    for command, flags in commands.items():
+        capsys.readouterr()
+        assert run_main(command, labelled, *flags, *two, out=tmp_path) == 0
+        said = capsys.readouterr()
+        assert "warning: mass and maker coincide (Cram\u00e9r's V" in said.err
+        assert "of GE" in said.err
+        figures = pd.read_csv(tmp_path / command / "by_maker.csv")
+        assert set(figures["value"]) == {"GE", "Siemens"}
+        mass = figures[(figures["finding"] == "mass") & (figures["value"] == "Siemens")]
+        assert mass["auroc"].isna().all()
+        assert (mass["positive_patients"] == 0).all()
+        assert "fewer than 1 patients with or without" in said.out
+    table = pd.read_csv(tmp_path / "compare" / "compare.csv")
+    control = table[table["finding"] == "maker (control)"].iloc[0]
+    assert control["start"] == "none"
+    assert 0 <= control["low"] <= control["auroc"] <= control["high"] <= 1
+    assert control["majority"] == pytest.approx(2 / 3, abs=0.05)
 
 
 def test_compare_gives_random_weights_the_checkpoints_backbone(trained, labelled, monkeypatch):

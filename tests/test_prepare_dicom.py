@@ -37,6 +37,14 @@ IDENTIFIERS = {  # none of these may be found in anything that is written or pri
     "ReferringPhysicianName": "Quack^Doctor",
     "OperatorsName": "Tech^Nician",
     "StudyInstanceUID": "1.2.826.0.1.3680043.8.498.4711",
+    # Of the scanner and its place, beside what the manifest takes of it.
+    "DeviceSerialNumber": "SN-55218873",
+    "StationName": "MAMMO_ROOM_7",
+    "DetectorID": "DET-88423-X",
+    "GantryID": "GANTRY-6612",
+    "InstitutionAddress": "13 Concealed Lane",
+    "InstitutionalDepartmentName": "Ward Unmentioned",
+    "DateOfLastDetectorCalibration": "20180305",
 }
 
 

@@ -408,6 +408,19 @@ def test_embed_columns_that_nobody_reads_are_left_in_the_file(archive: Archive) 
     assert "Unread" in prep.read_csv(table)
 
 
+def test_embed_s_metadata_tells_how_images_were_taken(archive: Archive) -> None:
+    """Its columns of the header are named as DICOM's attributes."""
+    table = Path(embed(archive, [embed_image("a1", "x")])[0])
+    header, row = table.read_text().splitlines()
+    columns = "Manufacturer,ManufacturerModelName,KVP,ExposureInuAs,DeviceSerialNumber"
+    table.write_text(f"{header},{columns}\n{row},HOLOGIC Inc.,Selenia,29.0,61000.0,SN-4711\n")
+    assert archive.run([str(table)], "--test_share", "0") == 0
+    manifest = archive.read("manifest.csv").iloc[0]
+    assert manifest[["maker", "model", "archive"]].tolist() == ["Hologic", "Selenia", "EMBED"]
+    assert manifest[["kvp", "mas"]].astype(float).tolist() == [29, 61]
+    assert not any("SN-4711" in path.read_text() for path in archive.out.glob("*.csv"))
+
+
 # DDSM ---------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -148,6 +149,10 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     template = phantoms.PhantomSpec(height=440, width=350)
     phantoms.write_archive(folder, 6, template, test_share=0.34, lesion_share=1.0)
+    table = pd.read_csv(folder / "breast-level_annotations.csv", dtype=str)
+    studies = table["study_id"].astype("category").cat.codes
+    table["Manufacturer"] = np.where(studies % 2, "LORAD", "SIEMENS")
+    table.to_csv(folder / "breast-level_annotations.csv", index=False)
     write_images(folder / "my_mammograms")
     shutil.copyfile(next(folder.glob("images_png/*/*.png")), folder / "mammogram.png")
     weights = torchvision.models.get_model_weights("resnet18").DEFAULT
@@ -170,6 +175,11 @@ def test_the_commands_run_in_order_and_leave_what_they_promise(work):
     )
     table = pd.read_csv(work / "runs/compare/compare.csv")
     assert {"none", "imagenet"} <= set(table["start"])
+    assert "maker (control)" in set(table["finding"])
+    for command in ("evaluate", "compare"):
+        groups = pd.read_csv(work / f"runs/{command}/by_maker.csv")
+        assert set(groups["value"]) == {"Hologic", "Siemens"}
+        assert (work / f"runs/{command}/maker_shares.csv").is_file()
     assert list(work.glob("runs/predict/**/*.png"))
 
 

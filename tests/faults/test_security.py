@@ -17,6 +17,7 @@ import torch
 from conftest import PLANTED, REPORTS, ROOT, SMALL, SOURCES, breast_image, write_images
 from pages import Page
 from safetensors.torch import load_file
+from test_acquisition import KNOWN, SCANNER
 from test_prepare_dicom import IDENTIFIERS, make_dicom, save
 
 import prepare_dataset as prep
@@ -284,7 +285,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for number in range(4):
         pixels = breast_image(bits=12, seed=number)[0]
-        save(make_dicom(pixels), folder / f"in/p{number}/image{number}.dcm")
+        save(make_dicom(pixels, **SCANNER), folder / f"in/p{number}/image{number}.dcm")
     flags = [*SMALL, *REPORTS, "--wandb_mode", "auto"]
     command = [sys.executable, "-c", PIPELINE, *flags]
     if shutil.which("strace"):
@@ -337,6 +338,8 @@ def test_no_identifier_of_the_dicom_headers_is_in_any_output(alone):
     ]
     assert len(written) > 25
     assert any(path.suffix == ".wandb" for path in written)
+    manifest = (alone / "out" / "manifest.csv").read_text()
+    assert all(value in manifest for value in KNOWN.values())  # how they were taken is told
     for path in written:
         content = path.read_bytes()
         for name, value in IDENTIFIERS.items():
