@@ -174,6 +174,44 @@ def test_the_tiles_of_a_box_are_those_that_show_it(tiles):
     assert (far <= study.OFF_CENTRE * tiles.tile_size + 1).to_numpy().all()
 
 
+def cover(corners: np.ndarray, side: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """(N,) share of the boxes (N, 4) that tiles at `corners` (N, 2) hold, all in px of the files."""
+    low, high = np.maximum(corners, boxes[:, :2]), np.minimum(corners + side[:, None], boxes[:, 2:])
+    return (high - low).clip(0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
+
+
+def test_probe_and_study_label_the_tiles_that_hold_a_box(mixed, tiles):
+    boxes = [{"finding": ["mass"], **box_of(spacing)} for spacing in SPACINGS]
+    names = [f"images/{number}.png" for number in range(4)]
+    table = pd.DataFrame({"image": names, "study_id": list("abcd"), "mass": 1})
+    table["boxes"] = [json.dumps([box]) for box in boxes]
+    table["split"] = ["training", "training", "test", "test"]
+    table.to_csv(mixed / "labels.csv", index=False)
+    edges = np.array([list(box.values())[1:] for box in boxes])
+    image = tiles.table["image"].to_numpy()
+    px = one_scale.source_px(tiles.images)
+    share = cover(tiles.table[["x", "y"]].to_numpy() * px[image, None], 96 * px[image], edges[image])
+    order, places = np.arange(len(tiles)), (mixed / "labels.csv", mixed / "images")
+    probe = labelling.prepare_probe(*places, tiles.images, tiles.table, 96, ["mass"], order)
+    mass = probe.targets[:, 0]
+    assert set(mass[np.isfinite(mass)]) == {0, 1}
+    assert (mass[share[probe.ids] > 0.3] == 1).all()
+    assert (mass[share[probe.ids] == 0] == 0).all()
+    words = {"data_dir": mixed / "images", "labels": mixed / "labels.csv", "cache_dir": mixed / "cache"}
+    settings_of = study.Settings(
+        **{name: str(path) for name, path in words.items()}, tile_size=96, tile_stride=48, view_size=32,
+        min_breast_ratio=0.15, target_spacing_mm=TARGET, num_workers=1, device="cpu",
+    )  # fmt: skip
+    data = study.ask_labels(settings_of, ["mass"])[0].data
+    row = data.table["row"].to_numpy()
+    share = cover(data.table[["x", "y"]].to_numpy(), 96 * px[row], edges[row])
+    mass = data.targets[:, 0]
+    assert (mass[share > study.HELD + 0.02] == 1).all()  # x and y are whole px
+    assert (mass[share == 0] == 0).all()
+    assert not (mass[share < study.HELD - 0.02] == 1).any()
+    assert (mass == 1).sum() >= 8
+
+
 # ---- caches
 
 
@@ -341,7 +379,7 @@ def test_pictures_and_inspect_show_the_tiles_of_the_cache(mixed, tiles, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_and_a_classifier_work_on_mixed_detectors(tmp_path, capsys):
+def test_a_run_and_a_classifier_work_on_mixed_detectors(tmp_path, capsys, monkeypatch):
     """Extraction, an epoch, a probe on boxes, figures, and single files at the checkpoint's scale."""
     rows, known = [], {}
     for number in range(12):
@@ -384,10 +422,15 @@ def test_a_run_and_a_classifier_work_on_mixed_detectors(tmp_path, capsys):
         assert share > 0.2
     assert set(truth["mass"].dropna()) == {0, 1}
     cv2.imwrite(str(tmp_path / "alone.png"), mammogram(0.3))
-    files = [str(tmp_path / "images" / "test"), str(tmp_path / "alone.png")]
+    files, drawn = [str(tmp_path / "images" / "test"), str(tmp_path / "alone.png")], []
+    monkeypatch.setattr(classifier, "draw_prediction", lambda *told: drawn.append(told[:2]))
     assert classifier.main(["predict", *best, *files]) == 0
     found = pd.read_csv(tmp_path / "runs/predict/predictions.csv")
     assert "its pixel size is unknown" in found["error"].iloc[-1]
+    for image, own in drawn:  # what the map is drawn on is in px of the tiles
+        assert image.shape == pytest.approx(np.array(FIELD) / 0.3, abs=1)
+        assert (own.table[["y", "x"]].max() + 32 <= image.shape).all()
+    assert len(drawn) == len(found) - 1
     for row in found.iloc[:-1].itertuples():
         tiles_of = judged[judged["image"] == f"test/{Path(row.image).name}"]
         top = tiles_of.loc[tiles_of["p_mass"].idxmax()]
