@@ -68,6 +68,7 @@ import functools
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import stat
@@ -2019,14 +2020,14 @@ def subcommand(job: Callable[[], tuple[str, int]]) -> int:
     return code
 
 
-def training_method() -> archive_check.Method:
-    """What training makes of an image, at its usual settings."""
+def training_method(target_spacing_mm: float = 0.0) -> archive_check.Method:
+    """What training makes of an image, at its usual settings but for one. Raises MammoError."""
     import train_byol_mammo as mammo  # here: laying out has no use for torch
     from byol_mammo import archive_check
 
     return archive_check.Method(
         *(mammo.read_and_reduce, mammo.find_breast, mammo.find_muscle, mammo.score_tiles),
-        *(mammo.intensity_window, mammo.Config()),
+        *(mammo.intensity_window, mammo.Config(target_spacing_mm=target_spacing_mm)),
     )
 
 
@@ -2084,6 +2085,8 @@ def make_inspect_parser() -> argparse.ArgumentParser:
     add("--view", default="", help=text)
     text = "mm per pixel; 0: the header's or the manifest's, else that of training"
     add("--pixel_spacing_mm", type=float, default=0.0, metavar="MM", help=text + DEFAULT)
+    text = "as --target_spacing_mm of training: mm per pixel that the image is brought to; 0: its own"
+    add("--target_spacing_mm", type=float, default=0.0, metavar="MM", help=text + DEFAULT)
     return parser
 
 
@@ -2096,7 +2099,7 @@ def inspect_files(argv: Sequence[str]) -> tuple[str, int]:
 
     options = make_inspect_parser().parse_args(settings.with_underscores(argv))
     check_inspected(options)
-    method, lines, unused = training_method(), [], 0
+    method, lines, unused = training_method(options.target_spacing_mm), [], 0
     options.output_dir.mkdir(parents=True, exist_ok=True)
     files.remove_unfinished(options.output_dir)
     for earlier in options.output_dir.iterdir():
@@ -2194,7 +2197,11 @@ def known_of(
         (options.pixel_spacing_mm, "by the flag"),
         (float(header.get("spacing_mm") or 0), "by the header"),
         (float(str(row.get("spacing_mm") or 0)), "by the manifest"),
-        (method.settings.pixel_spacing_mm, "taken, as nothing tells it"),
+        # Nothing is assumed where the image is to be scaled by it.
+        (
+            math.nan if options.target_spacing_mm else method.settings.pixel_spacing_mm,
+            "taken, as nothing tells it",
+        ),
     )
     spacing, spacing_from = next(pair for pair in spacings if pair[0])
     view = options.view.upper() or header.get("view", "") or str(row.get("view") or "")

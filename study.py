@@ -58,6 +58,7 @@ from byol_mammo import (
     files,
     images,
     labels as labelling,
+    one_scale,
     sampling,
     settings as flags,
     shortcuts,
@@ -88,6 +89,7 @@ TILE_SIZE = 128  # px, side of a tile
 TILE_STRIDE = 64  # px between tiles
 VIEW_SIZE = 64  # px, side of a view
 PIXEL_SPACING_MM = 0.27  # mm per pixel where the manifest gives no spacing
+TARGET_SPACING_MM = 0.0  # mm per pixel that every image is brought to; 0 = off
 MIN_BREAST_RATIO = 0.6  # share of a tile that must be breast
 MIN_FREQ_ENERGY = 0.0  # speck energy a tile must reach to be trained on; all tissue is judged
 BACKBONE = "resnet18_slim"  # any backbone of train_byol_mammo.py
@@ -102,8 +104,8 @@ PER_BOX = 2  # tiles on each box beside those of the grid
 OFF_CENTRE = 0.19  # tile sizes, along an axis, of such a tile's centre from its box's at most
 EPOCH_STEPS = 20  # most steps of an epoch
 # What all arms have in common, as settings of the main script and of train_classifier.py.
-SAME = "tile_size tile_stride view_size pixel_spacing_mm min_breast_ratio min_freq_energy backbone "
-SAME += "batch_size cache_dir num_workers device"
+SAME = "tile_size tile_stride view_size pixel_spacing_mm target_spacing_mm min_breast_ratio "
+SAME += "min_freq_energy backbone batch_size cache_dir num_workers device"
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Settings:
     tile_stride: int = TILE_STRIDE
     view_size: int = VIEW_SIZE
     pixel_spacing_mm: float = PIXEL_SPACING_MM
+    target_spacing_mm: float = TARGET_SPACING_MM
     min_breast_ratio: float = MIN_BREAST_RATIO
     min_freq_energy: float = MIN_FREQ_ENERGY
     backbone: str = BACKBONE
@@ -239,10 +242,20 @@ def run_script(words: Sequence[str]) -> int:
     return subprocess.run([sys.executable, str(Path(mammo.__file__)), *words], check=False).returncode
 
 
+def shared(settings: Settings) -> dict[str, Any]:
+    """The settings of SAME by name; at one scale without a pixel spacing that nobody stated."""
+    same = {name: getattr(settings, name) for name in SAME.split()}
+    if settings.target_spacing_mm and settings.pixel_spacing_mm == PIXEL_SPACING_MM:
+        del same["pixel_spacing_mm"]
+    elif settings.target_spacing_mm:
+        same["pixel_spacing_mm"] = one_scale.stated(same["pixel_spacing_mm"], mammo.PIXEL_SPACING_MM)
+    return same
+
+
 def common_flags(settings: Settings, epochs: int) -> list[str]:
     """What all arms are trained with: the same tiles, steps, and `epochs` from point to point."""
     total = epochs * settings.points
-    values = {name: getattr(settings, name) for name in SAME.split()} | {
+    values = shared(settings) | {
         "data_dir": Path(settings.data_dir) / "training",
         "output_dir": settings.output_dir,
         "epochs": total,
@@ -300,8 +313,9 @@ def ask_labels(settings: Settings, asked: Sequence[str]) -> list[Question]:
     rows = labelling.match_labels(labels, *names_of)
     data = with_tiles(data, tiles_on_boxes(data.tiles, labels["boxes"], rows))
     data.targets = labelling.tile_labels(
-        data.tiles.table, rows, labels, data.tiles.tile_size, data.names, HELD, by_centre=False
-    )
+        data.tiles.table, rows, labels, data.tiles.tile_size, data.names, HELD, by_centre=False,
+        scale=one_scale.source_px(data.tiles.images),
+    )  # fmt: skip
     return [ask(data, name) for name in asked]
 
 
@@ -314,9 +328,10 @@ def tiles_on_boxes(
     """
     rng, size, found = np.random.default_rng(0), tiles.tile_size, []
     extents = tiles.images[["x0", "y0", "width", "height"]].to_numpy(int)
+    scale = one_scale.source_px(tiles.images)
     for image, (row, (x0, y0, width, height)) in enumerate(zip(rows, extents, strict=True)):
         for box in boxes[row] if row >= 0 else ():
-            middle = np.array([box["xmin"] + box["xmax"], box["ymin"] + box["ymax"]]) / 2
+            middle = np.array([box["xmin"] + box["xmax"], box["ymin"] + box["ymax"]]) / 2 / scale[image]
             places = middle - size / 2 + rng.uniform(-1, 1, (PER_BOX, 2)) * OFF_CENTRE * size
             most = np.maximum((x0, y0), (x0 + width - size, y0 + height - size))
             found += [(image, *place) for place in places.astype(int).clip((x0, y0), most).tolist()]
@@ -333,7 +348,8 @@ def with_tiles(data: classifier.LabelledTiles, more: pd.DataFrame) -> classifier
         pixels, tiles.images, table, tiles.tile_size, tiles.reduce, tiles.grey_scale, tiles.cache
     )
     known = data.table.groupby("row").first()
-    own = known.loc[more["image"]].reset_index().assign(x=more["x"].to_numpy(), y=more["y"].to_numpy())
+    x, y = one_scale.source_corners(tiles.images, more).T
+    own = known.loc[more["image"]].reset_index().assign(x=x, y=y)
     return dataclasses.replace(
         data, tiles=added, table=pd.concat([data.table, own[data.table.columns]], ignore_index=True)
     )
@@ -346,7 +362,7 @@ def columns_of(question: str) -> list[str]:
 
 def judge_settings(settings: Settings, names: Sequence[str], **other: Any) -> classifier.Settings:
     """Settings of train_classifier.py for the same tiles."""
-    same = {name: getattr(settings, name) for name in SAME.split() if name != "min_breast_ratio"}
+    same = {name: value for name, value in shared(settings).items() if name != "min_breast_ratio"}
     return classifier.Settings(
         data_dir=settings.data_dir,
         labels=settings.labels_path,
@@ -361,7 +377,7 @@ def judge_settings(settings: Settings, names: Sequence[str], **other: Any) -> cl
 def mammo_config(settings: Settings) -> mammo.Config:
     """The main script's Config for the judged tiles: all tissue, dark tiles as well, whatever tiles the
     arms are trained on."""
-    same = {name: getattr(settings, name) for name in SAME.split()} | {"min_freq_energy": 0.0}
+    same = shared(settings) | {"min_freq_energy": 0.0}
     dark = {"min_tile_intensity": 0, "min_non_zero_pixels": 0}
     return mammo.Config(data_dir=settings.data_dir, wandb_mode="disabled", **(same | dark))
 
@@ -806,7 +822,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def job() -> None:
         parser = flags.make_parser(__doc__)
-        run_study(Settings(**flags.parse_fields(Settings, parser, flags.setting_help(__file__), argv)))
+        values = flags.parse_fields(Settings, parser, flags.setting_help(__file__), argv)
+        run_study(Settings(**one_scale.mark_stated(values, PIXEL_SPACING_MM, argv)))
 
     return flags.exit_code(job, "lower --batch_size")
 

@@ -68,6 +68,7 @@ from byol_mammo import (
     files,
     framing,
     images,
+    one_scale,
     processes,
     sampling,
     settings,
@@ -112,6 +113,7 @@ MIN_TILE_INTENSITY = 40  # mean of a tile's breast pixels, 0-255 scale at any bi
 MIN_NON_ZERO_PIXELS = 0.7  # share of a tile's breast pixels that must not be empty; 0 = off
 EXCLUDE_PECTORAL = True  # breast_ratio counts tissue without the pectoral muscle
 PIXEL_SPACING_MM = 0.085  # mm per pixel where the manifest gives no spacing (VinDr-Mammo: 0.085)
+TARGET_SPACING_MM = 0.0  # mm per pixel that every image is brought to before tiles are chosen; 0 = off
 POLARITY = "auto"  # auto, as_is or inverted; auto = as manifest.csv says, else as the image looks
 MAX_TILES = 0  # tiles in the cache, those of highest energy, spread over images; 0 = all
 TILES_PER_EPOCH = 11_000  # tiles drawn per epoch, spread over images; 0 = all
@@ -201,6 +203,7 @@ class Config:
     min_non_zero_pixels: float = MIN_NON_ZERO_PIXELS
     exclude_pectoral: bool = EXCLUDE_PECTORAL
     pixel_spacing_mm: float = PIXEL_SPACING_MM
+    target_spacing_mm: float = TARGET_SPACING_MM
     polarity: str = POLARITY
     max_tiles: int = MAX_TILES
     tiles_per_epoch: int = TILES_PER_EPOCH
@@ -298,7 +301,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "tile_size": (32, 8192), "tile_stride": (8, 8192), "min_breast_ratio": (0, 1),
     "min_freq_energy": (0, math.inf), "min_convergence": (0, 1), "high_freq_energy": (0, math.inf),
     "min_tile_intensity": (0, 255), "min_non_zero_pixels": (0, 1),
-    "pixel_spacing_mm": images.SPACING_RANGE, "max_tiles": (0, math.inf),
+    "pixel_spacing_mm": images.SPACING_RANGE, "target_spacing_mm": (0, images.SPACING_RANGE[1]),
+    "max_tiles": (0, math.inf),
     "tiles_per_epoch": (0, math.inf), "energy_share": (0, 1),
     "num_workers": (0, 4096), "view_size": (0, 8192),
     "input_dim": (1, 65536),
@@ -317,7 +321,8 @@ RANGES: dict[str, tuple[float, float]] = {
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Turn flags into a Config; `--tile-size` equals `--tile_size`. Raises MammoError on a typo."""
     parser, comments = settings.make_parser(__doc__), settings.setting_help(__file__)
-    return Config(**settings.parse_fields(Config, parser, comments, argv))
+    values = settings.parse_fields(Config, parser, comments, argv)
+    return Config(**one_scale.mark_stated(values, PIXEL_SPACING_MM, argv))
 
 
 # ---- 2 Image ---------------------------------------------------------------------------------------
@@ -634,10 +639,16 @@ def extract_image(
     """Segment one mammogram, whose projection is `view` if known, and choose its tiles.
 
     Returns a record (window, origin, bit depth, spacing, funnel, kept tiles as columns) and the pixels
-    of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, never rescaled.
+    of the box around the kept tiles plus VIEW_MARGIN, zero outside the breast mask, grey levels as they
+    are. All in px of the file, or of the image at TARGET_SPACING_MM, the spacing then.
     Raises ImageReadError, also where no breast is found or the image is smaller than a tile.
     """
     image, small, margin = read_and_reduce(path, config.polarity)
+    # -- One scale: this line is part of a cache's key where it is on, see SCALE_CODE
+    image, small, spacing_mm = one_scale.rescaled(
+        path, image, small, spacing_mm, config.target_spacing_mm
+    )
+    # -- As the image is now
     size = config.tile_size
     if min(image.shape) < size:
         shape = f"{image.shape[1]} x {image.shape[0]}"
@@ -690,7 +701,8 @@ IMAGE_COLUMNS = (  # of images.csv; offsets follow no order, and what lies betwe
 )
 # The code that makes masks, tiles and pixels: file, beginning, end. An edited filter makes a new cache.
 PIXEL_CODE = (
-    (__file__, "# ---- 2 Image", "# ---- 5 Pixel cache"),
+    (__file__, "# ---- 2 Image", "    # -- One scale"),
+    (__file__, "    # -- As the image is", "# ---- 5 Pixel cache"),
     (images.__file__, "# ---- Decoding", ""),
     (framing.__file__, "", ""),
     (anatomy.__file__, "", ""),
@@ -698,19 +710,25 @@ PIXEL_CODE = (
     (structure.__file__, "", ""),
     (caches.__file__, "# ---- Averaged copy", ""),
 )
+# The code that brings images to TARGET_SPACING_MM: caches at the images' own scale don't depend on it.
+SCALE_CODE = (
+    (__file__, "    # -- One scale", "    # -- As the image is"),
+    (one_scale.__file__, "# ---- Resampling", ""),
+)
 
 
 def cache_inputs(sources: pd.DataFrame, config: Config) -> dict[str, Any]:
     """All that the cache depends on: tile settings, code, and name, size and mtime of each file."""
     names = "tile_size tile_stride exclude_pectoral pixel_spacing_mm max_tiles".split()
     names += [name for c in CRITERIA for name in (c.setting, c.spared_by[1]) if name]
+    names += ["target_spacing_mm"] * (config.target_spacing_mm > 0)
     rows = sources.drop(columns="path").to_csv(index=False)
     return {
         # As floats: 40, typed as a flag, is 40.0.
         "settings": {name: float(getattr(config, name)) for name in names},
         "polarity": config.polarity,
         "view_margin": VIEW_MARGIN,
-        "code": settings.code_version(PIXEL_CODE),
+        "code": settings.code_version(PIXEL_CODE + SCALE_CODE * (config.target_spacing_mm > 0)),
         "files": hashlib.sha256(rows.encode()).hexdigest(),
     }
 
@@ -763,10 +781,19 @@ def build_cache(config: Config) -> Path:
     return final
 
 
+def source_spacing(sources: pd.DataFrame, config: Config) -> pd.Series:
+    """mm per pixel of each of list_sources; NaN where one scale is asked for and nobody tells it."""
+    known = pd.to_numeric(sources["spacing_mm"])
+    assumed = config.pixel_spacing_mm == PIXEL_SPACING_MM
+    return known if config.target_spacing_mm and assumed else known.fillna(config.pixel_spacing_mm)
+
+
 def extraction_jobs(sources: pd.DataFrame, config: Config) -> list[tuple]:
     """Arguments of extract_to_file for each image; says what of spacing and files is worth a note."""
-    spacing = sources["spacing_mm"].fillna(config.pixel_spacing_mm)
-    if config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
+    spacing = source_spacing(sources, config)
+    if spacing.isna().any():
+        one_scale.note_unknown(spacing)
+    elif config.pixel_spacing_mm == PIXEL_SPACING_MM or not sources["spacing_mm"].isna().all():
         images.note_unknown_spacing(sources, config.pixel_spacing_mm)
     images.note_left_out(sources)
     # Images of one polarity share a Config.
@@ -805,6 +832,8 @@ def foresee_cache(config: Config) -> int:
     read, count = foresight.size_text(sources["size"].sum()), len(sources)
     studies = sources["study_id"].nunique()
     print(f"images    {count:,} of {studies:,} studies in {config.data_dir}, {read}")
+    if config.target_spacing_mm:
+        print(one_scale.describe(source_spacing(sources, config), config.target_spacing_mm))
     if caches.is_finished(cache):
         tiles = len(pd.read_csv(cache / "tiles.csv", usecols=["image"]))
         print(f"cache     {cache} is there: {tiles:,} tiles, nothing to extract")
@@ -880,7 +909,11 @@ def _index_images(
         file, dtype = extraction.pixel_file(record["folder"], record["bit_depth"])
         inside = slice(ys.start - y0, ys.stop - y0), slice(xs.start - x0, xs.stop - x0)
         parts.append((file, dtype, record["offset"], tuple(shape), *inside))
-    return pd.DataFrame(rows, columns=IMAGE_COLUMNS), parts
+    table = pd.DataFrame(rows, columns=IMAGE_COLUMNS)
+    if config.target_spacing_mm:
+        spacing = source_spacing(sources, config)[sorted(set(tiles["image"]))]
+        table[one_scale.COLUMN] = config.target_spacing_mm / spacing.to_numpy()
+    return table, parts
 
 
 class MammogramTiles:
@@ -1488,7 +1521,8 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
 
 def resume_run(run: Run, state: dict[str, Any]) -> None:
     """Put the saved state into a run. Raises MammoError where settings differ that shape the weights."""
-    now, then = dataclasses.asdict(run.config), state["config"]
+    # Until 2026-11-28 images kept their own scale.
+    now, then = dataclasses.asdict(run.config), {"target_spacing_mm": 0.0, **state["config"]}
     names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
     changed = [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
     changed += caches.changed_tiles(state, run.tiles.cache, run.tiles.digest)
@@ -1557,11 +1591,15 @@ def load_sample(index: int, source: pd.Series, config: Config) -> pictures.Sampl
     """Repeat the extraction of one row of list_sources. Raises ImageReadError."""
     from byol_mammo import pictures
 
-    spacing = source["spacing_mm"] if source["spacing_mm"] > 0 else config.pixel_spacing_mm
-    (polarity,) = images.known_polarity(source.to_frame().T, config.polarity)
-    image = read_mammogram(source["path"], polarity)
-    mask = segment_breast_tissue(image)
-    muscle = segment_pectoral_muscle(image, mask, source["view"])
+    row = source.to_frame().T
+    (spacing,), (polarity,) = source_spacing(row, config), images.known_polarity(row, config.polarity)
+    image, small, _ = read_and_reduce(source["path"], polarity)
+    image, small, spacing = one_scale.rescaled(
+        source["path"], image, small, spacing, config.target_spacing_mm
+    )
+    breast = find_breast(small)
+    mask = small.enlarged(breast)
+    muscle = small.enlarged(find_muscle(small, breast, source["view"])) & mask
     table = score_tiles(image, mask, config, spacing, muscle)
     title = f"image {index} {source['laterality']} {source['view']}"
     window = intensity_window(image, mask)
@@ -2161,7 +2199,7 @@ def extract_only(config: Config) -> Path:
         print(f"qc pages  {pages}", flush=True)
     cache = build_cache(config)
     show_extraction(cache, config)
-    print(report.describe_funnel(report.read_rejections(cache), COLUMNS))
+    print(report.describe_extraction(cache, COLUMNS, config.target_spacing_mm))
     drawn = [name for name in pictures.EXTRACTION_PICTURES if (cache / name).is_file()]
     shown = f"{', '.join(drawn)} show it; " if drawn else ""
     print(f"cache     {cache}: {shown}training finds it there")
@@ -2210,7 +2248,7 @@ def start_folder(run: Run) -> None:
     for name in pictures.EXTRACTION_PICTURES:
         if (run.tiles.cache / name).is_file():
             shutil.copyfile(run.tiles.cache / name, run.folder / name)
-    print(report.describe_funnel(report.read_rejections(run.tiles.cache), COLUMNS))
+    print(report.describe_extraction(run.tiles.cache, COLUMNS, config.target_spacing_mm))
     where = "in GPU memory" if run.tiles.pixels.is_cuda else "memory-mapped"
     print(f"cache     {run.tiles.cache}: {run.tiles.pixels.nbytes / 2**30:.2f} GiB of pixels, {where}")
     print(f"device    {run.ranks.world_size} x {devices.describe_device(run.device, config.precision)}")

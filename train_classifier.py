@@ -32,6 +32,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ from byol_mammo import (
     images,
     labels as labelling,
     makers,
+    one_scale,
     pictures,
     processes,
     report,
@@ -85,6 +87,7 @@ TILE_SIZE = 0  # px, side of a tile; 0 = as in pre-training
 TILE_STRIDE = 0  # px between tiles; 0 = as in pre-training
 VIEW_SIZE = 0  # px, side of what the network sees of a tile; 0 = as in pre-training
 PIXEL_SPACING_MM = 0.0  # mm per pixel where the manifest gives none; 0 = as in pre-training
+TARGET_SPACING_MM = 0.0  # mm per pixel that every image is brought to; 0 = as in pre-training
 MIN_FREQ_ENERGY = 0.0  # speck energy a tile must reach; 0 = all tissue, as masses need no specks
 MODE = "finetune"  # probe = frozen backbone, logistic head; finetune = all weights, from the probe on
 VALIDATION_SHARE = 0.2  # of the training studies (1 in 2, 3, 4 ...), to stop early and to choose by
@@ -145,6 +148,7 @@ class Settings:
     tile_stride: int = TILE_STRIDE
     view_size: int = VIEW_SIZE
     pixel_spacing_mm: float = PIXEL_SPACING_MM
+    target_spacing_mm: float = TARGET_SPACING_MM
     min_freq_energy: float = MIN_FREQ_ENERGY
     mode: str = MODE
     validation_share: float = VALIDATION_SHARE
@@ -330,7 +334,8 @@ def join_labels(
 ) -> LabelledTiles:
     """LabelledTiles of a cache; `rows` gives each image's row of `labels`, -1 = none."""
     names = settings.names
-    targets = labelling.tile_labels(tiles.table, rows, labels, tiles.tile_size, names)
+    scale = one_scale.source_px(tiles.images)
+    targets = labelling.tile_labels(tiles.table, rows, labels, tiles.tile_size, names, scale=scale)
     known = labels.reindex(rows).reset_index(drop=True)  # row -1 is in no index: NaN
     image_targets = known[names].to_numpy(np.float32)
     image = tiles.table["image"].to_numpy()
@@ -344,7 +349,8 @@ def join_labels(
     words = ["study_id", "patient", "laterality", "view", "split", "breast_density", *makers.GROUPS]
     table = tiles.images[["image"]].join(known[words].fillna("")).assign(labelled=rows >= 0)
     table = table.iloc[image].reset_index(drop=True)
-    table = table.assign(row=image, x=tiles.table["x"].to_numpy(), y=tiles.table["y"].to_numpy())
+    x, y = one_scale.source_corners(tiles.images, tiles.table).T  # of the files, as boxes are
+    table = table.assign(row=image, x=x, y=y)
     return LabelledTiles(tiles, names, targets, table, image_targets, untiled)
 
 
@@ -448,8 +454,11 @@ def set_outputs(model: mammo.MammogramBYOL, count: int) -> None:
 
 def tile_config(settings: Settings, base: mammo.Config) -> mammo.Config:
     """The main script's Config for cache, device and tracking: tiles as in `base` unless a flag says."""
-    names = "tile_size tile_stride view_size pixel_spacing_mm".split()
+    names = "tile_size tile_stride view_size pixel_spacing_mm target_spacing_mm".split()
     given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    if "pixel_spacing_mm" in given and (settings.target_spacing_mm or base.target_spacing_mm):
+        stated = one_scale.stated(settings.pixel_spacing_mm, mammo.PIXEL_SPACING_MM)
+        given["pixel_spacing_mm"] = stated
     same = "data_dir output_dir cache_dir min_freq_energy num_workers seed device precision wandb_mode "
     same += "wandb_project batch_size"
     given |= {name: getattr(settings, name) for name in same.split()}
@@ -690,7 +699,7 @@ def holds_another_result(folder: Path, settings: Settings, data: LabelledTiles) 
 
 def changed_settings(then: dict[str, Any], settings: Settings) -> list[str]:
     """Flags that shape a classifier and are not as they were, with both values."""
-    now = dataclasses.asdict(settings)
+    now, then = dataclasses.asdict(settings), {"target_spacing_mm": 0.0, **then}  # since 2026-11-28
     names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
     return [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
 
@@ -1375,13 +1384,14 @@ def note_seen(
 
 def shared_config(engines: dict[str, Engine]) -> mammo.Config:
     """The tiles to compare on: those of the checkpoints. Raises MammoError where they differ."""
-    names = ("tile_size", "tile_stride", "view_side", "pixel_spacing_mm")
+    names = ("tile_size", "tile_stride", "view_side", "pixel_spacing_mm", "target_spacing_mm")
     known = {start: engine for start, engine in engines.items() if start not in UNTRAINED}
     found = {start: [getattr(e.config, name) for name in names] for start, e in known.items()}
     if len({str(values) for values in found.values()}) > 1:
         raise MammoError(
             f"compare: the checkpoints were trained on different tiles ({found}, being "
-            f"{', '.join(names)}); give --tile_size, --tile_stride, --view_size and --pixel_spacing_mm"
+            f"{', '.join(names)}); give --tile_size, --tile_stride, --view_size, --pixel_spacing_mm and "
+            "--target_spacing_mm"
         )
     if not engines:
         raise MammoError("compare: none of the weights could be had")
@@ -1488,15 +1498,32 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     return table
 
 
-def tiles_of_image(path: Path, config: mammo.Config) -> mammo.MammogramTiles:
+def spacing_of_files(operands: Sequence[str], paths: Sequence[Path], config: mammo.Config) -> pd.Series:
+    """mm per pixel of each of `paths`, files and those of folders among `operands`.
+
+    At one scale what a manifest.csv in their folder or beside it says, and NaN where nobody tells it.
+    """
+    known: dict[str, float] = {}
+    if config.target_spacing_mm:
+        roots = {operand if operand.is_dir() else operand.parent for operand in map(Path, operands)}
+        for root in sorted(roots):
+            table = images.read_manifest(Path(os.path.abspath(root)))
+            known |= dict(zip(table["path"], table["spacing_mm"], strict=True))
+    own = [known.get(os.path.abspath(path), np.nan) for path in paths]
+    return mammo.source_spacing(pd.DataFrame({"spacing_mm": own}, dtype=float), config)
+
+
+def tiles_of_image(path: Path, spacing_mm: float, config: mammo.Config) -> mammo.MammogramTiles:
     """The tiles of one mammogram, held in memory. Raises ImageReadError, also where no tile is kept."""
-    record, pixels = mammo.extract_image(str(path), config.pixel_spacing_mm, config)
+    record, pixels = mammo.extract_image(str(path), spacing_mm, config)
     table = pd.DataFrame(record["tiles"]).assign(image=0)
     if table.empty:
         raise mammo.ImageReadError(path, "no tile holds enough tissue; loosen the tile settings")
     row = dict(zip("offset height width y0 x0 low high".split(),
                    (0, *pixels.shape, *record["origin"], *record["window"]), strict=True))  # fmt: skip
     images = pd.DataFrame([{"image": path.name, **row}])
+    if config.target_spacing_mm:
+        images[one_scale.COLUMN] = config.target_spacing_mm / spacing_mm
     reduce = mammo.reduction(config.tile_size, config.view_side)
     # In float, where a cache's averaged copy is rounded to 1/256 of a grey level.
     averaged = caches.block_average(pixels, reduce) if reduce > 1 else pixels.astype(np.float32)
@@ -1512,9 +1539,10 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
     folder = settings.folder("predict")
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
+    spacing = spacing_of_files(operands, paths, engine.config)
     for number, path in enumerate(tracking.progress(paths, desc="predict", unit="image")):
         try:
-            tiles = tiles_of_image(path, engine.config)
+            tiles = tiles_of_image(path, float(spacing[number]), engine.config)
         except mammo.ImageReadError as error:
             rows.append({"image": str(path), "error": error.reason})
             tqdm.write(f"note: {error}", file=sys.stderr)
@@ -1525,12 +1553,14 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
             "picture": f"map_{number:05d}.png",
             "tiles": len(tiles),
         }
+        corners = one_scale.source_corners(tiles.images, tiles.table)
         for name, score in zip(settings.names, scores.T, strict=True):
             best = int(score.argmax())
             row |= {f"p_{name}": score[best], f"p_{name}_noisy_or": 1 - (1 - score).prod()}
-            row |= {f"x_{name}": tiles.table["x"][best], f"y_{name}": tiles.table["y"][best]}
+            row |= {f"x_{name}": corners[best, 0], f"y_{name}": corners[best, 1]}
         rows.append(row)
         image = mammo.read_mammogram(path, engine.config.polarity)
+        image = one_scale.resample(image, 1 / one_scale.source_px(tiles.images)[0])
         draw_prediction(
             image, tiles, scores, settings.names, settings.top_tiles, folder / row["picture"]
         )

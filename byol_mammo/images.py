@@ -154,7 +154,7 @@ def note_unknown_spacing(sources: pd.DataFrame, taken: float) -> None:
     if unknown:
         print(
             f"note: {unknown} of {len(sources)} images don't tell their pixel size: "
-            f"--pixel_spacing_mm {taken} is taken",
+            f"--pixel_spacing_mm {taken:g} is taken",
             file=sys.stderr,
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from byol_mammo import anatomy, framing
+from byol_mammo import anatomy, framing, one_scale
 from byol_mammo.archive_check import BREAST_BGR, MUSCLE_BGR, Method, outlined
 
 PAGE = re.compile(r"inspect_\d{3,}\.png")
@@ -48,23 +48,29 @@ def look_into(path: str | Path, known: Known, method: Method) -> tuple[list[Fact
     The page is the image beside itself with outlines of breast and muscle, the area that the tiles kept
     cover, and the centre of each tile. Raises ImageReadError.
     """
-    image, small, margin = method.read(str(path), known.polarity)
+    original, small, margin = method.read(str(path), known.polarity)
+    target = method.settings.target_spacing_mm
+    image, small, spacing = one_scale.rescaled(path, original, small, known.spacing_mm, target)
     breast = method.find_breast(small)
     mask = small.enlarged(breast)
     muscle = small.enlarged(method.find_muscle(small, breast, known.view)) & mask
     size = method.settings.tile_size
     fits = min(image.shape) >= size
-    tiles = method.score_tiles(image, mask, method.settings, known.spacing_mm, muscle)
+    tiles = method.score_tiles(image, mask, method.settings, spacing, muscle)
     tiles = tiles if fits and breast.any() else tiles.iloc[:0]
     low, high = method.window(image, mask)
     at_left = (anatomy.chest_side(breast) == 0) != small.mirrored
     wall = f", chest wall {'left' if at_left else 'right'}" if breast.any() else ""
     arm = f"{muscle.sum() / mask.sum():.0%} of the breast" if muscle.any() else "none found"
     facts = [
-        ("size", f"{image.shape[0]} x {image.shape[1]} px, grey {image.min()} to {image.max()}"),
-        ("polarity", polarity_told(image, margin, known)),
+        (
+            "size",
+            f"{original.shape[0]} x {original.shape[1]} px, grey {original.min()} to {original.max()}",
+        ),
+        ("polarity", polarity_told(original, margin, known)),
         ("view used", known.view or "not known"),
         ("spacing", f"{known.spacing_mm:g} mm, {known.spacing_from}"),
+        *[("scaled to", f"{target:g} mm, {image.shape[0]} x {image.shape[1]} px")] * (target > 0),
         ("window", f"{low:.0f} to {high:.0f}, 0.1 and 99.9 % of the breast"),
         ("breast", f"{mask.mean():.0%} of the image{wall}" if breast.any() else "NONE FOUND"),
         ("muscle", arm),

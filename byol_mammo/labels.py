@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from byol_mammo import files
+from byol_mammo import files, one_scale
 from byol_mammo.settings import MammoError
 
 LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without the box's centre
@@ -183,13 +183,14 @@ def tile_labels(
     findings: Sequence[str],
     cover: float = LABEL_COVER,
     by_centre: bool = True,
+    scale: np.ndarray | None = None,
 ) -> np.ndarray:
     """(N, findings) float32: 1, 0, or NaN = left out, for `tiles` (x, y, image) of `size` px.
 
     `rows` gives the row of `labels` for each image, -1 = unlabelled. A tile is positive where it holds
     a box's centre (where `by_centre`) or `cover` of it, and left out where it merely touches one. Away
     from boxes it is negative if the image is known to be without the finding, or if boxes say where it
-    lies.
+    lies. `scale` (images,): px of the image file, which boxes are in, for each px of tiles; None = 1.
     """
     out = np.full((len(tiles), len(findings)), np.nan, np.float32)
     for image, group in tiles.groupby("image"):
@@ -197,6 +198,8 @@ def tile_labels(
         if row < 0:
             continue
         index = tiles.index.get_indexer(group.index)
+        px = 1 if scale is None else scale[int(image)]
+        corners, side = group[["x", "y"]].to_numpy() * px, size * px
         for column, finding in enumerate(findings):
             boxes = [box for box in labels["boxes"][row] if finding in box["finding"]]
             known = labels[finding][row]
@@ -204,16 +207,19 @@ def tile_labels(
                 out[index, column] = 0
             for state in (np.nan, 1):  # positive wins where a tile touches one box and holds another
                 for box in boxes:
-                    holds, touches = _tile_holds(group, box, size, cover, by_centre)
+                    holds, touches = _tile_holds(corners, box, side, cover, by_centre)
                     out[index[touches if np.isnan(state) else holds], column] = state
     return out
 
 
 def _tile_holds(
-    tiles: pd.DataFrame, box: dict[str, Any], size: int, least: float, by_centre: bool
+    corners: np.ndarray, box: dict[str, Any], size: float, least: float, by_centre: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tiles hold a box's centre or `least` of it, and which touch it; both (N,) bool."""
-    x, y = tiles["x"].to_numpy(), tiles["y"].to_numpy()
+    """Which tiles hold a box's centre or `least` of it, and which touch it; both (N,) bool.
+
+    `corners` (N, 2): x and y of tiles of that size, in px of the box.
+    """
+    x, y = corners.T
     x0, y0, x1, y1 = (float(box[name]) for name in ("xmin", "ymin", "xmax", "ymax"))
     across = (np.minimum(x + size, x1) - np.maximum(x, x0)).clip(0)
     down = (np.minimum(y + size, y1) - np.maximum(y, y0)).clip(0)
@@ -247,7 +253,8 @@ def prepare_probe(
     """
     labels = read_labels(path, findings)
     rows = match_labels(labels, path.parent, images["image"], data_dir)
-    targets = tile_labels(table, rows, labels, tile_size, findings)
+    scale = one_scale.source_px(images)
+    targets = tile_labels(table, rows, labels, tile_size, findings, scale=scale)
     image_row = table["image"].to_numpy()
     positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
     negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from byol_mammo import files, makers, pictures
+from byol_mammo import files, makers, one_scale, pictures
 from byol_mammo.settings import MammoError
 
 
@@ -62,6 +62,15 @@ def describe_funnel(rejections: pd.DataFrame, columns: list[str]) -> str:
     if len(skipped) > 10:
         lines.append(f"  ... and {len(skipped) - 10:,} more in rejections.csv")
     return "\n".join(lines)
+
+
+def describe_extraction(cache: Path, columns: list[str], target_mm: float) -> str:
+    """describe_funnel of a finished cache, and a line on the one scale of its images, 0 = their own."""
+    funnel = describe_funnel(read_rejections(cache), columns)
+    if not target_mm:
+        return funnel
+    spacing = target_mm / one_scale.source_px(pd.read_csv(cache / "images.csv"))
+    return f"{funnel}\n{one_scale.describe(pd.Series(spacing), target_mm)}"
 
 
 def learning_curves(own: dict[str, str], findings: Sequence[str]) -> dict[str, dict[str, str]]:

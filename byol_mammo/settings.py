@@ -195,8 +195,11 @@ def code_version(parts: Iterable[tuple[Any, str, str]]) -> str:
     tree of the same code differs between versions of Python.
     """
     lines: list[str] = []
+    read: dict[Any, list[tuple[str, str]]] = {}  # a file may have several parts, and reading takes time
     for file, start, end in parts:
-        code = _without_words(Path(file).read_text(encoding="utf-8"))
+        if file not in read:
+            read[file] = _without_words(Path(file).read_text(encoding="utf-8"))
+        code = read[file]
         first = next(i for i, (line, _) in enumerate(code) if line.startswith(start))
         rest = [i for i, (line, _) in enumerate(code) if end and i > first and line.startswith(end)]
         lines += [bare for _, bare in code[first : rest[0] if rest else None] if bare]

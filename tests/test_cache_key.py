@@ -49,13 +49,13 @@ EDITS = {  # a piece of the code, what stands there instead, whether that makes 
 
 def pixel_code(folder, before="", after=""):
     """PIXEL_CODE with a piece of its text, or of the main script's, replaced in copies of the files."""
-    parts, found = [], 0
+    parts, found = [], {}
     for number, (file, start, end) in enumerate(mammo.PIXEL_CODE):
         text = Path(file).read_text()
-        found += bool(before) and text.count(before)
+        found[file] = text.count(before) if before else 0  # a file may have several parts
         (folder / f"{number}.py").write_text(text.replace(before, after) if before else text)
         parts.append((str(folder / f"{number}.py"), start, end))
-    assert found == bool(before)
+    assert sum(found.values()) == bool(before)
     return parts
 
 

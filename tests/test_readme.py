@@ -115,6 +115,7 @@ def small(script, words, name):
     flags = SMALL[script].split()
     if script == "train_byol_mammo.py":
         flags += ["--run_name", name]
+        flags += ["--target_spacing_mm", "0.7"] * ("--target_spacing_mm" in words)
     elif script == "train_classifier.py" and words[0] == "compare":
         flags += ["--backbone", "resnet18"]
     return flags
