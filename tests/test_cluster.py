@@ -12,7 +12,16 @@ import cv2
 import pytest
 import small_cluster
 import stages
-from conftest import ROOT, SMALL, breast_image, places_in, run_script, small_config, write_images
+from conftest import (
+    ROOT,
+    SMALL,
+    breast_image,
+    images_done,
+    places_in,
+    run_script,
+    small_config,
+    write_images,
+)
 
 import prepare_dataset as prepare
 import train_byol_mammo as mammo
@@ -83,6 +92,35 @@ def test_a_client_that_was_killed_goes_on(tmp_path, alone, dask, later):
     assert len(records) == 2
     assert all((journal.parent / record["writer"]).is_dir() for record in records)
     build_and_compare(tmp_path, alone, *(["--dask", str(dask.dask)] if later == "cluster" else []))
+
+
+def test_a_signal_leaves_what_the_same_command_goes_on_from(tmp_path, alone, dask, monkeypatch):
+    same_images(tmp_path, alone)
+    with monkeypatch.context() as patch:
+        add = extraction.Journal.add
+
+        def add_and_stop(journal, record):
+            add(journal, record)
+            signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(extraction.Journal, "add", add_and_stop)
+        with pytest.raises(StoppedError):
+            mammo.build_cache(small_config(tmp_path, "--dask", str(dask.dask)))
+    assert 0 < images_done(tmp_path) < 10
+    build_and_compare(tmp_path, alone, "--dask", str(dask.dask))
+
+
+def test_images_of_a_single_worker_are_put_into_order(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 3, bits=12)
+    mammo.build_cache(small_config(tmp_path))
+    (tmp_path / "cache").rename(tmp_path / "whole")
+
+    def backwards(dask, function, jobs, *options):
+        yield from ((number, function(*job)) for number, job in reversed([*enumerate(jobs)]))
+
+    monkeypatch.setattr(cluster, "results", backwards)
+    mammo.build_cache(small_config(tmp_path, "--dask", "x:1"))
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
 def test_a_worker_that_is_lost_costs_nothing(tmp_path, alone, dask, monkeypatch):
