@@ -230,6 +230,7 @@ class Options:
     patient_pattern: str = ""
     on_conflict: str = ON_CONFLICT
     num_workers: int = NUM_WORKERS
+    dask: str = ""
     flip_right: bool = False
     verify: bool = False
     dry_run: bool = False
@@ -265,6 +266,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--on_conflict", choices=choices, default=ON_CONFLICT, help=text + DEFAULT)
     text = "processes that decode, at most one per core"
     add("--num_workers", type=int, default=NUM_WORKERS, metavar="N", help=text + DEFAULT)
+    text = "scheduler file or address of a Dask cluster whose workers decode, instead of this machine"
+    add("--dask", default="", metavar="FILE_OR_ADDRESS", help=text)
     text = "mirror images whose chest wall is on the right; recorded as flipped in the manifest"
     add("--flip_right", action="store_true", help=text)
     text = "decode PNG in full too, once: skip damaged ones, check the pixels of all"
@@ -1138,6 +1141,9 @@ def write_file(path: Path, content: bytes, source: os.stat_result | None = None)
 
 def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
     """Each task and what came of it, in the order they finish; in processes where that pays."""
+    if tasks[0][1].dask:
+        yield from decode_on_cluster(tasks)
+        return
     small = sum(item.found.st_size for item, _, _ in tasks) < POOL_FROM
     if small and not any(may_crash(item) for item, _, _ in tasks):
         for task in tasks:
@@ -1158,6 +1164,27 @@ def decode_all(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
         except BrokenProcessPool:  # one of those in it is to blame
             for task in running.values():
                 yield task, decode_alone(task)
+
+
+def decode_on_cluster(tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome]]:
+    """decode_all on the workers of a Dask cluster; this machine tries again what ended them."""
+    from byol_mammo import cluster
+
+    options, first = tasks[0][1], tasks[0][0].source
+    jobs = [
+        (replace(item, source=item.source.absolute(), output=item.output.absolute()), options, write)
+        for item, options, write in tasks
+    ]
+    for number, outcome in cluster.results(options.dask, decode_item, jobs, options.output_dir, [first]):
+        task = tasks[number]
+        if outcome is cluster.KILLED:
+            outcome = decode_alone(task)
+        elif isinstance(outcome, SkipImageError):  # some decoders' reasons hold the path that they got
+            there, here = (str(item.source) for item in (jobs[number][0], task[0]))
+            outcome = SkipImageError(str(outcome).replace(there, here))
+        yield task, outcome
+    for folder in {item.output.parent for item, _, _ in tasks}:
+        files.remove_unfinished(folder)  # of workers that were killed
 
 
 def may_crash(item: Item) -> bool:
@@ -1945,7 +1972,7 @@ def print_costs(plan: Plan) -> None:
             tried, outcomes, seconds = try_tasks(tasks)
             scale = sum(sizes) / max(1, sum(item.found.st_size for item, _, _ in tried))
             written += scale * sum(outcomes)
-            workers = min(plan.options.num_workers, available_cores(), len(tasks))
+            workers = foresight.count_workers(plan.options.num_workers, len(tasks), plan.options.dask)
             took = foresight.duration_text(scale * seconds / workers)
             time = f", about {took} in {workers} processes (from {len(tried)} images, decoded in memory)"
     except BrokenProcessPool:
@@ -2235,6 +2262,7 @@ def run(argv: Sequence[str] | None) -> int:
         return 2
     try:
         plan = make_plan(options)
+        foresight.count_workers(1, 1, options.dask)  # a cluster that doesn't answer is refused by now
     except (MammoError, OSError) as error:
         print(f"prepare_dataset: error: {error}. Nothing was written.", file=sys.stderr)
         return 2
@@ -2243,7 +2271,7 @@ def run(argv: Sequence[str] | None) -> int:
         return 1 if len(plan.missing) or plan.skipped else 0
     try:
         carry_out(plan)
-    except (OSError, KeyboardInterrupt) as error:
+    except (OSError, MammoError, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
         print(f"prepare_dataset: stopped: {reason}. The same command resumes.", file=sys.stderr)
         return 3

@@ -122,6 +122,7 @@ QC_PAGES = False  # a picture of each image (row of rejections.csv) into the run
 EXTRACT_ONLY = False  # end once the pixel cache and the QC pages are there, before a GPU is taken
 DRY_RUN = False  # say what would be read, extracted and trained, how many bytes and how long; no more
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
+DASK = ""  # scheduler file or address of a Dask cluster whose workers extract; empty = this machine
 VIEW_SIZE = 0  # px, side of a view; 0 = the tile size
 BACKBONE = "resnet50"  # resnet18, resnet34 or resnet50 (torchvision), or timm:NAME
 WEIGHTS = "imagenet"  # imagenet, none, or the path of a checkpoint or state dict
@@ -178,9 +179,9 @@ CHOICES = {
 LR_BATCH = 32  # batch size at which LR is meant
 # Settings that may differ between a run and its resumption: they don't change the weights.
 FREE_ON_RESUME = (
-    "output_dir run_name cache_dir data_dir qc_pages extract_only dry_run num_workers max_steps "
-    "save_every log_every device compile grad_checkpoint deterministic on_collapse resume wandb_mode "
-    "wandb_project checkpoint_every labels probe_every progress report_every report "
+    "output_dir run_name cache_dir data_dir qc_pages extract_only dry_run num_workers dask "
+    "max_steps save_every log_every device compile grad_checkpoint deterministic on_collapse resume "
+    "wandb_mode wandb_project checkpoint_every labels probe_every progress report_every report "
     "peer_timeout"
 ).split()  # fmt: skip
 
@@ -212,6 +213,7 @@ class Config:
     extract_only: bool = EXTRACT_ONLY
     dry_run: bool = DRY_RUN
     num_workers: int = NUM_WORKERS
+    dask: str = DASK
     view_size: int = VIEW_SIZE
     backbone: str = BACKBONE
     weights: str = WEIGHTS
@@ -813,7 +815,7 @@ def extract_all(sources: pd.DataFrame, config: Config, journal: Path) -> list[di
 
     jobs = extraction_jobs(sources, config)
     records = extraction.extract_missing(
-        extract_to_file, jobs, journal, config.num_workers, config.progress
+        extract_to_file, jobs, journal, config.num_workers, config.progress, config.dask
     )
     extraction.note_polarity(sources["image"], [record.get("polarity_margin") for record in records])
     return records
@@ -841,7 +843,7 @@ def foresee_cache(config: Config) -> int:
     threads = cv2.getNumThreads()
     tried, found, seconds = foresight.try_some(extraction_jobs(sources, config), try_extraction)
     cv2.setNumThreads(threads)
-    scale, workers = count / len(tried), min(config.num_workers, processes.available_cores(), count)
+    scale, workers = count / len(tried), foresight.count_workers(config.num_workers, count, config.dask)
     tiles, needed = (round(scale * sum(values)) for values in list(zip(*found, strict=True))[:2])
     tiles = min(tiles, config.max_tiles) if config.max_tiles else tiles
     begun = cache.with_name(f".{cache.name}.building").exists()
@@ -906,7 +908,8 @@ def _index_images(
         box = (record["offset"], ys.stop - ys.start, xs.stop - xs.start, ys.start, xs.start)
         source = sources.loc[int(index), ["image", "study_id", "laterality", "view"]]
         rows.append([*source, *box, *record["window"], record["bit_depth"], record["spacing_mm"]])
-        file, dtype = extraction.pixel_file(record["folder"], record["bit_depth"])
+        place = record["folder"], record["bit_depth"], record.get("writer", "")
+        file, dtype = extraction.pixel_file(*place)
         inside = slice(ys.start - y0, ys.stop - y0), slice(xs.start - x0, xs.stop - x0)
         parts.append((file, dtype, record["offset"], tuple(shape), *inside))
     table = pd.DataFrame(rows, columns=IMAGE_COLUMNS)

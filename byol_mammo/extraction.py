@@ -9,8 +9,10 @@ import json
 import math
 import os
 import platform
+import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -41,15 +43,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def pixel_file(folder: Path, bit_depth: int) -> tuple[Path, np.dtype]:
-    """Where images of this depth are extracted to, and as what."""
+def pixel_file(folder: Path, bit_depth: int, writer: str = "") -> tuple[Path, np.dtype]:
+    """Where images of this depth are extracted to, and as what; `writer`: see extract_apart."""
     dtype = np.dtype(np.uint8 if bit_depth <= 8 else np.uint16)
-    return folder / f"pixels_{dtype}.npy", dtype
+    return folder / writer / f"pixels_{dtype}.npy", dtype
 
 
 def pixels_end(folder: Path, record: dict[str, Any]) -> tuple[Path, int]:
     """The file that holds an image's pixels, and where they end in it, in bytes."""
-    path, dtype = pixel_file(folder, record["bit_depth"])
+    path, dtype = pixel_file(folder, record["bit_depth"], record.get("writer", ""))
     return path, files.NPY_HEADER + (record["offset"] + math.prod(record["shape"])) * dtype.itemsize
 
 
@@ -109,7 +111,7 @@ class Journal:
         self._write()
 
     def _note_end(self, record: dict[str, Any]) -> None:
-        if "offset" in record:
+        if "offset" in record and "writer" not in record:  # whose file is its own to cut
             path, end = pixels_end(self.folder, record)
             self.ends[path] = max(self.ends[path], end)
 
@@ -133,6 +135,16 @@ class Journal:
         del self.waiting[: len(records)]
 
 
+def size_at_opening(path: Path) -> int:
+    """Bytes of a file, 0 where it is gone. NFS tells of what another node has written only to those who
+    open the file (close-to-open consistency, nfs(5)); stat may answer from a cache."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return 0
+
+
 def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
     """The lines of all journals by image number, each with the `folder` of its pixels.
 
@@ -140,15 +152,14 @@ def read_records(extracted: Path) -> dict[int, dict[str, Any]]:
     """
     records = {}
     for journal in extracted.glob(f"*/{RECORDS}"):
-        folder = journal.parent
-        sizes = {path: path.stat().st_size for path in folder.glob("pixels_*.npy")}
+        folder, size = journal.parent, functools.lru_cache(None)(size_at_opening)
         with journal.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 with suppress(ValueError):  # half a line, where a process was killed
                     record = {"folder": folder, **json.loads(line)}
                     if "error" not in record:
                         path, end = pixels_end(folder, record)
-                        if end > sizes.get(path, 0):
+                        if end > size(path):
                             continue
                     records[record["index"]] = record
     return records
@@ -160,20 +171,24 @@ def extract_missing(
     folder: Path,
     workers: int,
     mode: str,
+    dask: str = "",
 ) -> list[dict[str, Any]]:
     """Records of all jobs (number, path, ...), of which journals beside `folder` may hold some.
 
     `extract(*job, folder=...)` extracts an image to that folder and returns its record; `mode`: of
-    progress.
+    progress; `dask`: the cluster that does it, '' = processes of this machine.
     """
     extracted = folder.parent
     finished = read_records(extracted)
     left = [job for job in jobs if job[0] not in finished]
     try:
         with closing(Journal(folder, finished)) as journal:
-            call = functools.partial(extract, folder=str(folder))
             bar = tracking.progress(mode=mode, total=len(left), desc="tiles", unit="image")
-            processes.run_in_parallel(call, left, workers, bar, done=journal.add)
+            if dask and left:
+                extract_on_cluster(dask, extract, left, journal, bar)
+            else:
+                call = functools.partial(extract, folder=str(folder))
+                processes.run_in_parallel(call, left, workers, bar, done=journal.add)
     except BrokenProcessPool as error:
         finished = read_records(extracted)
         suspects = [job[1] for job in left if job[0] not in finished]
@@ -185,6 +200,72 @@ def extract_missing(
         ) from error
     finished = read_records(extracted)
     return [finished[job[0]] for job in jobs]
+
+
+def extract_on_cluster(
+    dask: str,
+    extract: Callable[..., dict[str, Any]],
+    jobs: Sequence[tuple[Any, ...]],
+    journal: Journal,
+    bar: tqdm,
+) -> None:
+    """Extract on the workers of a Dask cluster, and note in the journal what they have finished.
+
+    Raises MammoError where images end their workers, once all others are done.
+    """
+    from byol_mammo import cluster
+
+    folder, killed = journal.folder.absolute(), []
+    call = functools.partial(extract_apart, extract, folder=str(folder))
+    inputs = [Path(job[1]) for job in jobs if os.path.isfile(job[1])][:1]  # not links that lead nowhere
+    with bar, processes.StopSignal() as stop:
+        for number, record in cluster.results(dask, call, jobs, folder, inputs, stop.obey):
+            if record is cluster.KILLED:
+                killed.append(jobs[number][1])
+            else:
+                journal.add(record)
+            bar.update()
+    if killed:
+        first = ", ".join(killed[:3]) + (", ..." if len(killed) > 3 else "")
+        raise MammoError(
+            f"Dask's workers were killed, one after the other, at {len(killed)} images ({first}), for "
+            "want of memory perhaps; give each worker more and start again: all other images are "
+            "finished and kept. If it ends there again, these files crash their decoder: move them away"
+        )
+
+
+@functools.cache
+def writer_name() -> str:
+    """A name for the folder of this process's files, that no other process of any node has."""
+    return f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+
+
+def extract_apart(extract: Callable[..., dict[str, Any]], *job: Any, folder: str) -> dict[str, Any]:
+    """Extract an image on one of many nodes: `extract(*job, folder=...)`, and its record.
+
+    Each process appends to files of its own, whose folder the record names as `writer`: O_APPEND of
+    several nodes to one file overwrites on NFS (open(2)), and pixels sent to one node instead would have
+    to pass through its network, all of them. They are on disk before the record is on its way, and what
+    failed is cut off, so that the next image begins at a whole value.
+    """
+    own = Path(folder) / writer_name()
+    own.mkdir(exist_ok=True)
+    ends = {pixel_file(own, bits)[0]: 0 for bits in (8, 16)}
+    for path in ends:
+        with files.name_file_in_errors(path), path.open("ab") as file:
+            if file.tell() < files.NPY_HEADER:
+                file.truncate(files.NPY_HEADER)
+            ends[path] = max(file.tell(), files.NPY_HEADER)
+    try:
+        record = extract(*job, folder=str(own))
+        for path, end in ends.items():
+            if path.stat().st_size > end:
+                files.flush(path)
+    except BaseException:
+        for path, end in ends.items():
+            os.truncate(path, end)
+        raise
+    return {**record, "writer": own.name}
 
 
 def write_cache(
@@ -200,7 +281,8 @@ def write_cache(
     `parts`: where the pixels of each row of images.csv were extracted to; `mode`: of progress.
     """
     images, used = tables["images"], {part[0] for part in parts}
-    own = all(path.is_relative_to(building) for path in used)  # not where there are no locks
+    # Not where there are no locks, nor from a cluster: those images are put into the order of the table.
+    own = all(path.parent.parent == building / "extracted" for path in used)
     if own and len(used) == 1 and not tables["rejections"]["capped"].any():
         # One dtype and nothing capped: the extraction's file is the cache's already.
         pixels, dtype = used.pop(), parts[0][1]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from byol_mammo import processes
+
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
@@ -27,6 +29,16 @@ def try_some(
         attempt(item)
     start = time.perf_counter()
     return tried, [attempt(item) for item in tried], time.perf_counter() - start
+
+
+def count_workers(num_workers: int, items: int, dask: str = "") -> int:
+    """How many processes would work on that many items: here, or of the Dask cluster."""
+    there = processes.available_cores()
+    if dask:
+        from byol_mammo import cluster
+
+        num_workers = there = max(1, cluster.count_workers(dask))
+    return min(num_workers, there, items)
 
 
 def size_text(size: float) -> str:

@@ -249,7 +249,8 @@ def test_other_commands_say_what_they_need_and_have_flags_that_exist():
 def test_flags_named_in_the_text_exist():
     known = "".join(map(help_of, HELP))
     launchers = {"--nodes", "--gres", "--ntasks-per-node", "--cpus-per-task", "--mem", "--time"}
-    launchers |= {"--nproc_per_node"}
+    launchers |= {"--nproc_per_node", "--ntasks", "--mem-per-cpu"}
+    launchers |= {"--scheduler-file", "--nworkers", "--nthreads"}  # dask's
     for page, text in PAGES.items():
         if page != COMPARED:
             for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - launchers:

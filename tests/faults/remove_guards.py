@@ -212,7 +212,7 @@ GUARDS = [
           "", f"{MACHINES} too_long"),
     Guard("damaged lines of a journal", "read_records", "suppress(ValueError)",
           "nullcontext()", "../test_cache.py interrupted_extraction and line"),
-    Guard("pixels that are gone", "read_records", "if end > sizes.get(path, 0):",
+    Guard("pixels that are gone", "read_records", "if end > size(path):",
           "False", "../test_cache.py interrupted_extraction and pixels"),
     Guard("images without tiles on a full disk", "extract_to_file", "extraction.append_pixels(file, np.ascontiguousarray(pixels, dtype)) if pixels.size else 0",
           "extraction.append_pixels(file, np.ascontiguousarray(pixels, dtype))", "../test_cache.py takes_no_place"),
