@@ -429,7 +429,7 @@ def test_a_run_and_a_classifier_work_on_mixed_detectors(tmp_path, capsys, monkey
     assert "its pixel size is unknown" in found["error"].iloc[-1]
     for image, own in drawn:  # what the map is drawn on is in px of the tiles
         assert image.shape == pytest.approx(np.array(FIELD) / 0.3, abs=1)
-        assert (own.table[["y", "x"]].max() + 32 <= image.shape).all()
+        assert (own.table[["y", "x"]].to_numpy() + 32 <= image.shape).all()
     assert len(drawn) == len(found) - 1
     for row in found.iloc[:-1].itertuples():
         tiles_of = judged[judged["image"] == f"test/{Path(row.image).name}"]
