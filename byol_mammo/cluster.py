@@ -6,6 +6,7 @@ and results. That is checked, not taken on trust: see Terms. Only this module im
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import hashlib
@@ -74,10 +75,9 @@ class Terms:
 
 
 def versions() -> tuple[tuple[str, str], ...]:
-    """Name and version of the libraries that decide on pixels."""
-    from byol_mammo import (
-        cache as caches,
-    )  # here: the scheduler imports this module and has no use for them
+    """Name and version of the libraries that decide on pixels. The scheduler, too, imports this module,
+    and has no use for them."""
+    from byol_mammo import cache as caches
 
     return tuple(caches.library_versions().items())
 
@@ -158,8 +158,9 @@ def connect(dask: str) -> Iterator[Client]:
     # What goes wrong is said here, once; the traceback of each attempt to connect is not.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
+        await_greeting(address)
         client = distributed.Client(address, timeout=CONNECT_LIMIT, set_as_default=False)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, asyncio.TimeoutError, ValueError, ImportError) as error:  # 3.10: no OSError
         reason = " ".join(str(error).split())[:200]
         raise MammoError(
             f"--dask {dask}: no Dask scheduler answers at {address} within {CONNECT_LIMIT:g} s "
@@ -167,6 +168,19 @@ def connect(dask: str) -> Iterator[Client]:
         ) from error
     with client:
         yield client
+
+
+def await_greeting(address: str) -> None:
+    """Raise OSError or ValueError where no scheduler answers in time.
+
+    A Client waits for ever, whatever its timeout, for a program that takes the connection and says
+    nothing, as a web server does. A scheduler speaks first, but by TLS.
+    """
+    from distributed.comm import get_address_host_port
+
+    with socket.create_connection(get_address_host_port(address), timeout=CONNECT_LIMIT) as probe:
+        if not address.startswith("tls://") and not probe.recv(1):
+            raise ConnectionError("the connection was closed")
 
 
 def count_workers(dask: str) -> int:

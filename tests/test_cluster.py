@@ -226,6 +226,7 @@ UNREACHABLE = {
     "another file": ("{folder}/other.json", "is no scheduler file"),
     "half a file": ("{folder}/half.json", "is no scheduler file, or not yet whole"),
     "nothing answers": ("tcp://127.0.0.1:{port}", "no Dask scheduler answers .* within 0.5 s"),
+    "another program": ("tcp://127.0.0.1:{silent}", "no Dask scheduler answers .* within 0.5 s"),
     "no scheme": ("127.0.0.1:{port}", "no Dask scheduler answers .* within 0.5 s"),
     "unknown scheme": ("ftp://127.0.0.1:{port}", "no Dask scheduler answers"),
 }
@@ -236,13 +237,15 @@ def test_a_scheduler_that_is_not_there_is_said(tmp_path, monkeypatch, capsys, ca
     monkeypatch.setattr(cluster, "CONNECT_LIMIT", 0.5)
     (tmp_path / "other.json").write_text("[1]")
     (tmp_path / "half.json").write_text('{"address": "tcp:')
-    where, message = UNREACHABLE[case]
-    where = where.format(folder=tmp_path, port=free_port())
-    with pytest.raises(MammoError, match=f"--dask \\S+: {message}"):
-        cluster.count_workers(where)
     write_tiffs(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    assert prepare.main([*LAY_OUT, "--dask", where]) == 2
+    where, message = UNREACHABLE[case]
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # a program that waits for the other to speak
+        silent = mute.getsockname()[1]
+        where = where.format(folder=tmp_path, port=free_port(), silent=silent)
+        with pytest.raises(MammoError, match=f"--dask \\S+: {message}"):
+            cluster.count_workers(where)
+        assert prepare.main([*LAY_OUT, "--dask", where]) == 2
     assert "Nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
