@@ -55,6 +55,18 @@ class _Parser(argparse.ArgumentParser):
         raise MammoError(f"{message} ({self.hint})")
 
 
+INSTALLED = {
+    "prepare_dataset.py": "byol-mammo-prepare",
+    "train_byol_mammo.py": "byol-mammo-train",
+    "train_classifier.py": "byol-mammo-classify",
+}
+
+
+def command_of(script: str) -> str:
+    """How to start a script in the way in which this program was started."""
+    return INSTALLED[script] if Path(sys.argv[0]).name in INSTALLED.values() else f"python {script}"
+
+
 def make_parser(doc: str | None, hint: str = "see --help") -> argparse.ArgumentParser:
     """A parser that raises MammoError, ending with `hint`; `doc` up to the contents describes it."""
     form = argparse.RawDescriptionHelpFormatter

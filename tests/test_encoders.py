@@ -126,8 +126,10 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", FILES)
-@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_resnet"])
+OTHERS = [("test_vit", "with its classifier"), ("test_resnet", "wrapped")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*(("test_convnext", kind) for kind in FILES), *OTHERS])
 def test_weights_of_a_file_are_all_read(tmp_path, name, kind):
     network = timm.create_model(name)
     with torch.no_grad():
