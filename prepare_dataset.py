@@ -118,7 +118,7 @@ from byol_mammo.archives import ADAPTERS, FOLDER, GENERIC, VINDR, Adapter, adapt
 from byol_mammo.images import CLAIMS, MAX_SAMPLES, PNG_END, stored_otherwise
 from byol_mammo.labels import finding_column, split_named
 from byol_mammo.processes import available_cores, process_pool
-from byol_mammo.settings import MammoError
+from byol_mammo.settings import MammoError, command_of
 from byol_mammo.spacing import differ, judge_spacing, spacing_values
 from byol_mammo.tables import (
     FINDINGS,
@@ -1890,11 +1890,11 @@ def print_summary(plan: Plan) -> None:
     print_lists(plan)
     print(f"Report: {options.output_dir / 'prepare_report.html'}")
     if plan.manifest:
-        print(f"Look: python prepare_dataset.py check {options.output_dir / 'manifest.csv'}")
+        print(f"Look: {command_of('prepare_dataset.py')} check {options.output_dir / 'manifest.csv'}")
     found = {row["split"] for row in plan.manifest}
     splits = sorted(found - {"test"}, key=lambda name: (name != "training", name))
     if splits:
-        print(f"Next: python train_byol_mammo.py --data_dir {options.output_dir / splits[0]}")
+        print(f"Next: {command_of('train_byol_mammo.py')} --data_dir {options.output_dir / splits[0]}")
     elif plan.manifest:
         print("All images are in the split test: there is none to pre-train on")
     else:

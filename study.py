@@ -50,7 +50,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
@@ -62,7 +61,6 @@ from byol_mammo import (
     sampling,
     settings as flags,
     shortcuts,
-    targets,
     tracking,
 )
 from byol_mammo.objectives import rankme
@@ -528,29 +526,9 @@ def data_config(config: mammo.Config, settings: Settings) -> mammo.Config:
 
 
 def classic_features(settings: Settings) -> Features:
-    """Convergence and blobs of each tile, strongest and mean (targets.StructureMaps), and its specks;
-    nothing learns."""
-    side = settings.view_size or settings.tile_size
-    specks = targets.SpeckMaps(side)
-
-    def call(tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
-        spacing = tiles.images["spacing_mm"].median() if "spacing_mm" in tiles.images else 1.0
-        maps, out = targets.StructureMaps(side, float(spacing) * tiles.tile_size / side), []
-        for part in np.array_split(ids, max(1, len(ids) // 64)):
-            sharp = mammo.make_view(tiles, part, mammo.PLAIN_VIEW, side).sharp
-            found = [maps(sharp), specks(sharp)]
-            out.append(torch.cat([f(x) for x in found for f in (_strongest, _mean)], dim=1))
-        return torch.cat(out).numpy()
-
-    return call
-
-
-def _strongest(maps: Tensor) -> Tensor:
-    return maps.amax((2, 3))
-
-
-def _mean(maps: Tensor) -> Tensor:
-    return maps.mean((2, 3))
+    """Convergence, blobs and specks of each tile, as in compare; nothing learns."""
+    config = mammo_config(settings)
+    return lambda tiles, ids: classifier.classic_engine(tiles, config).features(tiles, ids)
 
 
 def answer(question: Question, features: np.ndarray, settings: Settings) -> np.ndarray:
@@ -568,7 +546,7 @@ def answer(question: Question, features: np.ndarray, settings: Settings) -> np.n
         model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 6)))
         return model.fit(features[rows], truth).predict(features[judged])
     judge = judge_settings(settings, [question.name.partition("@")[0]])
-    weights, biases = classifier.fit_probe(features[rows], truth[:, None], groups, judge)
+    weights, biases, _ = classifier.fit_probe(features[rows], truth[:, None], groups, judge)
     return features[judged] @ weights[0] + biases[0]
 
 

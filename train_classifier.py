@@ -7,6 +7,7 @@ Reads the images and labels.csv that prepare_dataset.py lays out and a checkpoin
     python train_classifier.py evaluate --weights runs/classifier_finetune/classifier_best.pth
     python train_classifier.py predict --weights runs/classifier_finetune/classifier_best.pth my_images
     python train_classifier.py compare none imagenet runs/byol_resnet50/mammogram_byol_final.pth
+    python train_classifier.py compare none classic --encoders timm:resnet50.a1_in1k=resnet50.safetensors
     python train_classifier.py embed --weights runs/byol_resnet50/mammogram_byol_final.pth
     python train_classifier.py train --dry_run          # what a command would read and write, no more
     python train_classifier.py --help                                     # every setting, one line each
@@ -54,6 +55,7 @@ from byol_mammo import (
     cache as caches,
     checkpoints,
     device as devices,
+    encoders,
     files,
     images,
     labels as labelling,
@@ -107,6 +109,7 @@ NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 SEED = 0  # every random choice follows from it
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, fp32, bf16 or fp16
+ENCODERS = ()  # frozen networks for compare: timm:NAME (downloaded), timm:NAME=FILE or timm:NAME=none
 RESUME = True  # go on where a fine-tuning of this name stopped; otherwise it is moved aside
 WANDB_MODE = "auto"  # auto, online, offline or disabled; auto = online only when logged in
 WANDB_PROJECT = "byol-mammo"  # wandb project
@@ -123,7 +126,7 @@ OPERANDS = {"compare": "WEIGHTS", "predict": "IMAGE"}
 # Settings that don't change what fine-tuning learns; the labels themselves are compared.
 FREE_ON_RESUME = (
     "data_dir labels shuffle_labels output_dir run_name cache_dir split folds bootstrap top_tiles "
-    "dry_run num_workers device resume wandb_mode wandb_project"
+    "dry_run num_workers device encoders resume wandb_mode wandb_project"
 ).split()
 # Mild: labels must stay true, and a tile's box is only known for the tile as it lies.
 MILD_VIEW = mammo.ViewSpec("mild", rotation=15, scale=0.1, brightness=0.15, contrast=0.15, flip=True)
@@ -168,6 +171,7 @@ class Settings:
     seed: int = SEED
     device: str = DEVICE
     precision: str = PRECISION
+    encoders: tuple[str, ...] = ENCODERS
     resume: bool = RESUME
     wandb_mode: str = WANDB_MODE
     wandb_project: str = WANDB_PROJECT
@@ -185,6 +189,8 @@ class Settings:
                 raise MammoError(f"--{name} {getattr(self, name)}: must lie between {low} and {high}")
         if self.folds < 0 or self.folds == 1:
             raise MammoError(f"--folds {self.folds}: 0, or 2 and more")
+        for encoder in self.encoders:
+            encoders.parse(encoder)
 
     @property
     def names(self) -> list[str]:
@@ -201,10 +207,13 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Setti
     parser = make_parser(__doc__)
     commands = "; ".join(f"{name}: {text}" for name, text in COMMANDS.items())
     parser.add_argument("command", choices=COMMANDS, help=commands)
-    parser.add_argument("operands", nargs="*", help="weights for compare, images or folders for predict")
+    operands = "weights, or classic for filters, for compare; images or folders for predict"
+    parser.add_argument("operands", nargs="*", help=operands)
     values = parse_fields(Settings, parser, setting_help(__file__), argv)
     command, operands = values.pop("command"), values.pop("operands")
-    if command in OPERANDS and not operands:
+    if command != "compare" and values["encoders"]:
+        raise MammoError(f"--encoders: {command} takes none, compare does (see --help)")
+    if command in OPERANDS and not (operands or values["encoders"]):
         raise MammoError(f"{command} needs {OPERANDS[command]} ... (see --help)")
     if command not in OPERANDS and operands:
         raise MammoError(f"{command} takes no operand, but got {operands[0]} (see --help)")
@@ -473,6 +482,7 @@ class Engine:
     config: mammo.Config
     device: torch.device
     autocast: Callable[[], Any]
+    sees: str = "image"  # which of a View's tensors the model gets
 
     @torch.inference_mode()
     def over_tiles(
@@ -494,7 +504,7 @@ class Engine:
                 tiles, part, mammo.PLAIN_VIEW, self.config.view_side, device=self.device
             )
             with self.autocast():
-                outputs.append(call(view.image).float().cpu())
+                outputs.append(call(getattr(view, self.sees)).float().cpu())
         out = torch.cat(outputs).numpy()
         if not np.isfinite(out).all():
             raise MammoError("the network gives values that are no numbers: its weights are damaged")
@@ -507,10 +517,10 @@ class Engine:
         """
         plain, side = mammo.PLAIN_VIEW, self.config.view_side
         views = (
-            mammo.make_view(tiles, part, plain, side, device=self.device).image.expand(-1, 3, -1, -1)
+            mammo.make_view(tiles, part, plain, side, device=self.device)
             for part in np.array_split(ids, max(1, len(ids) // 64))
         )
-        update_bn(views, self.model.backbone)
+        update_bn((getattr(v, self.sees).expand(-1, 3, -1, -1) for v in views), self.model.backbone)
 
     def features(self, tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
         """Frozen features (len(ids), input_dim)."""
@@ -528,13 +538,24 @@ def own_device(config: mammo.Config) -> torch.device:
 
 def open_engine(settings: Settings) -> Engine:
     """Put the network with its starting weights on the device."""
-    model, config = start_model(settings)
+    return engine_of(*start_model(settings))
+
+
+def engine_of(model: Any, config: mammo.Config, sees: str = "image") -> Engine:
+    """Put a model on the device: MammogramBYOL, or for features alone one of byol_mammo/encoders.py."""
     device = own_device(config)
     devices.set_determinism(config.deterministic, device)
     dtype = devices.choose_precision(config.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
     autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
-    return Engine(model, config, device, autocast)
+    return Engine(model, config, device, autocast, sees)
+
+
+def classic_engine(tiles: mammo.MammogramTiles, config: mammo.Config) -> Engine:
+    """Classic filters at the scale of these tiles."""
+    spacing = tiles.images["spacing_mm"].median() if "spacing_mm" in tiles.images else 1.0
+    step = float(spacing) * tiles.tile_size / config.view_side
+    return engine_of(encoders.ClassicFilters(config.view_side, step), config, "sharp")
 
 
 def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
@@ -550,11 +571,10 @@ def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
     return engine, dataclasses.replace(settings, findings=",".join(state["classes"]))
 
 
-def calibrate_untrained(engine: Engine, data: LabelledTiles, ids: np.ndarray, weights: str) -> None:
-    """Calibrate batch norm on up to 1,024 of tiles `ids` where the weights saw no mammogram."""
-    if weights in UNTRAINED:
-        rng = np.random.default_rng([engine.config.seed, 10])
-        engine.calibrate(data.tiles, rng.permutation(ids)[:1024])
+def calibrate(engine: Engine, data: LabelledTiles, ids: np.ndarray) -> None:
+    """Calibrate batch norm on up to 1,024 of tiles `ids`."""
+    rng = np.random.default_rng([engine.config.seed, 10])
+    engine.calibrate(data.tiles, rng.permutation(ids)[:1024])
 
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse weight decay of the probe, chosen on validation studies
@@ -576,15 +596,16 @@ def fit_logistic(features: np.ndarray, target: np.ndarray, strength: float) -> t
 
 def fit_probe(
     features: np.ndarray, targets: np.ndarray, groups: np.ndarray, settings: Settings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logistic regression of each finding: weights (findings, D) and biases (findings,).
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logistic regression of each finding: weights (findings, D), biases and AUROC (findings,).
 
-    The weight decay is that of highest AUROC on VALIDATION_SHARE of the studies; the fit is on all.
+    The weight decay is that of highest AUROC on VALIDATION_SHARE of the studies, which is the one that
+    is returned; the fit is on all.
     """
     from sklearn.metrics import roc_auc_score
 
     fold = group_folds(groups, targets, max(2, round(1 / settings.validation_share)), settings.seed)
-    weights, biases = [], []
+    weights, biases, best = [], [], []
     for name, target in zip(settings.names, targets.T, strict=True):
         known = np.isfinite(target)
         fit, held_out = known & (fold != 0), known & (fold == 0)
@@ -598,7 +619,8 @@ def fit_probe(
         weight, bias = fit_logistic(features[known], target[known], strength)
         weights.append(weight)
         biases.append(bias)
-    return np.array(weights), np.array(biases)
+        best.append(aurocs[strength])
+    return np.array(weights), np.array(biases), np.array(best)
 
 
 @torch.no_grad()
@@ -711,11 +733,12 @@ def start_from_probe(job: Job) -> None:
     arXiv:2202.10054).
     """
     ids = draw_tiles(job.data, job.train_ids, job.settings)
-    calibrate_untrained(job.engine, job.data, ids, job.settings.weights)
+    if job.settings.weights in UNTRAINED:
+        calibrate(job.engine, job.data, ids)
     features = job.engine.features(job.data.tiles, ids)
-    set_logistic_head(
-        job.engine.model, *fit_probe(features, job.data.targets[ids], job.data.groups[ids], job.settings)
-    )
+    targets, groups = job.data.targets[ids], job.data.groups[ids]
+    weights, biases, _ = fit_probe(features, targets, groups, job.settings)
+    set_logistic_head(job.engine.model, weights, biases)
 
 
 def validate(job: Job) -> dict[str, float]:
@@ -1284,37 +1307,30 @@ def train(settings: Settings) -> Path:
 
 
 def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
-    """Frozen-probe AUROC of each of `starts` on the same tiles and folds; the first is the reference."""
-    engines: dict[str, Engine] = {}
-    backbone = settings.backbone  # of checkpoints, opened first, those without take theirs
-    for start in sorted(starts, key=lambda start: start in UNTRAINED):
-        if start in UNTRAINED and engines:
-            backbone = backbone or next(iter(engines.values())).config.backbone
-        try:
-            engines[start] = open_engine(dataclasses.replace(settings, weights=start, backbone=backbone))
-        except MammoError as error:
-            if start != "imagenet":
-                raise
-            print(f"note: imagenet not run: {str(error).splitlines()[0]}", file=sys.stderr)
-    engines = {start: engines[start] for start in starts if start in engines}
-    config = shared_config(engines)
+    """Frozen-probe AUROC of each of `starts` and of --encoders on the same tiles and folds.
+
+    The first is the reference. `norm`: whose statistics batch norm has, its own or, of weights that saw
+    no mammogram, perhaps those of the tiles, see frozen_scores.
+    """
+    starts = list(dict.fromkeys([*starts, *settings.encoders]))
+    engines, config = open_starts(settings, starts)
     data = load_labelled(settings, config)
+    if encoders.CLASSIC in starts:
+        engines[encoders.CLASSIC] = classic_engine(data.tiles, config)
     parts = comparison_folds(data, settings)
-    used = np.unique(np.concatenate([np.concatenate(part) for part in parts]))
-    targets, groups = data.targets[used], data.groups[used]
-    scores, controls = {}, []
-    for start, engine in engines.items():
-        engine.config = config
-        calibrate_untrained(engine, data, parts[0][0], start)
-        features = engine.features(data.tiles, used)
-        scores[start] = probe_scores(features, targets, groups, used, parts, settings)
-        controls += maker_control(features, data, used, start, settings)
     judged = np.unique(np.concatenate([held_out for _, held_out in parts]))
-    chosen = np.searchsorted(used, judged)
-    scores = {start: score[chosen] for start, score in scores.items()}
+    used = np.unique(np.concatenate([np.concatenate(part) for part in parts]))
+    scores, notes, controls = {}, {}, []
+    for start in (start for start in starts if start in engines):
+        engine = engines[start]
+        scores[start], norm, features = frozen_scores(start, engine, data, parts, settings)
+        side = getattr(engine.model, "side", config.view_side)
+        notes[start] = (whose_weights(start, engine), side, norm)
+        controls += maker_control(features, data, used, start, settings)
     table = comparison_table(scores, data, judged, settings)
     if controls:
         table = pd.concat([table, pd.DataFrame(controls)], ignore_index=True)
+    table[["weights", "px", "norm"]] = [notes[start] for start in table["start"]]
     folder = settings.folder("compare")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(folder / "compare.csv", table.to_csv(index=False))
@@ -1325,7 +1341,8 @@ def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
         "these weights, over studies: other seeds give other weights"
     )
     note_few(data.names, data.targets[judged], data.groups[judged])
-    note_seen([start for start in engines if start.endswith(".pth")], data, judged, settings)
+    own = [start for start in engines if not encoders.is_foreign(start)]
+    note_seen([start for start in own if start.endswith(".pth")], data, judged, settings)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     shared = makers.note_coinciding(data.images_of(used), data.names)
     makers.write_tables(folder, comparison_by_group(scores, data, judged, settings), shared)
@@ -1358,6 +1375,72 @@ def comparison_by_group(
     units = data.table.iloc[ids].reset_index(drop=True)
     units[data.names] = data.image_targets[units["row"]] if settings.weak_labels else data.targets[ids]
     return makers.by_group(units, data.names, judge, FEW_STUDIES)
+
+
+def open_starts(settings: Settings, starts: Sequence[str]) -> tuple[dict[str, Engine], mammo.Config]:
+    """The networks among compare's starts, and the tiles to compare them on.
+
+    ImageNet weights that can't be had are a note. Raises MammoError where other weights can't.
+    """
+    engines: dict[str, Engine] = {}
+    backbone = settings.backbone  # of checkpoints, opened first, those without take theirs
+    own = [start for start in starts if not encoders.is_foreign(start)]
+    for start in sorted(own, key=lambda start: start in UNTRAINED):
+        if start in UNTRAINED and engines:
+            backbone = backbone or next(iter(engines.values())).config.backbone
+        try:
+            engines[start] = open_engine(dataclasses.replace(settings, weights=start, backbone=backbone))
+        except MammoError as error:
+            if start != "imagenet":
+                raise
+            print(f"note: imagenet not run: {str(error).splitlines()[0]}", file=sys.stderr)
+    if not engines and len(own) == len(starts):
+        raise MammoError("compare: none of the weights could be had")
+    config = shared_config(engines) if engines else tile_config(settings, mammo.Config())
+    for engine in engines.values():
+        engine.config = config
+    for start in starts:
+        if start.startswith(encoders.TIMM):
+            encoder = encoders.open_encoder(start, config.view_side, settings.seed)
+            engines[start] = engine_of(encoder, config, "sharp")
+    return engines, config
+
+
+def whose_weights(start: str, engine: Engine) -> str:
+    """Whose weights a start of compare has, for its table."""
+    whose = getattr(engine.model, "weights", Path(start).name)
+    return "untrained" if start == "none" else str(whose)
+
+
+def frozen_scores(
+    start: str,
+    engine: Engine,
+    data: LabelledTiles,
+    parts: list[tuple[np.ndarray, np.ndarray]],
+    settings: Settings,
+) -> tuple[np.ndarray, str, np.ndarray]:
+    """Out-of-fold log odds (judged tiles, findings) of a start's frozen features, its `norm`, and the
+    features (N, D) of all tiles in `parts`.
+
+    Which of the two counts is decided by the validation studies of the parts to fit on: taking the
+    better of two by those who judge would lift what is at chance.
+    """
+    used, judged = (np.unique(np.concatenate(ids)) for ids in (sum(parts, ()), [p[1] for p in parts]))
+    own_alone = start not in UNTRAINED and not encoders.is_foreign(start)
+    layers = engine.model.backbone.modules()
+    has_norm = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
+    found = {}
+    for norm in ("own",) if own_alone or not has_norm else ("own", "tiles"):
+        if norm == "tiles":
+            calibrate(engine, data, parts[0][0])
+        features = engine.features(data.tiles, used)
+        scores, validated = probe_scores(
+            features, data.targets[used], data.groups[used], used, parts, settings
+        )
+        found[norm] = (validated, scores, features)
+    norm = max(found, key=lambda norm: found[norm][0])
+    _, scores, features = found[norm]
+    return scores[np.searchsorted(used, judged)], norm, features
 
 
 def note_seen(
@@ -1393,8 +1476,6 @@ def shared_config(engines: dict[str, Engine]) -> mammo.Config:
             f"{', '.join(names)}); give --tile_size, --tile_stride, --view_size, --pixel_spacing_mm and "
             "--target_spacing_mm"
         )
-    if not engines:
-        raise MammoError("compare: none of the weights could be had")
     return next(iter((known or engines).values())).config
 
 
@@ -1422,14 +1503,18 @@ def probe_scores(
     used: np.ndarray,
     parts: list[tuple[np.ndarray, np.ndarray]],
     settings: Settings,
-) -> np.ndarray:
-    """Out-of-fold log odds (len(used), findings); rows of `used` that no fold judges stay 0."""
-    scores = np.zeros((len(used), len(settings.names)), np.float32)
+) -> tuple[np.ndarray, float]:
+    """Out-of-fold log odds (len(used), findings); rows of `used` that no fold judges stay 0.
+
+    And the mean AUROC of validation studies inside the parts to fit on.
+    """
+    scores, validated = np.zeros((len(used), len(settings.names)), np.float32), []
     for fit, held_out in parts:
         rows, judged = np.searchsorted(used, fit), np.searchsorted(used, held_out)
-        weights, biases = fit_probe(features[rows], targets[rows], groups[rows], settings)
+        weights, biases, aurocs = fit_probe(features[rows], targets[rows], groups[rows], settings)
         scores[judged] = features[judged] @ weights.T + biases
-    return scores
+        validated.append(aurocs.mean())
+    return scores, float(np.mean(validated))
 
 
 def comparison_table(
@@ -1613,9 +1698,12 @@ def flat_map(features: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
 
 def dry_run(command: str, operands: Sequence[str], settings: Settings) -> None:
     """Say what a command would read, extract and write; writes nothing, downloads nothing."""
-    starts = list(operands) if command == "compare" else [settings.weights]
+    starts = [*operands, *settings.encoders] if command == "compare" else [settings.weights]
     configs = {}
     for start in starts:
+        if command == "compare" and encoders.is_foreign(start):
+            print(f"weights   {start}: {encoders.whose(start)}")
+            continue
         opened = dataclasses.replace(settings, weights=start)
         if command in ("evaluate", "predict"):
             engine, settings = open_classifier(opened)
@@ -1629,7 +1717,8 @@ def dry_run(command: str, operands: Sequence[str], settings: Settings) -> None:
     if command == "predict":
         print_images(operands)
     else:
-        config = next((configs[start] for start in starts if start not in UNTRAINED), configs[starts[0]])
+        known = [configs[start] for start in configs if start not in UNTRAINED]
+        config = next(iter(known or configs.values()), tile_config(settings, mammo.Config()))
         print_labels(*match_sources(settings, config), settings)
         mammo.foresee_cache(config)
     folder = settings.folder(f"classifier_{settings.mode}" if command == "train" else command)

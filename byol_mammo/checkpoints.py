@@ -91,9 +91,7 @@ def build_timm(name: str) -> nn.Module:
     import timm  # takes seconds
 
     short = name.removeprefix(TIMM)
-    if not timm.is_model(short):
-        near = nearest(short, timm.list_models())
-        raise MammoError(f"--backbone {name}: timm {timm.__version__} has none; nearest: {near}")
+    check_timm_name(short, f"--backbone {name}")
     with torch.random.fork_rng(devices=[]):  # the trial draws nothing from the run's own numbers
         try:  # a transformer for views of any size
             backbone = timm.create_model(short, num_classes=0, dynamic_img_size=True)
@@ -111,6 +109,20 @@ def build_timm(name: str) -> nn.Module:
             f"position for each 32, 16 or 8 px; of {side} px it makes {shape or 'nothing'}"
         )
     return backbone.train()
+
+
+def check_timm_name(name: str, source: str) -> None:
+    """Raise MammoError that begins with `source` where timm has no network of that name and tag."""
+    import timm
+
+    arch, _, tag = name.partition(".")
+    tags = [known.removeprefix(f"{arch}.") for known in timm.list_pretrained(f"{arch}.*")]
+    if not timm.is_model(arch):
+        near = nearest(arch, timm.list_models())
+        raise MammoError(f"{source}: timm {timm.__version__} has none; nearest: {near}")
+    if tag and tag not in tags:
+        has = f"has weights {', '.join(tags)}" if tags else "has no weights"
+        raise MammoError(f"{source}: timm {timm.__version__} {has} of {arch}")
 
 
 def features_and_map(backbone: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,25 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def git_commit() -> str:
-    """The commit of this code, or unknown."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    """The commit of this code; where it is installed, its version; or unknown."""
+    here = Path(__file__).resolve()
+    # The file too, for an environment may lie in the working tree of something else.
+    command = ["git", "-C", str(here.parent), "rev-parse", "HEAD", f"HEAD:./{here.name}"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:  # no git here
-        commit = ""
-    return commit or "unknown"
+        return installed_version()
+    return installed_version() if done.returncode else done.stdout.split()[0]
+
+
+def installed_version() -> str:
+    """v and the version of the installed package that this file is of, or unknown."""
+    try:
+        package = metadata.distribution("byol-mammo")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+    own = Path(str(package.locate_file("byol_mammo/device.py"))).resolve() == Path(__file__).resolve()
+    return f"v{package.version}" if own else "unknown"
 
 
 def environment(precision: str) -> dict[str, str]:

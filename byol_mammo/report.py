@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from byol_mammo import files, makers, one_scale, pictures
-from byol_mammo.settings import MammoError
+from byol_mammo.settings import MammoError, command_of
 
 
 def tile_funnel(
@@ -347,7 +347,7 @@ def changed_flags(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[st
 def html_settings(config: dict[str, Any], defaults: dict[str, Any]) -> str:
     """The command that repeats the run, and all settings."""
     flags = changed_flags(config, defaults)
-    lines = ["python train_byol_mammo.py", *map(shlex.join, flags.values())]
+    lines = [command_of("train_byol_mammo.py"), *map(shlex.join, flags.values())]
     changed = [(name, config[name], defaults[name]) for name in flags]
     same = [(name, value) for name, value in defaults.items() if name not in flags]
     return (

@@ -55,6 +55,18 @@ class _Parser(argparse.ArgumentParser):
         raise MammoError(f"{message} ({self.hint})")
 
 
+INSTALLED = {
+    "prepare_dataset.py": "byol-mammo-prepare",
+    "train_byol_mammo.py": "byol-mammo-train",
+    "train_classifier.py": "byol-mammo-classify",
+}
+
+
+def command_of(script: str) -> str:
+    """How to start a script in the way in which this program was started."""
+    return INSTALLED[script] if Path(sys.argv[0]).name in INSTALLED.values() else f"python {script}"
+
+
 def make_parser(doc: str | None, hint: str = "see --help") -> argparse.ArgumentParser:
     """A parser that raises MammoError, ending with `hint`; `doc` up to the contents describes it."""
     form = argparse.RawDescriptionHelpFormatter
@@ -91,6 +103,9 @@ def parse_fields(
             parser.add_argument(f"--{field.name}", action="store_true", help=text)
             parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false")
             parser.set_defaults(**{field.name: field.default})
+        elif isinstance(field.default, tuple):
+            start = list(field.default)
+            parser.add_argument(f"--{field.name}", nargs="+", action="extend", default=start, help=text)
         else:
             kind = {"int": int, "float": float, "str": str}[str(field.type)]
             parser.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
@@ -101,7 +116,8 @@ def parse_fields(
         near = nearest(unknown[0].split("=")[0], flags)
         hint = f"; did you mean {near}?" if near else "; see --help"
         raise MammoError(f"unknown argument {unknown[0]}{hint}")
-    return vars(namespace)
+    several = (field.name for field in dataclasses.fields(settings) if isinstance(field.default, tuple))
+    return vars(namespace) | {name: tuple(getattr(namespace, name)) for name in several}
 
 
 class StoppedError(Exception):

@@ -14,9 +14,11 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 import torchvision
 from conftest import ROOT, SOURCES, run_script, write_images
+from safetensors.torch import save_file
 from test_prepare_dicom import breast, make_dicom, save
 from update_docs import PICTURE, SETTINGS, TABLE, settings_table
 
@@ -121,13 +123,28 @@ def small(script, words, name):
     return flags
 
 
+# Networks of the docs, whose weights nobody downloads for a test, and what stands for them.
+STAND_INS = {
+    "vit_small_patch14_dinov2.lvd142m": "test_vit",
+    "convnext_tiny.dinov3_lvd1689m": "test_convnext",
+}
+STAND_INS |= {"efficientnet_b0": "test_efficientnet"}
+
+
+def stand_in(word):
+    """A word of a command with a test's network in the place of its own."""
+    for name, small_one in STAND_INS.items():
+        word = word.replace(f"timm:{name}=", f"timm:{small_one}=")
+    return word
+
+
 def run_commands(wanted):
     """Run commands in order; those that the smaller settings make equal share one run."""
     done, name = set(), "byol_resnet50"  # the first run has the name that later commands use
     for command in wanted:
         python, script, *words = command.words
         assert python == "python"
-        flags = [*words, *small(script, words, name)]
+        flags = [*map(stand_in, words), *small(script, words, name)]
         trains = script == "train_byol_mammo.py"
         same = replace(mammo.parse_args(flags), run_name="") if trains else tuple(flags)
         if same in done:
@@ -160,6 +177,8 @@ def work(tmp_path_factory):
     placed = folder / "hub" / "hub" / "checkpoints" / Path(weights.url).name
     placed.parent.mkdir(parents=True)
     torch.save(torchvision.models.resnet18().state_dict(), placed)
+    for file, name in {"dinov2": "test_vit", "dinov3": "test_convnext"}.items():
+        save_file(timm.create_model(name).state_dict(), folder / f"{file}.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder / "hub"))
         patch.chdir(folder)
@@ -175,12 +194,13 @@ def test_the_commands_run_in_order_and_leave_what_they_promise(work):
         list(work.glob("my_mammograms/*"))
     )
     table = pd.read_csv(work / "runs/compare/compare.csv")
-    assert {"none", "imagenet"} <= set(table["start"])
+    assert {"none", "imagenet", "classic"} <= set(table["start"])
     assert "maker (control)" in set(table["finding"])
     for command in ("evaluate", "compare"):
         groups = pd.read_csv(work / f"runs/{command}/by_maker.csv")
         assert set(groups["value"]) == {"Hologic", "Siemens"}
         assert (work / f"runs/{command}/maker_shares.csv").is_file()
+    assert {"untrained", "imagenet", "nothing learns", "dinov2.safetensors"} <= set(table["weights"])
     assert list(work.glob("runs/predict/**/*.png"))
 
 
