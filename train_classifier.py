@@ -216,6 +216,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Setti
             f"--findings {graded[0]}: a grade of an image, which no tile has; train --mode attention "
             "learns it, and its checkpoint tells the other commands"
         )
+    if command in ("compare", "embed") and settings.mode == "attention":
+        raise MammoError(f"{command} asks tiles, and trains no head: leave --mode attention out")
     return command, operands, settings
 
 
@@ -548,13 +550,13 @@ def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
             f"{settings.weights}: {problem}; run train_classifier.py train and give its "
             "classifier_best.pth"
         )
-    settings = dataclasses.replace(settings, findings=",".join(state["classes"]))
+    mode = "attention" if "image_heads" in state else "finetune"
+    settings = dataclasses.replace(settings, findings=",".join(state["classes"]), mode=mode)
     if "image_heads" in state:
         width = engine.config.input_dim
         engine.heads = image_head.from_content(state["image_heads"], width, settings.weights)
         for head in engine.heads.values():
             head.to(engine.device)
-        settings = dataclasses.replace(settings, mode="attention")
     return engine, settings
 
 
@@ -691,12 +693,12 @@ def prepare_job(settings: Settings) -> Job:
     set_outputs(engine.model, len(settings.names))
     engine.model.to(engine.device)
     data = load_labelled(settings, engine.config)
-    ids, check, spread = data.in_split("training"), check_classes, data.targets
+    ids, spread = data.in_split("training"), data.targets
     images_alone = settings.mode == "attention"
-    if images_alone:
-        ids, check = ids[np.isfinite(data.targets[ids]).any(1)], image_head.check_values
+    check = image_head.check_values if images_alone else check_classes
     check(data.targets[ids], settings.names, "training split")
     if images_alone:
+        ids = ids[np.isfinite(data.targets[ids]).any(1)]
         spread = image_head.exceeds(data.targets, image_head.find_targets(data.names, data.targets[ids]))
     share = max(2, round(1 / settings.validation_share))
     fold = group_folds(data.groups[ids], spread[ids], share, settings.seed)

@@ -20,17 +20,27 @@ def graded_figures(
     `truth` (N,), under each row of `weights` (R, N), how often an image counts: each (R,), NaN where
     truth is of one grade."""
     from scipy.stats import spearmanr
-    from sklearn.metrics import cohen_kappa_score
 
-    kappa, correlation = np.full((2, len(weights)), np.nan)
+    correlation = np.full(len(weights), np.nan)
     for index, weight in enumerate(weights.astype(int)):
         drawn = np.repeat(np.arange(len(truth)), weight)
-        if len(set(truth[drawn].tolist())) < 2:
-            continue
-        kappa[index] = cohen_kappa_score(truth[drawn], grade[drawn], weights="quadratic")
-        if np.ptp(mean[drawn]) > 0:
+        if np.ptp(truth[drawn]) > 0 and np.ptp(mean[drawn]) > 0:
             correlation[index] = spearmanr(mean[drawn], truth[drawn]).statistic
-    return {"kappa": kappa, "rank_correlation": correlation}
+    return {"kappa": quadratic_kappa(truth, grade, weights), "rank_correlation": correlation}
+
+
+def quadratic_kappa(truth: np.ndarray, grade: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Cohen's kappa with squared distances of grades, of all resamples at once, see graded_figures.
+
+    As scikit-learn's cohen_kappa_score where all grades between the lowest and the highest occur; where
+    not, that one takes those beside a gap for neighbours, and each resample for a scale of its own.
+    """
+    share = weights.astype(float) / weights.sum(1, keepdims=True)
+    truths, given = share @ truth, share @ grade
+    by_chance = share @ truth**2 + share @ grade**2 - 2 * truths * given
+    varied = share @ truth**2 - truths**2 > 1e-9
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(varied, 1 - share @ (truth - grade) ** 2 / by_chance, np.nan)
 
 
 def grade_word(name: str, grade: float) -> str:

@@ -56,16 +56,14 @@ def find_targets(names: Sequence[str], values: np.ndarray) -> tuple[Target, ...]
     return tuple(Target(name, tuple(grades.tolist())) for name, grades in zip(names, found, strict=True))
 
 
-def check_values(values: np.ndarray, names: Sequence[str], where: str) -> None:
-    """Raises MammoError where a column of `values` (N, targets) knows fewer than two values."""
-    for target in find_targets(names, values):
+def check_values(targets: np.ndarray, names: Sequence[str], where: str) -> None:
+    """Raises MammoError where a column of `targets` (N, targets) knows fewer than two values."""
+    for target in find_targets(names, targets):
         if len(target.grades) < 2:
-            every = f"every image has {target.name} {target.grades[0]}" if target.grades else (
-                f"no image has a value of {target.name}"
-            )  # fmt: skip
+            same = f"every image has {target.name} {target.grades[0]}" if target.grades else ""
             raise MammoError(
-                f"{where}: {every}, nothing can be learnt or judged; check the column in labels.csv, "
-                "--split and --findings"
+                f"{where}: {same or f'no image has a value of {target.name}'}, nothing can be learnt "
+                "or judged; check the column in labels.csv, --split and --findings"
             )
 
 
