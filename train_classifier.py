@@ -1706,7 +1706,7 @@ def answer_image(
         titles.append(grading.describe(name, row))
     even = shares * len(shares)
     label = (
-        "attention of the tiles over a point, 1 = as much as any other's;\n"
+        "attention of the tiles over a point (1 = an even share; in boxes: % of all);\n"
         "where the answer comes from, not that something is there"
     )
     return row, Overlay(even, titles, shares, label, max(LEAST_TOP, float(even.max())))
@@ -1737,7 +1737,8 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
         }
         rows.append(row | found)
         if engine.heads:
-            places = tiles.table[["x", "y"]].assign(image=str(path))
+            places = tiles.table[["x", "y"]].copy()
+            places.insert(0, "image", str(path))
             places[[f"attention_{name}" for name in settings.names]] = overlay.marks
             parts.append(places)
         image = mammo.read_mammogram(path, engine.config.polarity)

@@ -52,7 +52,9 @@ def describe(name: str, row: dict[str, Any]) -> str:
     """An answer in a few words; `row` as of predictions.csv."""
     if name not in GRADES:
         return f"{name}: {row[f'p_{name}']:.0%} for the image"
-    return f"{name}: {grade_word(name, row[f'grade_{name}'])} (expected {row[f'expected_{name}']:.1f})"
+    unit = "" if grade_word(name, 1) == "1" else f", {grade_word(name, 1)} = 1"
+    mean = f"mean {row[f'expected_{name}']:.1f}{unit}"
+    return f"{name}: {grade_word(name, row[f'grade_{name}'])} ({mean})"
 
 
 def draw_grades(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:

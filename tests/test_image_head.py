@@ -140,6 +140,13 @@ def test_graded_figures_equal_the_libraries():
     assert np.isnan([found["kappa"][2], found["rank_correlation"][2]]).all()  # one grade alone
 
 
+def test_answers_are_said_in_the_words_of_their_scale():
+    row = {"p_mass": 0.62, "grade_density": 4, "expected_density": 3.52}
+    row |= {"grade_birads": 5, "expected_birads": 4.4}
+    said = [grades.describe(name, row) for name in ("mass", "density", "birads")]
+    assert said == ["mass: 62% for the image", "density: D (mean 3.5, A = 1)", "birads: 5 (mean 4.4)"]
+
+
 def test_features_are_kept_and_made_once(tmp_path):
     calls, path = [], tmp_path / ".features" / "a.npy"
 
