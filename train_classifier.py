@@ -24,8 +24,9 @@ Contents
 
 A tile's probability is that of a finding in this tile. An image has the highest of its tiles' (`max`) or
 1 - prod(1 - p) (`noisy_or`, which takes overlapping tiles for independent); a breast and a study have
-the highest of their images'. These put images in order and are no probabilities. Research use only; not
-for clinical decisions.
+the highest of their images'. These put images in order and are no probabilities. `--mode attention`
+learns from the labels of images alone, grades as well, see byol_mammo/image_head.py. Research use only;
+not for clinical decisions.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ from byol_mammo import (
     device as devices,
     encoders,
     files,
+    grades as grading,
+    image_head,
     images,
     labels as labelling,
     makers,
@@ -78,7 +81,7 @@ WEIGHTS = "./runs/byol_resnet50/mammogram_byol_final.pth"  # checkpoint, imagene
 BACKBONE = ""  # resnet18, resnet34 or resnet50; empty = as in the checkpoint, resnet50 without one
 DATA_DIR = "./split_images"  # folder of images, sub-folders included
 LABELS = "./split_images/labels.csv"  # one row for each image, written by prepare_dataset.py
-FINDINGS = "mass,calcification"  # columns of labels.csv to learn, separated by commas
+FINDINGS = "mass,calcification"  # columns of labels.csv to learn; attention: density, birads as well
 WEAK_LABELS = False  # tiles of a positive image without boxes count as positive
 SHUFFLE_LABELS = False  # control for compare: labels permuted among tiles, AUROC must be 0.5
 SPLIT = "test"  # split of labels.csv that evaluate and embed read; all = every image
@@ -91,17 +94,17 @@ VIEW_SIZE = 0  # px, side of what the network sees of a tile; 0 = as in pre-trai
 PIXEL_SPACING_MM = 0.0  # mm per pixel where the manifest gives none; 0 = as in pre-training
 TARGET_SPACING_MM = 0.0  # mm per pixel that every image is brought to; 0 = as in pre-training
 MIN_FREQ_ENERGY = 0.0  # speck energy a tile must reach; 0 = all tissue, as masses need no specks
-MODE = "finetune"  # probe = frozen backbone, logistic head; finetune = all weights, from the probe on
+MODE = "finetune"  # probe = logistic head; finetune = all weights; attention = from labels of images
 VALIDATION_SHARE = 0.2  # of the training studies (1 in 2, 3, 4 ...), to stop early and to choose by
 FOLDS = 0  # folds by study for compare; 0 = fit on training, score on test, 5 folds without a test split
 NEGATIVES_PER_IMAGE = 16  # tiles without finding drawn per image for the probe; 0 = all
 NEGATIVES_PER_POSITIVE = 3.0  # tiles without finding drawn per epoch of fine-tuning, anew each epoch
-EPOCHS = 10  # at most, of fine-tuning
-PATIENCE = 10  # epochs without a better validation AUROC before it stops; the last ones are the best
-BATCH_SIZE = 32  # tiles per step
+EPOCHS = 10  # at most, of fine-tuning and attention
+PATIENCE = 10  # epochs without better validation before it stops; the last ones are the best
+BATCH_SIZE = 32  # tiles per step; of attention images
 LR = 1e-3  # peak learning rate of the head
 BACKBONE_LR = 3e-4  # peak learning rate of the backbone
-WEIGHT_DECAY = 1e-2  # AdamW weight decay of fine-tuning
+WEIGHT_DECAY = 1e-2  # AdamW weight decay of fine-tuning and attention
 BOOTSTRAP = 1000  # resamples of the studies for intervals and p-values
 TOP_TILES = 3  # tiles boxed per finding by predict
 DRY_RUN = False  # say what would be read, extracted, learnt and written, and end
@@ -177,8 +180,8 @@ class Settings:
     wandb_project: str = WANDB_PROJECT
 
     def __post_init__(self) -> None:
-        if self.mode not in ("probe", "finetune"):
-            raise MammoError(f"--mode {self.mode}: choose probe or finetune")
+        if self.mode not in ("probe", "finetune", "attention"):
+            raise MammoError(f"--mode {self.mode}: choose probe, finetune or attention")
         if not self.names or len(set(self.names)) < len(self.names):
             raise MammoError(f"--findings {self.findings!r}: name each column of labels.csv once")
         bounds = {"validation_share": (0.01, 0.5), "epochs": (1, 10**6), "batch_size": (2, 65536)}
@@ -197,9 +200,12 @@ class Settings:
         """Findings as a list."""
         return [name for name in self.findings.split(",") if name]
 
-    def folder(self, default: str) -> Path:
-        """Folder of the results."""
-        return Path(self.output_dir) / (self.run_name or default)
+    def folder(self, command: str) -> Path:
+        """Folder of a command's results."""
+        name = f"classifier_{self.mode}" if command == "train" else command
+        if self.mode == "attention" and command in ("evaluate", "predict"):
+            name += "_attention"  # beside those of a classifier of tiles
+        return Path(self.output_dir) / (self.run_name or name)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Settings]:
@@ -217,7 +223,16 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Setti
         raise MammoError(f"{command} needs {OPERANDS[command]} ... (see --help)")
     if command not in OPERANDS and operands:
         raise MammoError(f"{command} takes no operand, but got {operands[0]} (see --help)")
-    return command, operands, Settings(**values)
+    settings = Settings(**values)
+    graded = [name for name in settings.names if name in labelling.GRADES]
+    if graded and (command, settings.mode) != ("train", "attention"):
+        raise MammoError(
+            f"--findings {graded[0]}: a grade of an image, which no tile has; train --mode attention "
+            "learns it, and its checkpoint tells the other commands"
+        )
+    if command in ("compare", "embed") and settings.mode == "attention":
+        raise MammoError(f"{command} asks tiles, and trains no head: leave --mode attention out")
+    return command, operands, settings
 
 
 # ---- 2 Labelled tiles ------------------------------------------------------------------------------
@@ -227,9 +242,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, list[str], Setti
 class LabelledTiles:
     """Tiles with what is known of them.
 
-    `targets` (N, findings) float32: 1, 0, NaN = unknown. `table`: one row for each tile: image, patient,
-    study_id, laterality, view, split, breast_density, maker, archive, labelled, row (of images.csv), x,
-    y (px).
+    `targets` (N, findings) float32: 1, 0, NaN = unknown; with --mode attention those of its image, also
+    grades. `table`: one row for each tile: image, patient, study_id, laterality, view, split,
+    breast_density, maker, archive, labelled, row (of images.csv), x, y (px).
     `image_targets` (images, findings) float32, by row of images.csv. `untiled`: the labels of images
     that have no tile.
     """
@@ -355,6 +370,8 @@ def join_labels(
         patient = known["patient"].fillna("").to_numpy(str)
         targets = shuffle_patients(targets, patient[image], settings.seed)
         image_targets = shuffle_patients(image_targets, patient, settings.seed)
+    if settings.mode == "attention":  # whatever boxes say
+        targets = image_targets[image]
     words = ["study_id", "patient", "laterality", "view", "split", "breast_density", *makers.GROUPS]
     table = tiles.images[["image"]].join(known[words].fillna("")).assign(labelled=rows >= 0)
     table = table.iloc[image].reset_index(drop=True)
@@ -483,6 +500,7 @@ class Engine:
     device: torch.device
     autocast: Callable[[], Any]
     sees: str = "image"  # which of a View's tensors the model gets
+    heads: dict[str, image_head.ImageHead] = dataclasses.field(default_factory=dict)  # of attention
 
     @torch.inference_mode()
     def over_tiles(
@@ -522,9 +540,11 @@ class Engine:
         )
         update_bn((getattr(v, self.sees).expand(-1, 3, -1, -1) for v in views), self.model.backbone)
 
-    def features(self, tiles: mammo.MammogramTiles, ids: np.ndarray) -> np.ndarray:
+    def features(
+        self, tiles: mammo.MammogramTiles, ids: np.ndarray, desc: str = "features"
+    ) -> np.ndarray:
         """Frozen features (len(ids), input_dim)."""
-        return self.over_tiles(tiles, ids, self.model.get_features, "features")
+        return self.over_tiles(tiles, ids, self.model.get_features, desc)
 
     def probabilities(self, tiles: mammo.MammogramTiles, ids: np.ndarray, desc: str = "") -> np.ndarray:
         """Probability of each finding (len(ids), findings)."""
@@ -568,13 +588,46 @@ def open_classifier(settings: Settings) -> tuple[Engine, Settings]:
             f"{settings.weights}: {problem}; run train_classifier.py train and give its "
             "classifier_best.pth"
         )
-    return engine, dataclasses.replace(settings, findings=",".join(state["classes"]))
+    mode = "attention" if "image_heads" in state else "finetune"
+    settings = dataclasses.replace(settings, findings=",".join(state["classes"]), mode=mode)
+    if "image_heads" in state:
+        width = engine.config.input_dim
+        engine.heads = image_head.from_content(state["image_heads"], width, settings.weights)
+        for head in engine.heads.values():
+            head.to(engine.device)
+    return engine, settings
 
 
 def calibrate(engine: Engine, data: LabelledTiles, ids: np.ndarray) -> None:
     """Calibrate batch norm on up to 1,024 of tiles `ids`."""
     rng = np.random.default_rng([engine.config.seed, 10])
     engine.calibrate(data.tiles, rng.permutation(ids)[:1024])
+
+
+def open_bags(
+    engine: Engine, data: LabelledTiles, ids: np.ndarray
+) -> tuple[image_head.Bags, np.ndarray]:
+    """Frozen features of tiles `ids` by image, and one tile id of each image (images,).
+
+    Features are kept beside the cache under a key of all that they depend on.
+    """
+    image = data.table["row"].to_numpy()
+    ids = ids[np.argsort(image[ids], kind="stable")]
+    precision = devices.precision_name(engine.config.precision, engine.device)
+    tiles = data.tiles
+    code = mammo.settings.code_version(mammo.TRAINING_CODE)
+    known = [tiles.cache.name, tiles.digest, engine.config.view_side, precision, code]
+    key = hashlib.sha256(" ".join(map(str, known)).encode())
+    for name, value in engine.model.backbone.state_dict().items():
+        key.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    key.update(ids.tobytes())
+    features = image_head.keep_features(
+        tiles.cache.parent / ".features" / f"{key.hexdigest()[:16]}.npy",
+        (len(ids), engine.config.input_dim),
+        lambda: engine.features(tiles, ids),
+    )
+    starts = np.unique(image[ids], return_index=True)[1]
+    return image_head.Bags(features, starts), ids[starts]
 
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse weight decay of the probe, chosen on validation studies
@@ -679,22 +732,29 @@ def prepare_job(settings: Settings) -> Job:
     set_outputs(engine.model, len(settings.names))
     engine.model.to(engine.device)
     data = load_labelled(settings, engine.config)
-    ids = data.in_split("training")
-    check_classes(data.targets[ids], settings.names, "training split")
-    makers.note_coinciding(data.images_of(ids), settings.names)
+    ids, spread = data.in_split("training"), data.targets
+    images_alone, findings = settings.mode == "attention", settings.names
+    check = image_head.check_values if images_alone else check_classes
+    check(data.targets[ids], settings.names, "training split")
+    if images_alone:
+        ids = ids[np.isfinite(data.targets[ids]).any(1)]
+        targets = image_head.find_targets(data.names, data.targets[ids])
+        spread = image_head.exceeds(data.targets, targets)
+        findings = [target.name for target in targets if not target.is_graded]
+    makers.note_coinciding(data.images_of(ids), findings)
     share = max(2, round(1 / settings.validation_share))
-    fold = group_folds(data.groups[ids], data.targets[ids], share, settings.seed)
+    fold = group_folds(data.groups[ids], spread[ids], share, settings.seed)
     train_ids, validation_ids = ids[fold != 0], ids[fold == 0]
-    check_classes(data.targets[train_ids], settings.names, "training studies")
-    check_classes(data.targets[validation_ids], settings.names, "validation studies")
-    shift = prior_shift(data.targets[train_ids])
-    folder = settings.folder(f"classifier_{settings.mode}")
+    check(data.targets[train_ids], settings.names, "training studies")
+    check(data.targets[validation_ids], settings.names, "validation studies")
+    shift = np.zeros(len(data.names)) if images_alone else prior_shift(data.targets[train_ids])
+    folder = settings.folder("train")
     if folder.exists() and (not settings.resume or holds_another_result(folder, settings, data)):
         files.move_aside(folder)
         print(f"note: what {folder} held is moved aside", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     files.remove_unfinished(folder)
-    drawn = draw_tiles(data, validation_ids, settings)
+    drawn = validation_ids if images_alone else draw_tiles(data, validation_ids, settings)
     fp16 = devices.choose_precision(settings.precision, engine.device) == torch.float16
     scaler = torch.amp.GradScaler(engine.device.type, enabled=fp16)
     optimizer = build_optimizer(engine.model, settings)
@@ -767,6 +827,9 @@ def epoch_tiles(job: Job, epoch: int) -> np.ndarray:
 
 def steps_per_epoch(job: Job) -> int:
     """Optimiser steps of an epoch."""
+    if job.settings.mode == "attention":
+        count = job.data.table["row"].iloc[job.train_ids].nunique()
+        return max(1, count // job.settings.batch_size)
     return max(1, len(epoch_tiles(job, 0)) // job.settings.batch_size)
 
 
@@ -858,6 +921,8 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         content["cached"] = job.data.tiles.digest
         content["labels"] = job.data.fingerprint
         content["precision"] = devices.precision_name(job.settings.precision, job.engine.device)
+    if job.engine.heads:
+        content["image_heads"] = image_head.to_content(job.engine.heads)
     checkpoints.write_checkpoint(job.folder / name, content)
 
 
@@ -916,6 +981,39 @@ def finetune(job: Job, tracker: tracking.Tracker) -> None:
             loss = finetune_epoch(job, bar, stop)
             job.epoch += 1
             record_epoch(job, loss, tracker)
+
+
+def fit_image_heads(job: Job, tracker: tracking.Tracker) -> None:
+    """Train a head of each pooling on frozen features and the images' labels; writes metrics.csv and
+    the checkpoint. `job.rows` are then attention's.
+
+    Features are all that takes time, and are found again: the rest repeats to the bit.
+    """
+    data, settings, device = job.data, job.settings, job.engine.device
+    if settings.weights in UNTRAINED:
+        calibrate(job.engine, data, job.train_ids)
+    bags, first = open_bags(job.engine, data, np.concatenate([job.train_ids, job.validation_ids]))
+    values, held_out = data.targets[first], np.isin(first, job.validation_ids)
+    recipe = image_head.Recipe(
+        settings.epochs, settings.patience, settings.batch_size, settings.lr, settings.weight_decay,
+        settings.seed, device,
+    )  # fmt: skip
+    targets = image_head.find_targets(data.names, values)
+    print(f"training  {(~held_out).sum():,} images, validation on {held_out.sum():,}")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for pooling in image_head.POOLINGS:
+        head, rows[pooling] = image_head.fit(bags, values, held_out, targets, pooling, recipe)
+        job.engine.heads[pooling] = head
+        best = rows[pooling][image_head.best_epoch(rows[pooling])]
+        found = ", ".join(f"{name} {best[f'auroc_{name}']:.3f}" for name in data.names)
+        tqdm.write(f"{pooling}: validation AUROC {found} (epoch {best['epoch']})", file=sys.stderr)
+    job.rows = [{k: v for k, v in row.items() if k != "pooling"} for row in rows["attention"]]
+    job.epoch = job.best_epoch = image_head.best_epoch(job.rows)
+    for row in job.rows:
+        tracker.log(row)
+    table = pd.DataFrame([row for part in rows.values() for row in part])
+    files.write_atomic(job.folder / "metrics.csv", table.to_csv(index=False))
+    save_classifier(job, "classifier_best.pth")
 
 
 # ---- 5 Statistics ----------------------------------------------------------------------------------
@@ -1034,19 +1132,83 @@ def predictions(
     for level, found in (("image_max", rows[p].max()), ("image_noisy_or", noisy_or)):
         table = known.join(found).reset_index()
         tables[level] = pd.concat([table, untiled], ignore_index=True) if len(untiled) else table
-    image = tables["image_max"]
+    return tables | by_breast_and_study(tables["image_max"], data.names)
+
+
+def by_breast_and_study(image: pd.DataFrame, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The tables of breasts and of studies of one of images, see predictions."""
+    tables, names, p = {}, list(names), [f"p_{name}" for name in names]
     sided = image[image["laterality"] != ""]
     for level, part, keys in (
         ("breast", sided, ["study_id", "laterality"]),
         ("study", image, ["study_id"]),
     ):
         groups = part.groupby(keys)
-        table = groups[[*data.names, *p]].max().join(groups[["patient", "breast_density"]].first())
+        table = groups[[*names, *p]].max().join(groups[["patient", "breast_density"]].first())
         # Without a finding is only what is so in every view.
-        unsure = part[data.names].isna().groupby([part[key] for key in keys]).any()
-        table[data.names] = table[data.names].mask(unsure & (table[data.names] != 1))
+        unsure = part[names].isna().groupby([part[key] for key in keys]).any()
+        table[names] = table[names].mask(unsure & (table[names] != 1))
         tables[level] = table.reset_index()
     return tables
+
+
+def image_predictions(
+    engine: Engine, data: LabelledTiles, ids: np.ndarray, split: str
+) -> dict[str, pd.DataFrame]:
+    """A table of images for each pooling, see predictions; grades: `expected_<name>`, `grade_<name>`.
+
+    Images without a tile count as those without a finding, and have no grade.
+    """
+    bags, first = open_bags(engine, data, ids)
+    columns = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
+    known = data.table.iloc[first][columns].reset_index(drop=True)
+    known[data.names] = data.targets[first]
+    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*columns, *data.names]]
+    tables = {}
+    for pooling, head in engine.heads.items():
+        above = image_head.answers(head, bags, np.arange(len(bags)), engine.device)
+        means, grades = image_head.expected(above, head.targets)
+        table = known.copy()
+        for target, mean, grade in zip(head.targets, means.T, grades.T, strict=True):
+            if target.is_graded:
+                table[f"expected_{target.name}"], table[f"grade_{target.name}"] = mean, grade
+            else:
+                table[f"p_{target.name}"] = mean
+        missed = untiled.assign(**{name: 0.0 for name in table if name.startswith("p_")})
+        both = pd.concat([table, missed], ignore_index=True) if len(missed) else table
+        tables[f"image_{pooling}"] = both
+    return tables
+
+
+def pooling_table(
+    tables: dict[str, pd.DataFrame], targets: Sequence[image_head.Target], settings: Settings
+) -> pd.DataFrame:
+    """Each target's figures by pooling with intervals, and attention's gain over the others, paired."""
+    rows = []
+    for target in targets:
+        name, draws = target.name, {}
+        for level, table in tables.items():
+            known = table[table[name].notna()].dropna(subset=[f"grade_{name}"] * target.is_graded)
+            weights = resample_groups(known["patient"].to_numpy(str), settings.bootstrap, settings.seed)
+            truth = known[name].to_numpy(float)
+            if target.is_graded:
+                scores = known[f"expected_{name}"].to_numpy(), known[f"grade_{name}"].to_numpy()
+                draws[level] = grading.graded_figures(truth, *scores, weights)
+            else:
+                score = known[f"p_{name}"].to_numpy(float)
+                draws[level] = {"auroc": weighted_auroc(score, truth, weights)}
+        for figure in draws["image_attention"]:
+            for level, found in draws.items():
+                low, high = interval(found[figure][1:])
+                row = {"finding": name, "figure": figure, "level": level, "n": len(truth)}
+                row |= {"value": found[figure][0], "low": low, "high": high}
+                if level != "image_attention":
+                    gain = draws["image_attention"][figure] - found[figure]
+                    low, high = interval(gain[1:])
+                    row |= {"attention_gain": gain[0], "gain_low": low, "gain_high": high}
+                    row |= {"p": paired_p(gain[1:])}
+                rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def evaluation_table(
@@ -1105,8 +1267,13 @@ def located(tiles: pd.DataFrame, name: str) -> pd.Series:
 # ---- 6 Pictures ------------------------------------------------------------------------------------
 
 
-def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: Path) -> None:
-    """roc.png, pr.png (tile and image level) and reliability.png (tile level)."""
+def draw_curves(
+    tables: dict[str, pd.DataFrame],
+    names: Sequence[str],
+    folder: Path,
+    levels: Sequence[str] = ("tile", "image_max"),
+) -> None:
+    """roc.png, pr.png of two levels and reliability.png of the first."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     kinds: dict[str, tuple[str, str, str]] = {
@@ -1115,7 +1282,7 @@ def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: P
     }
     for kind, (x_name, y_name, title) in kinds.items():
         figure, panels = pictures.panel_grid(2, 2, 3.1)
-        for axes, level in zip(panels, ("tile", "image_max"), strict=True):
+        for axes, level in zip(panels, levels, strict=True):
             for index, (name, colour) in enumerate(zip(names, pictures.OKABE_ITO, strict=False)):
                 known = tables[level][tables[level][name].notna()]
                 target, scores = known[name].to_numpy(float), known[f"p_{name}"].to_numpy(float)
@@ -1132,15 +1299,16 @@ def draw_curves(tables: dict[str, pd.DataFrame], names: Sequence[str], folder: P
             if kind == "roc":
                 axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
             axes.set(xlabel=x_name, ylabel=y_name, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-            axes.set_title(f"{title}, {level.split('_')[0]} level (dotted: chance)", fontsize=9)
+            words = level.replace("_", ", ")
+            axes.set_title(f"{title}, {words} (dotted: chance)", fontsize=9)
             axes.legend(fontsize=8)
             axes.grid(alpha=0.3)
         pictures.save_figure(figure, folder / f"{kind}.png")
-    draw_reliability(tables["tile"], names, folder / "reliability.png")
+    draw_reliability(tables[levels[0]], names, folder / "reliability.png", levels[0].split("_")[0])
 
 
-def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path) -> None:
-    """How often a finding was there against the probability given, tiles in ten equal steps."""
+def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path, level: str) -> None:
+    """How often a finding was there against the probability given, tiles or images in ten steps."""
     figure, (axes,) = pictures.panel_grid(1, 1, 4.4)
     axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
     for name, colour in zip(names, pictures.OKABE_ITO, strict=False):
@@ -1148,8 +1316,8 @@ def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path) -> N
         step = np.minimum((known[f"p_{name}"] * 10).astype(int), 9)
         points = known.groupby(step)[[f"p_{name}", name]].mean()
         axes.plot(points[f"p_{name}"], points[name], marker="o", color=colour, label=name)
-    axes.set(xlabel="probability given", ylabel="share of tiles with the finding")
-    axes.set_title("Reliability, tile level", fontsize=10)
+    axes.set(xlabel="probability given", ylabel=f"share of {level}s with the finding")
+    axes.set_title(f"Reliability, {level} level", fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     pictures.save_figure(figure, path)
@@ -1224,15 +1392,21 @@ def top_tiles(tiles: mammo.MammogramTiles, scores: np.ndarray, count: int) -> li
     return nms(boxes, torch.tensor(scores, dtype=boxes.dtype), 0.0)[:count].tolist()
 
 
+@dataclass(frozen=True)
+class Overlay:
+    """What draw_prediction lays over a mammogram for each finding."""
+
+    scores: np.ndarray  # (N, findings) of the tiles, 0 to `top`
+    titles: Sequence[str]
+    marks: np.ndarray  # (N, findings) share that is written in a boxed tile
+    label: str  # of the colours
+    top: float = 1.0
+
+
 def draw_prediction(
-    image: np.ndarray,
-    tiles: mammo.MammogramTiles,
-    scores: np.ndarray,
-    names: Sequence[str],
-    count: int,
-    path: Path,
+    image: np.ndarray, tiles: mammo.MammogramTiles, overlay: Overlay, count: int, path: Path
 ) -> None:
-    """The mammogram beside a map for each finding, the top tiles boxed with their probability.
+    """The mammogram beside a map for each finding, the `count` top tiles boxed with their share.
 
     No file name is drawn: it may name a patient.
     """
@@ -1240,24 +1414,25 @@ def draw_prediction(
 
     step = max(1, image.shape[0] // 900)
     small = cv2.resize(image, None, fx=1 / step, fy=1 / step, interpolation=cv2.INTER_AREA)
-    heat = heat_map(tiles, scores, image.shape[:2], step)[:, : small.shape[0], : small.shape[1]]
+    heat = heat_map(tiles, overlay.scores, image.shape[:2], step)[:, : small.shape[0], : small.shape[1]]
     low, high = tiles.images[["low", "high"]].iloc[0]
-    figure, panels = pictures.panel_grid(1 + len(names), 2, 3.7)
+    figure, panels = pictures.panel_grid(1 + len(heat), 2, 3.7)
     pictures.show_grey(panels[0], small, "mammogram", low, high)
     shown: Any = None
-    for axes, name, score, layer in zip(panels[1:], names, scores.T, heat, strict=True):
-        pictures.show_grey(axes, small, f"{name}: {score.max():.0%} in its top tile", low, high)
-        opacity = 0.65 * np.nan_to_num(layer).clip(0, 1) ** 0.5
-        shown = axes.imshow(layer, cmap="inferno", vmin=0, vmax=1, alpha=opacity)
+    for number, (axes, layer) in enumerate(zip(panels[1:], heat, strict=True)):
+        score, mark = overlay.scores[:, number], overlay.marks[:, number]
+        pictures.show_grey(axes, small, overlay.titles[number], low, high)
+        opacity = 0.65 * (np.nan_to_num(layer) / overlay.top).clip(0, 1) ** 0.5
+        shown = axes.imshow(layer, cmap="inferno", vmin=0, vmax=overlay.top, alpha=opacity)
         for rank, index in enumerate(top_tiles(tiles, score, count)):
             x, y = tiles.table[["x", "y"]].iloc[index] / step
             side, width = tiles.tile_size / step, 0.8 if rank else 1.6
             box = Rectangle((x, y), side, side, fill=False, edgecolor="#56b4e9", linewidth=width)
             axes.add_patch(box)
-            words = axes.text(x + 6, y + 6, f"{score[index]:.0%}", color="#56b4e9", fontsize=8, va="top")
+            words = axes.text(x + 6, y + 6, f"{mark[index]:.0%}", color="#56b4e9", fontsize=8, va="top")
             words.set_bbox({"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 0.5})
     bar = figure.colorbar(shown, ax=panels, location="bottom", shrink=0.8, aspect=40)
-    bar.set_label("probability of the finding in the tiles over a point", fontsize=9)
+    bar.set_label(overlay.label, fontsize=9)
     pictures.save_figure(figure, path)
 
 
@@ -1281,19 +1456,16 @@ def train(settings: Settings) -> Path:
         "environment": devices.environment(precision),
     }
     files.write_atomic(job.folder / "config.json", json.dumps(record, indent=2))
-    positive = (job.data.targets[job.train_ids] == 1).sum(0)
-    found = ", ".join(f"{count} {name}" for count, name in zip(positive, settings.names, strict=True))
-    groups = [len(set(job.data.groups[ids])) for ids in (job.train_ids, job.validation_ids)]
-    print(
-        f"training  {len(job.train_ids):,} tiles ({found}) of {groups[0]} studies, "
-        f"validation on {groups[1]} studies"
-    )
+    if settings.mode != "attention":
+        print_tiles(job)
     run_id = hashlib.sha256(bytes(job.folder.resolve())).hexdigest()[:8]
     tracker = mammo.start_tracker(run_id, config)
     try:
         if settings.mode == "probe":
             start_from_probe(job)
             record_epoch(job, 0.0, tracker)
+        elif settings.mode == "attention":
+            fit_image_heads(job, tracker)
         else:
             finetune(job, tracker)
             draw_training(job.rows, settings.names, job.folder / "curves.png")
@@ -1304,6 +1476,19 @@ def train(settings: Settings) -> Path:
     print(f"best      epoch {job.best_epoch}: validation AUROC {figures}")
     print(f"open      {job.folder}/classifier_best.pth metrics.csv config.json")
     return job.folder
+
+
+def print_tiles(job: Job) -> None:
+    """Say what a training on tiles learns from."""
+    positive = (job.data.targets[job.train_ids] == 1).sum(0)
+    found = ", ".join(
+        f"{count} {name}" for count, name in zip(positive, job.settings.names, strict=True)
+    )
+    groups = [len(set(job.data.groups[ids])) for ids in (job.train_ids, job.validation_ids)]
+    print(
+        f"training  {len(job.train_ids):,} tiles ({found}) of {groups[0]} studies, "
+        f"validation on {groups[1]} studies"
+    )
 
 
 def compare(settings: Settings, starts: Sequence[str]) -> pd.DataFrame:
@@ -1558,6 +1743,8 @@ def evaluate(settings: Settings) -> pd.DataFrame:
         raise MammoError(
             f"--split {settings.split}: labels.csv has no such images (it has {splits}, or all)"
         )
+    if engine.heads:
+        return evaluate_images(engine, data, ids, settings)
     tables = predictions(data, ids, engine.probabilities(data.tiles, ids, "tiles"), settings.split)
     table = evaluation_table(tables, data.names, settings)
     folder = settings.folder("evaluate")
@@ -1581,6 +1768,45 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     makers.write_tables(folder, figures_by_group(tables, data.names, settings), shared)
     print(f"open      {folder}: evaluation.csv predictions_*.csv roc.png pr.png reliability.png")
     return table
+
+
+def evaluate_images(
+    engine: Engine, data: LabelledTiles, ids: np.ndarray, settings: Settings
+) -> pd.DataFrame:
+    """Judge attention beside the other poolings on a split's images; writes tables and pictures."""
+    ids = ids[np.isfinite(data.targets[ids]).any(1)]
+    if not len(ids):
+        raise MammoError(
+            f"--split {settings.split}: no image with tiles has a value of {settings.findings}"
+        )
+    targets = engine.heads["attention"].targets
+    tables = image_predictions(engine, data, ids, settings.split)
+    findings = [target.name for target in targets if not target.is_graded]
+    pooled = pooling_table(tables, targets, settings)
+    folder = settings.folder("evaluate")
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(folder / "pooling.csv", pooled.to_csv(index=False))
+    written = ["pooling.csv", "predictions_*.csv"]
+    if findings:
+        levels = tables | by_breast_and_study(tables["image_attention"], findings)
+        table = evaluation_table(levels, findings, settings)
+        files.write_atomic(folder / "evaluation.csv", table.to_csv(index=False))
+        draw_curves(tables, findings, folder, ("image_attention", "image_max"))
+        written += ["evaluation.csv", "roc.png", "pr.png", "reliability.png"]
+    for level, content in tables.items():
+        text = content.drop(columns=INNER, errors="ignore").to_csv(index=False)
+        files.write_atomic(folder / f"predictions_{level}.csv", text)
+    if len(findings) < len(targets):
+        grading.draw_grades(tables["image_attention"], data.names, folder / "grades.png")
+        written.append("grades.png")
+    for name in {"evaluation.csv", "roc.png", "pr.png", "reliability.png", "grades.png"} - {*written}:
+        (folder / name).unlink(missing_ok=True)  # of an earlier evaluation of other findings
+    images = tables["image_attention"]
+    if findings:
+        note_few(findings, images[findings].to_numpy(), images["patient"].to_numpy(str))
+    print(pooled.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"open      {folder}: {' '.join(written)}")
+    return pooled
 
 
 def spacing_of_files(operands: Sequence[str], paths: Sequence[Path], config: mammo.Config) -> pd.Series:
@@ -1615,6 +1841,59 @@ def tiles_of_image(path: Path, spacing_mm: float, config: mammo.Config) -> mammo
     return mammo.MammogramTiles(averaged.ravel(), images, table, config.tile_size, reduce)
 
 
+def answer_tiles(
+    engine: Engine, tiles: mammo.MammogramTiles, names: Sequence[str]
+) -> tuple[dict[str, Any], Overlay]:
+    """A tile classifier's columns of predictions.csv for an image, and what is drawn over it."""
+    scores = engine.probabilities(tiles, np.arange(len(tiles)))
+    corners = one_scale.source_corners(tiles.images, tiles.table)
+    row: dict[str, Any] = {}
+    for name, score in zip(names, scores.T, strict=True):
+        best = int(score.argmax())
+        row |= {f"p_{name}": score[best], f"p_{name}_noisy_or": 1 - (1 - score).prod()}
+        row |= {f"x_{name}": corners[best, 0], f"y_{name}": corners[best, 1]}
+    titles = [
+        f"{name}: {score.max():.0%} in its top tile" for name, score in zip(names, scores.T, strict=True)
+    ]
+    label = "probability of the finding in the tiles over a point"
+    return row, Overlay(scores, titles, scores, label)
+
+
+LEAST_TOP = 4.0  # even shares at the colours' end or more: attention to all alike must not look hot
+
+
+def answer_image(
+    engine: Engine, tiles: mammo.MammogramTiles, names: Sequence[str]
+) -> tuple[dict[str, Any], Overlay]:
+    """As answer_tiles, by attention: `x_`, `y_` and `attention_<name>` are of the tile of the largest
+    share in the answer."""
+    features = engine.features(tiles, np.arange(len(tiles)), "")
+    shares = image_head.attend(engine.heads["attention"], features, engine.device)
+    corners, one = one_scale.source_corners(tiles.images, tiles.table), np.array([0])
+    row: dict[str, Any] = {}
+    titles = []
+    for pooling, head in engine.heads.items():
+        above = image_head.answers(head, image_head.Bags(features, one), one, engine.device)
+        means, grades = image_head.expected(above, head.targets)
+        suffix = "" if pooling == "attention" else f"_{pooling}"
+        for target, mean, grade in zip(head.targets, means[0], grades[0], strict=True):
+            kind = "expected" if target.is_graded else "p"
+            row[f"{kind}_{target.name}{suffix}"] = mean
+            if target.is_graded:
+                row[f"grade_{target.name}{suffix}"] = grade
+    for name, share in zip(names, shares.T, strict=True):
+        best = int(share.argmax())
+        row |= {f"attention_{name}": share[best]}
+        row |= {f"x_{name}": corners[best, 0], f"y_{name}": corners[best, 1]}
+        titles.append(grading.describe(name, row))
+    even = shares * len(shares)
+    label = (
+        "attention of the tiles over a point (1 = an even share; in boxes: % of all);\n"
+        "where the answer comes from, not that something is there"
+    )
+    return row, Overlay(even, titles, shares, label, max(LEAST_TOP, float(even.max())))
+
+
 def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
     """Highest tile probability per finding and a map for each image; unusable images are named."""
     engine, settings = open_classifier(settings)
@@ -1623,7 +1902,7 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
         paths += images.find_images(operand) if operand.is_dir() else [operand]
     folder = settings.folder("predict")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, parts = [], []
     spacing = spacing_of_files(operands, paths, engine.config)
     for number, path in enumerate(tracking.progress(paths, desc="predict", unit="image")):
         try:
@@ -1632,23 +1911,23 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
             rows.append({"image": str(path), "error": error.reason})
             tqdm.write(f"note: {error}", file=sys.stderr)
             continue
-        scores = engine.probabilities(tiles.to(engine.device), np.arange(len(tiles)))
+        answer = answer_image if engine.heads else answer_tiles
+        found, overlay = answer(engine, tiles.to(engine.device), settings.names)
         row: dict[str, Any] = {
             "image": str(path),
             "picture": f"map_{number:05d}.png",
             "tiles": len(tiles),
         }
-        corners = one_scale.source_corners(tiles.images, tiles.table)
-        for name, score in zip(settings.names, scores.T, strict=True):
-            best = int(score.argmax())
-            row |= {f"p_{name}": score[best], f"p_{name}_noisy_or": 1 - (1 - score).prod()}
-            row |= {f"x_{name}": corners[best, 0], f"y_{name}": corners[best, 1]}
-        rows.append(row)
+        rows.append(row | found)
+        if engine.heads:
+            corners = one_scale.source_corners(tiles.images, tiles.table)
+            places = pd.DataFrame(corners, columns=["x", "y"])
+            places.insert(0, "image", str(path))
+            places[[f"attention_{name}" for name in settings.names]] = overlay.marks
+            parts.append(places)
         image = mammo.read_mammogram(path, engine.config.polarity)
         image = one_scale.resample(image, 1 / one_scale.source_px(tiles.images)[0])
-        draw_prediction(
-            image, tiles, scores, settings.names, settings.top_tiles, folder / row["picture"]
-        )
+        draw_prediction(image, tiles, overlay, settings.top_tiles, folder / row["picture"])
     table = pd.DataFrame(rows)
     if "picture" not in table:
         raise MammoError("none of the images could be used; the notes above say why")
@@ -1657,7 +1936,9 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
             earlier.unlink()
     files.write_atomic(folder / "predictions.csv", table.to_csv(index=False))
     print(f"{table['picture'].notna().sum()} of {len(table)} images")
-    print(f"open      {folder}: predictions.csv map_*.png")
+    if parts:
+        files.write_atomic(folder / "attention.csv", pd.concat(parts).to_csv(index=False))
+    print(f"open      {folder}: predictions.csv {'attention.csv ' * bool(parts)}map_*.png")
     return table
 
 
@@ -1721,7 +2002,7 @@ def dry_run(command: str, operands: Sequence[str], settings: Settings) -> None:
         config = next(iter(known or configs.values()), tile_config(settings, mammo.Config()))
         print_labels(*match_sources(settings, config), settings)
         mammo.foresee_cache(config)
-    folder = settings.folder(f"classifier_{settings.mode}" if command == "train" else command)
+    folder = settings.folder(command)
     print(f"results   {folder} {'is there already' if folder.exists() else 'is new'}")
     print("Nothing was written (--dry_run).")
 
@@ -1741,6 +2022,11 @@ def print_labels(labels: pd.DataFrame, found: np.ndarray, settings: Settings) ->
     for split, rows in matched.groupby(matched["split"].replace("", "training")):
         print(f"labels    {split}: {len(rows):,} images of {rows['patient'].nunique():,} patients")
         for name in settings.names:
+            if name in labelling.GRADES:
+                counts = rows[name].value_counts().sort_index()
+                told = ", ".join(f"{grading.grade_word(name, g)} {n:,}" for g, n in counts.items())
+                print(f"          {name}: {told}, {rows[name].isna().sum():,} unknown")
+                continue
             with_it, without = (int((rows[name] == value).sum()) for value in (1, 0))
             boxed = sum(any(name in box["finding"] for box in boxes) for boxes in rows["boxes"])
             unknown = len(rows) - with_it - without

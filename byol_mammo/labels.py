@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from byol_mammo import files, one_scale
+from byol_mammo import files, one_scale, tables
 from byol_mammo.settings import MammoError
 
 LABEL_COVER = 0.25  # share of a box that makes a tile positive, even without the box's centre
@@ -28,6 +29,12 @@ SPLIT_NAMES = {  # what others call ours, in any case of letters
     **dict.fromkeys(("train", "training"), "training"),
     **dict.fromkeys(("val", "valid", "validation"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
+}
+
+# What has an order, by the name of the target: its column, how a cell is read, its grades from 1 on.
+GRADES = {
+    "density": ("breast_density", tables.density, "ABCD"),
+    "birads": ("breast_birads", tables.birads, "123456"),
 }
 
 # What stands around such a name in those of folders: train_images, Training-set, images_test.
@@ -50,24 +57,29 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     """labels.csv as written by prepare_dataset.py, one row for each image.
 
     Columns: `image` (path relative to the file's folder, or a bare name), each of `findings` as float
-    (1, 0, NaN = unknown), `boxes` as lists of dicts with `finding` (set of column names), xmin, ymin,
-    xmax, ymax in px; the others as text, '' where absent (study_id, patient_id, split, laterality,
-    view, breast_density). Raises MammoError with file, row and remedy.
+    (1, 0, NaN = unknown; those of GRADES 1, 2, ...), `boxes` as lists of dicts with `finding` (set of
+    column names), xmin, ymin, xmax, ymax in px; the others as text, '' where absent (study_id,
+    patient_id, split, laterality, view, breast_density). Raises MammoError with file, row and remedy.
     """
     path = Path(path)
     if not path.is_file():
         raise MammoError(f"labels {path}: no such file; prepare_dataset.py --findings_csv writes it")
-    table = files.read_table(path, ["image", *findings], "prepare_dataset.py --findings_csv writes it")
+    columns = [GRADES[name][0] if name in GRADES else name for name in findings]
+    table = files.read_table(path, ["image", *columns], "prepare_dataset.py --findings_csv writes it")
     twice = table["image"][table["image"].map(os.path.normpath).duplicated()]  # ./a.png is a.png
     if len(twice):
         raise MammoError(f"labels {path}: {twice.iloc[0]} has more than one row")
     for name in findings:
+        if name in GRADES:
+            table[name] = _read_grades(path, table, name)
+            continue
         number = pd.to_numeric(table[name].replace("", "nan"), errors="coerce")
         wrong = ~(number.isin([0, 1]) | table[name].str.lower().isin(["", "nan"]))
         if wrong.any():
             row = table[wrong].iloc[0]
             raise MammoError(
                 f"labels {path}: {name} of {row['image']} is {row[name]!r}, not 0, 1 or empty"
+                + "".join(f"; --findings {g} learns it" for g in GRADES if GRADES[g][0] == name)
             )
         table[name] = number
     for name in ("study_id", "patient_id", "split", "laterality", "view", "breast_density", "boxes"):
@@ -78,6 +90,34 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
         _read_boxes(path, *row) for row in zip(table["image"], table["boxes"], strict=True)
     ]
     return table
+
+
+def _read_grades(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
+    """The grades of a target of GRADES as float, 1 the lowest, NaN = unknown. Raises MammoError.
+
+    BI-RADS 0 asks for more images and is no grade: its rows are counted on stderr.
+    """
+    column, read, scale = GRADES[name]
+    if name in table:
+        raise MammoError(
+            f"labels {path}: both {column} and {name} are columns, --findings {name} may mean either; "
+            "rename the second"
+        )
+    cells = table[column]
+    read_as = cells.map(lambda cell: read(cell).rpartition(" ")[2][:1])
+    wrong = (read_as == "") & ~cells.str.lower().isin(tables.UNSAID)
+    if wrong.any():
+        raise MammoError(
+            f"labels {path}: {column} of {table['image'][wrong].iloc[0]} is {cells[wrong].iloc[0]!r}; "
+            f"{tables.UNDERSTOOD[read]} understood, and an empty cell where it is unknown"
+        )
+    off = (read_as != "") & ~read_as.isin([*scale])
+    if off.any():
+        print(
+            f"note: {off.sum():,} images of {cells[off].iloc[0]} have no {name}: it is no grade",
+            file=sys.stderr,
+        )
+    return read_as.map({letter: float(grade) for grade, letter in enumerate(scale, 1)})
 
 
 def _read_boxes(path: Path, image: str, text: str) -> list[dict[str, Any]]:

@@ -672,7 +672,7 @@ def test_labels_without_image_and_images_without_label_are_counted(labelled, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--mode", "prob"], "choose probe or finetune"),
+        (["train", "--mode", "prob"], "choose probe, finetune or attention"),
         (["train", "--findings", "mass,mass"], "name each column"),
         (["train", "extra"], "takes no operand"),
         (["predict"], "needs IMAGE"),
