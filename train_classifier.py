@@ -1770,6 +1770,11 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     return table
 
 
+# What an evaluation of attention leaves out without findings, or without grades.
+IMAGE_RESULTS = "evaluation.csv roc.png pr.png reliability.png grades.png".split()
+IMAGE_RESULTS += ["predictions_breast.csv", "predictions_study.csv"]
+
+
 def evaluate_images(
     engine: Engine, data: LabelledTiles, ids: np.ndarray, settings: Settings
 ) -> pd.DataFrame:
@@ -1786,20 +1791,21 @@ def evaluate_images(
     folder = settings.folder("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(folder / "pooling.csv", pooled.to_csv(index=False))
-    written = ["pooling.csv", "predictions_*.csv"]
+    levels, written = dict(tables), ["pooling.csv"]
     if findings:
-        levels = tables | by_breast_and_study(tables["image_attention"], findings)
+        levels |= by_breast_and_study(tables["image_attention"], findings)
         table = evaluation_table(levels, findings, settings)
         files.write_atomic(folder / "evaluation.csv", table.to_csv(index=False))
         draw_curves(tables, findings, folder, ("image_attention", "image_max"))
         written += ["evaluation.csv", "roc.png", "pr.png", "reliability.png"]
-    for level, content in tables.items():
+    for level, content in levels.items():
         text = content.drop(columns=INNER, errors="ignore").to_csv(index=False)
         files.write_atomic(folder / f"predictions_{level}.csv", text)
+        written.append(f"predictions_{level}.csv")
     if len(findings) < len(targets):
         grading.draw_grades(tables["image_attention"], data.names, folder / "grades.png")
         written.append("grades.png")
-    for name in {"evaluation.csv", "roc.png", "pr.png", "reliability.png", "grades.png"} - {*written}:
+    for name in {*IMAGE_RESULTS} - {*written}:
         (folder / name).unlink(missing_ok=True)  # of an earlier evaluation of other findings
     images = tables["image_attention"]
     if findings:

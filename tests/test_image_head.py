@@ -278,6 +278,7 @@ def test_images_alone_teach_more_than_chance(evaluated):
     assert (black["p_mass"], np.isnan(black["grade_density"])) == (0, True)
     levels = set(pd.read_csv(folder / "evaluation.csv")["level"])
     assert levels == {"image_attention", "image_max", "image_noisy_or", "breast", "study"}
+    assert all((folder / f"predictions_{level}.csv").is_file() for level in levels)
     for name in ("roc.png", "pr.png", "reliability.png", "grades.png"):
         assert min(cv2.imread(str(folder / name)).shape[:2]) > 300
 
