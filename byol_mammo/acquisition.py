@@ -36,7 +36,7 @@ MAKERS = {
     "Metaltronica": r"METALTRONICA",
 }
 DETECTORS = {"DIRECT", "SCINTILLATOR", "STORAGE", "FILM"}  # PS3.3 C.8.11.4, DetectorType
-# Word or symbol -> PS3.3's term (C.8.7.10 and C.8.11.2, AnodeTargetMaterial and FilterMaterial).
+# Word or symbol -> the defined term of PS3.3 for AnodeTargetMaterial and FilterMaterial.
 MATERIALS = {
     **dict.fromkeys(("TUNGSTEN", "WOLFRAM", "W"), "TUNGSTEN"),
     **dict.fromkeys(("MOLYBDENUM", "MO"), "MOLYBDENUM"),
@@ -85,8 +85,8 @@ class Column:
     reader: Callable[[str], str] | None = None
 
 
-# Units as of PS3.3 C.8.7.2, C.8.7.10 and C.8.11.2. Limits leave room around what mammography units do:
-# 20 to 49 kV, up to some 600 mAs, breasts of 20 to 120 mm under at most 300 N.
+# Units are those that PS3.3 gives with each attribute. Limits leave room around what mammography units
+# do: 20 to 49 kV, up to some 600 mAs, breasts of 20 to 120 mm under at most 300 N.
 COLUMNS = {
     "maker": Column("maker, in one spelling", {"Manufacturer": 1}, reader=maker),
     "model": Column("model", {"ManufacturerModelName": 1}, reader=plain),
