@@ -24,7 +24,7 @@ SETTINGS = pytest.mark.parametrize(
 )
 
 
-LATE_LEAVES = [f"byol_mammo.{name}" for name in "extraction labels lars pictures report".split()]
+LATE_LEAVES = [f"byol_mammo.{name}" for name in "cluster extraction labels lars pictures report".split()]
 
 
 def test_the_scripts_have_contents():
@@ -125,7 +125,7 @@ def test_imports_run_one_way():
     [
         ("train_byol_mammo", {"wandb", "matplotlib", "sklearn", *LATE_LEAVES}),
         ("train_classifier", {"wandb", "matplotlib", "sklearn"}),
-        ("prepare_dataset", {"torch", "pydicom", "gdcm"}),
+        ("prepare_dataset", {"torch", "pydicom", "gdcm", "byol_mammo.cluster"}),
     ],
 )
 def test_imports_are_silent_and_light(script, late):
