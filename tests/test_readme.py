@@ -127,8 +127,8 @@ def small(script, words, name):
 STAND_INS = {
     "vit_small_patch14_dinov2.lvd142m": "test_vit",
     "convnext_tiny.dinov3_lvd1689m": "test_convnext",
+    "efficientnet_b0": "test_efficientnet",
 }
-STAND_INS |= {"efficientnet_b0": "test_efficientnet"}
 
 
 def stand_in(word):
