@@ -316,6 +316,7 @@ def test_a_second_start_finds_the_features_and_repeats_to_the_bit(films, trained
             assert torch.equal(value, again["image_heads"]["state"][pooling][name])
 
 
+@pytest.mark.slow
 def test_other_labels_do_not_replace_the_first(films, trained, tmp_path):
     flags = ["--run_name", "head", "--epochs", 1]
     assert train(films, *flags, "--findings", "birads", out=tmp_path) == 0
