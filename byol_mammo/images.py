@@ -352,6 +352,16 @@ def median_and_spread(values: np.ndarray) -> tuple[float, float]:
     return centre, 1.4826 * float(np.median(np.abs(values - centre)))
 
 
+def magnitude(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Length of vectors with parts x and y, float32 arrays of one shape, equal to the bit in every run.
+
+    cv2.magnitude rounds in two ways, by where in memory its arrays happen to lie.
+    """
+    squares = x * x
+    squares += y * y
+    return np.sqrt(squares, out=squares)
+
+
 def grey_step(image: np.ndarray) -> float:
     """Usual gap between the grey levels in use: 1, or 16 where 12 bits were stretched to 16."""
     rows = image[:: sampling_step(image) ** 2]  # whole rows are read faster than single pixels

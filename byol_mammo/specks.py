@@ -47,7 +47,7 @@ def curvatures(image: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]
     yy = cv2.sepFilter2D(smooth, cv2.CV_32F, one, bend)
     xy = cv2.sepFilter2D(smooth, cv2.CV_32F, slope, slope)
     mean = cv2.addWeighted(xx, -0.5, yy, -0.5, 0)
-    spread = cv2.magnitude(cv2.addWeighted(xx, 0.5, yy, -0.5, 0), xy)
+    spread = images.magnitude(cv2.addWeighted(xx, 0.5, yy, -0.5, 0), xy)
     return cv2.subtract(mean, spread), mean
 
 

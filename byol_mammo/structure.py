@@ -69,7 +69,7 @@ def unit_gradients(grey: np.ndarray, inside: np.ndarray, step_mm: float) -> tupl
     side = 2 * math.ceil(3 * sigma) + 1
     smooth = cv2.GaussianBlur(tissue + (1 - cover) * mean, (side, side), sigma)
     x, y = cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
-    steepness = cv2.magnitude(x, y) + 1e-5 * mean + np.float32(1e-12)  # rounding is no gradient
+    steepness = images.magnitude(x, y) + 1e-5 * mean + np.float32(1e-12)  # rounding is no gradient
     margin = 2 * max(1, round(SKIN / (pool * step_mm * factor))) + 1
     covered = cv2.resize(cover, coarse, interpolation=cv2.INTER_AREA) > 0.5
     # At the array's sides tissue may go on as well as end: erosion takes nothing away there.
@@ -114,7 +114,7 @@ def round_convergence(gradients: np.ndarray, radius: float) -> np.ndarray:
     share = mean(counts, disc / disc.sum())
     across, down = mean(x, along_x), mean(y, along_y)
     oblique = mean(x, along_y) + mean(y, along_x)
-    weaker = across + down - cv2.magnitude(across - down, oblique)
+    weaker = across + down - images.magnitude(across - down, oblique)
     return np.where(share > PART, weaker / np.sqrt(np.maximum(share, PART)), np.float32(-1))
 
 

@@ -52,6 +52,19 @@ def holding(table):
     return np.logical_and(*inside)
 
 
+def test_maps_are_the_same_to_the_bit_wherever_arrays_lie_in_memory():
+    """One cache from one process, from many and from another machine's: filters may not round otherwise."""
+    image, mask = tissue(mass=0.1)
+    grey, inside = image[:507, :381].astype(np.float32), mask[:507, :381].view(np.uint8)
+    rng, lying, found = np.random.default_rng(0), [], set()
+    for length in rng.integers(1, 400_000, 24):
+        lying.append(np.empty(length, np.uint8))  # what is allocated next lies elsewhere
+        gradients = structure.unit_gradients(grey, inside, MM)[0]
+        maps = gradients, structure.round_convergence(gradients, 7.0), *specks.curvatures(grey, 0.8)
+        found.add(b"".join(each.tobytes() for each in maps))
+    assert len(found) == 1
+
+
 def test_round_convergence_tells_a_mass_from_a_strand_also_at_the_picture_s_side():
     y, x = np.mgrid[:60, :40].astype(np.float32)
     shapes = {
