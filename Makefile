@@ -19,27 +19,29 @@ comma := ,
 space := $(subst ,, )
 .PHONY: demo compare study test lint docs audit clean
 
+SIZES := --tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.17
 CLASSIFY := --data_dir demo/split_images --labels demo/split_images/labels.csv --cache_dir demo/cache \
-    --output_dir demo/runs/byol_resnet18
+    --output_dir demo/runs/byol_resnet18_slim
 
 demo: $(if $(VENV),$(VENV)/.installed)
-	$(RUN) synthetic_mammograms.py --output_dir demo/archive --studies 8 --height 1760 --width 1400 \
-	    --lesion_share 1
+	$(RUN) synthetic_mammograms.py --output_dir demo/archive --studies 20 --height 896 --width 704 \
+	    --spacing_mm 0.17 --lesion_share 1 --lesion_contrast 1.5 --test_share 0.4 --seed $(firstword $(SEEDS))
 	$(RUN) prepare_dataset.py --csv_path demo/archive/breast-level_annotations.csv \
 	    --findings_csv demo/archive/finding_annotations.csv \
 	    --images_root demo/archive/images_png --output_dir demo/split_images
 	$(RUN) train_byol_mammo.py --data_dir demo/split_images/training --output_dir demo/runs \
-	    --cache_dir demo/cache --tile_size 128 --tile_stride 64 --pixel_spacing_mm 0.17 \
-	    --backbone resnet18 --weights none --freq_loss_weight 1 --batch_size 16 --epochs 4 \
-	    --tiles_per_epoch 320 --log_every 5
+	    --cache_dir demo/cache $(SIZES) --backbone resnet18_slim --weights none --freq_loss_weight 1 \
+	    --batch_size 32 --epochs 8 --seed $(firstword $(SEEDS))
 	$(RUN) train_classifier.py train --mode probe $(CLASSIFY) \
-	    --weights demo/runs/byol_resnet18/mammogram_byol_final.pth
+	    --weights demo/runs/byol_resnet18_slim/mammogram_byol_final.pth
 	$(RUN) train_classifier.py evaluate $(CLASSIFY) \
-	    --weights demo/runs/byol_resnet18/classifier_probe/classifier_best.pth
+	    --weights demo/runs/byol_resnet18_slim/classifier_probe/classifier_best.pth
+	$(RUN) train_classifier.py compare none classic $(CLASSIFY) $(SIZES) \
+	    demo/runs/byol_resnet18_slim/mammogram_byol_final.pth
 
 CONTRAST ?= 1.5
 SEEDS ?= 0
-TILES := --tile_size 128 --tile_stride 64 --view_size 128 --pixel_spacing_mm 0.17 --backbone resnet18
+TILES := $(SIZES) --backbone resnet18
 COMMON := --cache_dir demo/cache --output_dir demo/compare
 LABELLED := --data_dir demo/compare/images --labels demo/compare/images/labels.csv $(TILES) $(COMMON)
 
@@ -54,7 +56,8 @@ compare: $(if $(VENV),$(VENV)/.installed)
 	    for weight in 0 1; do $(RUN) train_byol_mammo.py --data_dir demo/compare/images/training \
 	        --run_name weight$$weight.seed$$seed --freq_loss_weight $$weight \
 	        --structure_loss_weight 0 --seed $$seed $(TILES) $(COMMON) \
-	        --weights none --batch_size 32 --epochs 6 --warmup_epochs 1 || exit; done; \
+	        --weights none --batch_size 32 --epochs 6 --tiles_per_epoch 1344 \
+	        --warmup_epochs 1 || exit; done; \
 	    $(RUN) train_classifier.py compare none \
 	        demo/compare/weight0.seed$$seed/mammogram_byol_final.pth \
 	        demo/compare/weight1.seed$$seed/mammogram_byol_final.pth \

@@ -22,6 +22,7 @@ from byol_mammo import files
 from byol_mammo.settings import MammoError
 from byol_mammo.spacing import parse_spacing
 
+SAMPLE = 100_000  # px that tell of an image's grey levels as much as all
 SPACING_RANGE = (0.005, 2)  # mm per pixel that can be; others count as unknown
 POLARITIES = ("as_is", "inverted", "unknown")  # of a manifest; unknown is judged
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
@@ -353,25 +354,26 @@ def median_and_spread(values: np.ndarray) -> tuple[float, float]:
 
 
 def magnitude(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Length of vectors with parts x and y, float32 arrays of one shape, equal to the bit in every run.
+    """Length of vectors with parts x and y, float32 arrays of one shape: written into x; y is used up.
 
-    cv2.magnitude rounds in two ways, by where in memory its arrays happen to lie.
+    It is the same to the bit in every run: cv2.magnitude rounds by where in memory its arrays lie.
     """
-    squares = x * x
-    squares += y * y
-    return np.sqrt(squares, out=squares)
+    np.multiply(x, x, out=x)
+    np.multiply(y, y, out=y)
+    np.add(x, y, out=x)
+    return np.sqrt(x, out=x)
 
 
 def grey_step(image: np.ndarray) -> float:
     """Usual gap between the grey levels in use: 1, or 16 where 12 bits were stretched to 16."""
-    rows = image[:: sampling_step(image) ** 2]  # whole rows are read faster than single pixels
+    rows = image[:: max(1, image.size // SAMPLE)]  # whole rows are read faster than single pixels
     levels = np.flatnonzero(np.bincount(rows.ravel()))
     return float(np.median(np.diff(levels))) if len(levels) > 1 else 1.0
 
 
 def sampling_step(image: np.ndarray) -> int:
-    """Every how many rows and columns are read where some 100,000 px tell as much as all."""
-    return max(1, math.isqrt(image.size // 100_000))
+    """Every how many rows and columns are read where some SAMPLE px tell as much as all."""
+    return max(1, math.isqrt(image.size // SAMPLE))
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:

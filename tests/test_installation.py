@@ -1,6 +1,7 @@
 """The wheel: what it holds, the three commands that it gives, and what tells which code ran."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -19,11 +20,13 @@ from byol_mammo import device, settings
 COMMANDS = {command: script.removesuffix(".py") for script, command in settings.INSTALLED.items()}
 
 
+@functools.cache
 def ours():
     """Names of the project's modules at the top of the tree, and of the package."""
     return {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in SOURCES}
 
 
+@functools.cache
 def imported_by(module):
     """Own modules that a script imports, in functions too, and itself."""
     found, waiting = set(), [module]

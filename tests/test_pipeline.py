@@ -186,8 +186,8 @@ def test_the_demo_recipe_runs_in_small(tmp_path):
     """make demo's own commands, their places and sizes made small by flags added at the end."""
     commands = demo_commands()
     assert [command[1] for command in commands] == [
-        "synthetic_mammograms.py", "prepare_dataset.py", "train_byol_mammo.py", "train_classifier.py",
-        "train_classifier.py",
+        "synthetic_mammograms.py", "prepare_dataset.py", "train_byol_mammo.py",
+        *["train_classifier.py"] * 3,
     ]  # fmt: skip
     quick = "--wandb_mode disabled --tile_size 96 --tile_stride 48 --pixel_spacing_mm 0.567"
     small = {
@@ -205,9 +205,12 @@ def test_the_demo_recipe_runs_in_small(tmp_path):
         else:  # as `python SCRIPT` would, but imported already
             done = stages.complete(words[0].removesuffix(".py"), flags, tmp_path)
         assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "byol_resnet18"
+    run = tmp_path / "runs" / "byol_resnet18_slim"
     assert (run / "backbone.safetensors").is_file()
-    assert "Classifier: evaluate" in (run / "report.html").read_text("utf-8")
+    starts = pd.read_csv(run / "compare" / "compare.csv")["start"].unique()
+    assert list(starts[:2]) == ["none", "classic"] and len(starts) == 3
+    report = (run / "report.html").read_text("utf-8")
+    assert all(f"Classifier: {part}" in report for part in ("evaluate", "compare"))
 
 
 def test_sixteen_bit_images_reach_the_views_whole(tmp_path):
