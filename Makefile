@@ -1,4 +1,4 @@
-# make demo    phantoms -> tiles -> a small pre-trained backbone, minutes on two CPU cores
+# make demo    phantoms -> tiles -> a small backbone -> a classifier, minutes on two CPU cores
 # make test    all tests
 # make compare random, plain BYOL and BYOL with the frequency target on 60 phantom studies, a quarter to
 #              half an hour on two CPU cores (CONTRAST=1 makes half of the masses hard to see;
@@ -56,7 +56,7 @@ compare: $(if $(VENV),$(VENV)/.installed)
 	    for weight in 0 1; do $(RUN) train_byol_mammo.py --data_dir demo/compare/images/training \
 	        --run_name weight$$weight.seed$$seed --freq_loss_weight $$weight \
 	        --structure_loss_weight 0 --seed $$seed $(TILES) $(COMMON) \
-	        --weights none --batch_size 32 --epochs 6 --tiles_per_epoch 1344 \
+	        --weights none --batch_size 32 --epochs 6 --min_convergence 0 \
 	        --warmup_epochs 1 || exit; done; \
 	    $(RUN) train_classifier.py compare none \
 	        demo/compare/weight0.seed$$seed/mammogram_byol_final.pth \

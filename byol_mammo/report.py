@@ -117,11 +117,12 @@ CAPTIONS = {
     "roc.png": "Sensitivity against false alarms.",
     "pr.png": "Share of right alarms against sensitivity.",
     "reliability.png": "How often a finding was there against the probability given.",
+    "grades.png": "How many images of each grade were given which.",
     "embeddings.png": "Features of labelled tiles.",
 }
 
 
-CLASSIFIER_PICTURES = ("roc.png", "pr.png", "reliability.png", "embeddings.png")
+CLASSIFIER_PICTURES = ("roc.png", "pr.png", "reliability.png", "grades.png", "embeddings.png")
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def html_classifier(folder: Path) -> str:
     parts = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         found = []
-        for name in ("evaluation.csv", "compare.csv", *makers.TABLES):
+        for name in ("evaluation.csv", "pooling.csv", "compare.csv", *makers.TABLES):
             if (place / name).is_file():
                 found.append(html_results(place / name))
         found += [html.escape(text).join(("<p>Warning: ", "</p>")) for text in makers.warned(place)]
