@@ -1110,6 +1110,10 @@ def describe(scores: np.ndarray, target: np.ndarray, groups: np.ndarray, setting
     }
 
 
+OF_IMAGES = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
+OF_IMAGES += makers.GROUPS
+
+
 def predictions(
     data: LabelledTiles, ids: np.ndarray, scores: np.ndarray, split: str
 ) -> dict[str, pd.DataFrame]:
@@ -1121,11 +1125,9 @@ def predictions(
     p = [f"p_{name}" for name in data.names]
     tile[data.names], tile[p] = data.targets[ids], scores
     rows = tile.groupby("row")
-    columns = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
-    columns += makers.GROUPS
-    known = rows[columns].first()
+    known = rows[OF_IMAGES].first()
     known[data.names] = data.image_targets[known.index]
-    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*columns, *data.names]]
+    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*OF_IMAGES, *data.names]]
     untiled = untiled.assign(**dict.fromkeys(p, 0.0))
     tables = {"tile": tile}
     noisy_or = 1 - (1 - tile[p]).groupby(tile["row"]).prod()
@@ -1160,10 +1162,9 @@ def image_predictions(
     Images without a tile count as those without a finding, and have no grade.
     """
     bags, first = open_bags(engine, data, ids)
-    columns = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
-    known = data.table.iloc[first][columns].reset_index(drop=True)
+    known = data.table.iloc[first][OF_IMAGES].reset_index(drop=True)
     known[data.names] = data.targets[first]
-    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*columns, *data.names]]
+    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*OF_IMAGES, *data.names]]
     tables = {}
     for pooling, head in engine.heads.items():
         above = image_head.answers(head, bags, np.arange(len(bags)), engine.device)
@@ -1252,7 +1253,7 @@ def figures_by_group(
             rows.append({"finding": name, **row})
         return rows
 
-    levels = ("tile", "image_max", "image_noisy_or")
+    levels = [level for level in tables if level not in ("breast", "study")]
     found = {level: makers.by_group(tables[level], names, judge, FEW_STUDIES) for level in levels}
     return pd.concat([table.assign(level=level) for level, table in found.items()], ignore_index=True)
 
@@ -1784,9 +1785,14 @@ def evaluate_images(
         raise MammoError(
             f"--split {settings.split}: no image with tiles has a value of {settings.findings}"
         )
-    targets = engine.heads["attention"].targets
+    known = np.isfinite(data.targets[ids]).any(0)
+    targets = [t for t, k in zip(engine.heads["attention"].targets, known, strict=True) if k]
+    if not known.all():
+        unknown = ", ".join(np.array(data.names)[~known])
+        told = f"note: --split {settings.split}: no image with tiles has a value of {unknown}"
+        print(f"{told}, which is not judged", file=sys.stderr)
     tables = image_predictions(engine, data, ids, settings.split)
-    findings = [target.name for target in targets if not target.is_graded]
+    findings, graded = ([t.name for t in targets if t.is_graded is kind] for kind in (False, True))
     pooled = pooling_table(tables, targets, settings)
     folder = settings.folder("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1802,15 +1808,16 @@ def evaluate_images(
         text = content.drop(columns=INNER, errors="ignore").to_csv(index=False)
         files.write_atomic(folder / f"predictions_{level}.csv", text)
         written.append(f"predictions_{level}.csv")
-    if len(findings) < len(targets):
-        grading.draw_grades(tables["image_attention"], data.names, folder / "grades.png")
+    if graded:
+        grading.draw_grades(tables["image_attention"], graded, folder / "grades.png")
         written.append("grades.png")
     for name in {*IMAGE_RESULTS} - {*written}:
         (folder / name).unlink(missing_ok=True)  # of an earlier evaluation of other findings
     images = tables["image_attention"]
-    if findings:
-        note_few(findings, images[findings].to_numpy(), images["patient"].to_numpy(str))
+    shared = makers.note_coinciding(images, findings)
+    note_few(findings, images[findings].to_numpy(), images["patient"].to_numpy(str))
     print(pooled.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    makers.write_tables(folder, figures_by_group(tables, findings, settings), shared)
     print(f"open      {folder}: {' '.join(written)}")
     return pooled
 
