@@ -1074,8 +1074,11 @@ def note_few(names: Sequence[str], targets: np.ndarray, groups: np.ndarray) -> N
 
 
 def paired_p(differences: np.ndarray) -> float:
-    """Two-sided p-value of the bootstrap: how rarely the resampled difference (R,) changes sign."""
+    """Two-sided p-value of the bootstrap: how rarely the resampled difference (R,) changes sign; NaN
+    where no resample has one."""
     finite = differences[np.isfinite(differences)]
+    if not len(finite):
+        return np.nan
     tail = min((finite <= 0).sum(), (finite >= 0).sum())
     return float(min(1.0, 2 * (tail + 1) / (len(finite) + 1)))
 
@@ -1099,7 +1102,7 @@ def describe(scores: np.ndarray, target: np.ndarray, groups: np.ndarray, setting
         return row
     draws = weighted_auroc(scores, target, resample_groups(groups, settings.bootstrap, settings.seed))
     low, high = interval(draws[1:])
-    false_alarms, sensitivity, _ = roc_curve(target, scores)
+    false_alarms, sensitivity, _ = roc_curve(target, scores, drop_intermediate=False)
     return row | {
         "auroc": float(draws[0]),
         "auroc_low": low,
