@@ -17,8 +17,8 @@ Contents
     2 Labelled tiles   cache and labels joined, splits by study, which tiles are drawn
     3 Model            starting weights, frozen features, the logistic head
     4 Training         probe, fine-tuning, resume
-    5 Statistics       AUROC with intervals from a bootstrap over studies, calibration
-    6 Pictures         curves, reliability, maps
+    5 Statistics       figures of tiles, images, breasts and studies, by group and by pooling
+    6 Pictures         features in two dimensions, maps
     7 Commands         train, compare, evaluate, predict, embed
     8 Entry            main
 
@@ -70,8 +70,18 @@ from byol_mammo import (
     sampling,
     tracking,
 )
+from byol_mammo.curves import draw_curves, draw_training
 from byol_mammo.lightly_parts import cosine_warmup_schedule
 from byol_mammo.settings import exit_code, make_parser, parse_fields, setting_help
+from byol_mammo.statistics import (
+    FEW_STUDIES,
+    calibration_error,
+    interval,
+    note_few,
+    paired_p,
+    resample_groups,
+    weighted_auroc,
+)
 from train_byol_mammo import MammoError
 
 # ---- 1 Configuration ------------------------------------------------------------------------------
@@ -1019,76 +1029,6 @@ def fit_image_heads(job: Job, tracker: tracking.Tracker) -> None:
 # ---- 5 Statistics ----------------------------------------------------------------------------------
 
 
-FEW_STUDIES = 20  # below which percentile intervals cover clearly less than 95 %
-
-
-def resample_groups(groups: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """(1 + draws, N) how often each row counts: once, then by groups (N,) drawn with replacement."""
-    names, index = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng([seed, 9])
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    return np.vstack([np.ones(len(names), int), counts]).astype(np.float32)[:, index]
-
-
-def weighted_auroc(scores: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC (R,) of scores (N,) for target (N,) 0 or 1 under each row of weights (R, N); ties are half.
-
-    NaN where a resample lacks a class. One sort serves all resamples.
-    """
-    values, order = np.unique(scores, return_inverse=True)[0], np.argsort(scores, kind="stable")
-    starts = np.searchsorted(scores[order], values)
-    out = []
-    for part in np.array_split(weights, max(1, weights.size // 2**23)):
-        ordered = part[:, order].astype(np.float64)
-        positive = np.add.reduceat(ordered * target[order], starts, axis=1)
-        negative = np.add.reduceat(ordered * (1 - target[order]), starts, axis=1)
-        below = negative.cumsum(1) - negative / 2
-        with np.errstate(invalid="ignore"):
-            out.append((positive * below).sum(1) / (positive.sum(1) * negative.sum(1)))
-    return np.concatenate(out)
-
-
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of bootstrap draws; resamples without both classes are left out."""
-    low, high = np.nanpercentile(draws, (2.5, 97.5)) if np.isfinite(draws).any() else (np.nan, np.nan)
-    return float(low), float(high)
-
-
-def note_few(names: Sequence[str], targets: np.ndarray, groups: np.ndarray) -> None:
-    """Say on stderr for which findings a bootstrap over studies can't be taken at its word.
-
-    The rarer kind of study decides: by simulation 95 % intervals cover 73 % with 3 of them, 91 % with
-    10 and 94 % with 20, whatever the number of the others.
-    """
-    few = []
-    for name, target in zip(names, targets.T, strict=True):
-        count = [len(set(groups[target == value])) for value in (1, 0)]
-        if min(count) < FEW_STUDIES:
-            few.append(f"{name} ({count[0]} studies with, {count[1]} without)")
-    if few:
-        print(
-            f"note: intervals and p-values are too narrow for {', '.join(few)}: the bootstrap needs "
-            f"{FEW_STUDIES} and more of both",
-            file=sys.stderr,
-        )
-
-
-def paired_p(differences: np.ndarray) -> float:
-    """Two-sided p-value of the bootstrap: how rarely the resampled difference (R,) changes sign."""
-    finite = differences[np.isfinite(differences)]
-    tail = min((finite <= 0).sum(), (finite >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (len(finite) + 1)))
-
-
-def calibration_error(scores: np.ndarray, target: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error (Guo et al. 2017) over `bins` of equally many, equal scores together:
-    most tiles have a probability near 0, and with equal steps they would be one bin."""
-    edges = np.quantile(scores, np.arange(1, bins) / bins)
-    index = np.searchsorted(edges, scores, side="right")
-    gap = np.bincount(index, scores, bins) - np.bincount(index, target, bins)
-    return float(np.abs(gap).sum() / len(scores))
-
-
 def describe(scores: np.ndarray, target: np.ndarray, groups: np.ndarray, settings: Settings) -> dict:
     """Every figure of one finding at one level; NaN where a class is missing."""
     from sklearn.metrics import average_precision_score, roc_curve
@@ -1099,7 +1039,7 @@ def describe(scores: np.ndarray, target: np.ndarray, groups: np.ndarray, setting
         return row
     draws = weighted_auroc(scores, target, resample_groups(groups, settings.bootstrap, settings.seed))
     low, high = interval(draws[1:])
-    false_alarms, sensitivity, _ = roc_curve(target, scores)
+    false_alarms, sensitivity, _ = roc_curve(target, scores, drop_intermediate=False)
     return row | {
         "auroc": float(draws[0]),
         "auroc_low": low,
@@ -1108,6 +1048,10 @@ def describe(scores: np.ndarray, target: np.ndarray, groups: np.ndarray, setting
         "sensitivity_at_90_specificity": float(sensitivity[false_alarms <= 0.1].max()),
         "ece": calibration_error(scores, target),
     }
+
+
+OF_IMAGES = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
+OF_IMAGES += makers.GROUPS
 
 
 def predictions(
@@ -1121,11 +1065,9 @@ def predictions(
     p = [f"p_{name}" for name in data.names]
     tile[data.names], tile[p] = data.targets[ids], scores
     rows = tile.groupby("row")
-    columns = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
-    columns += makers.GROUPS
-    known = rows[columns].first()
+    known = rows[OF_IMAGES].first()
     known[data.names] = data.image_targets[known.index]
-    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*columns, *data.names]]
+    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*OF_IMAGES, *data.names]]
     untiled = untiled.assign(**dict.fromkeys(p, 0.0))
     tables = {"tile": tile}
     noisy_or = 1 - (1 - tile[p]).groupby(tile["row"]).prod()
@@ -1160,10 +1102,9 @@ def image_predictions(
     Images without a tile count as those without a finding, and have no grade.
     """
     bags, first = open_bags(engine, data, ids)
-    columns = ["image", "study_id", "patient", "split", "laterality", "view", "breast_density"]
-    known = data.table.iloc[first][columns].reset_index(drop=True)
+    known = data.table.iloc[first][OF_IMAGES].reset_index(drop=True)
     known[data.names] = data.targets[first]
-    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*columns, *data.names]]
+    untiled = data.untiled.loc[is_of_split(data.untiled, split), [*OF_IMAGES, *data.names]]
     tables = {}
     for pooling, head in engine.heads.items():
         above = image_head.answers(head, bags, np.arange(len(bags)), engine.device)
@@ -1252,7 +1193,7 @@ def figures_by_group(
             rows.append({"finding": name, **row})
         return rows
 
-    levels = ("tile", "image_max", "image_noisy_or")
+    levels = [level for level in tables if level not in ("breast", "study")]
     found = {level: makers.by_group(tables[level], names, judge, FEW_STUDIES) for level in levels}
     return pd.concat([table.assign(level=level) for level, table in found.items()], ignore_index=True)
 
@@ -1265,78 +1206,6 @@ def located(tiles: pd.DataFrame, name: str) -> pd.Series:
 
 
 # ---- 6 Pictures ------------------------------------------------------------------------------------
-
-
-def draw_curves(
-    tables: dict[str, pd.DataFrame],
-    names: Sequence[str],
-    folder: Path,
-    levels: Sequence[str] = ("tile", "image_max"),
-) -> None:
-    """roc.png, pr.png of two levels and reliability.png of the first."""
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
-    kinds: dict[str, tuple[str, str, str]] = {
-        "roc": ("1 - specificity (false alarms)", "sensitivity (found)", "ROC"),
-        "pr": ("recall (found)", "precision (right alarms)", "PR"),
-    }
-    for kind, (x_name, y_name, title) in kinds.items():
-        figure, panels = pictures.panel_grid(2, 2, 3.1)
-        for axes, level in zip(panels, levels, strict=True):
-            for index, (name, colour) in enumerate(zip(names, pictures.OKABE_ITO, strict=False)):
-                known = tables[level][tables[level][name].notna()]
-                target, scores = known[name].to_numpy(float), known[f"p_{name}"].to_numpy(float)
-                if len(set(target.tolist())) < 2:
-                    continue
-                if kind == "roc":
-                    x, y, _ = roc_curve(target, scores)
-                else:
-                    y, x, _ = precision_recall_curve(target, scores)
-                    axes.axhline(target.mean(), color=colour, linestyle=":", linewidth=1)
-                label = f"{name} ({int(target.sum())} of {len(target)})"
-                width = 3 / (1 + index)  # curves that coincide all show
-                axes.plot(x, y, color=colour, linewidth=width, label=label)
-            if kind == "roc":
-                axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
-            axes.set(xlabel=x_name, ylabel=y_name, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-            words = level.replace("_", ", ")
-            axes.set_title(f"{title}, {words} (dotted: chance)", fontsize=9)
-            axes.legend(fontsize=8)
-            axes.grid(alpha=0.3)
-        pictures.save_figure(figure, folder / f"{kind}.png")
-    draw_reliability(tables[levels[0]], names, folder / "reliability.png", levels[0].split("_")[0])
-
-
-def draw_reliability(table: pd.DataFrame, names: Sequence[str], path: Path, level: str) -> None:
-    """How often a finding was there against the probability given, tiles or images in ten steps."""
-    figure, (axes,) = pictures.panel_grid(1, 1, 4.4)
-    axes.plot([0, 1], [0, 1], color="#999999", linestyle=":", label="perfect")
-    for name, colour in zip(names, pictures.OKABE_ITO, strict=False):
-        known = table[table[name].notna()]
-        step = np.minimum((known[f"p_{name}"] * 10).astype(int), 9)
-        points = known.groupby(step)[[f"p_{name}", name]].mean()
-        axes.plot(points[f"p_{name}"], points[name], marker="o", color=colour, label=name)
-    axes.set(xlabel="probability given", ylabel=f"share of {level}s with the finding")
-    axes.set_title(f"Reliability, {level} level", fontsize=10)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    pictures.save_figure(figure, path)
-
-
-def draw_training(rows: list[dict[str, float]], names: Sequence[str], path: Path) -> None:
-    """curves.png: loss and validation AUROC against the epoch; epoch 0 is the frozen probe."""
-    table = pd.DataFrame(rows)
-    figure, (left, right) = pictures.panel_grid(2, 2, 3.0)
-    left.plot(table["epoch"][1:], table["loss"][1:], marker=".", color="#000000")
-    left.set_title("training loss (cross-entropy)", fontsize=9)
-    for name, colour in zip(names, pictures.OKABE_ITO, strict=False):
-        right.plot(table["epoch"], table[f"auroc_{name}"], marker=".", color=colour, label=name)
-    right.set_title("validation AUROC (0: probe)", fontsize=9)
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    pictures.save_figure(figure, path)
 
 
 def draw_embedding(
@@ -1784,9 +1653,14 @@ def evaluate_images(
         raise MammoError(
             f"--split {settings.split}: no image with tiles has a value of {settings.findings}"
         )
-    targets = engine.heads["attention"].targets
+    known = np.isfinite(data.targets[ids]).any(0)
+    targets = [t for t, k in zip(engine.heads["attention"].targets, known, strict=True) if k]
+    if not known.all():
+        unknown = ", ".join(np.array(data.names)[~known])
+        told = f"note: --split {settings.split}: no image with tiles has a value of {unknown}"
+        print(f"{told}, which is not judged", file=sys.stderr)
     tables = image_predictions(engine, data, ids, settings.split)
-    findings = [target.name for target in targets if not target.is_graded]
+    findings, graded = ([t.name for t in targets if t.is_graded is kind] for kind in (False, True))
     pooled = pooling_table(tables, targets, settings)
     folder = settings.folder("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1802,15 +1676,16 @@ def evaluate_images(
         text = content.drop(columns=INNER, errors="ignore").to_csv(index=False)
         files.write_atomic(folder / f"predictions_{level}.csv", text)
         written.append(f"predictions_{level}.csv")
-    if len(findings) < len(targets):
-        grading.draw_grades(tables["image_attention"], data.names, folder / "grades.png")
+    if graded:
+        grading.draw_grades(tables["image_attention"], graded, folder / "grades.png")
         written.append("grades.png")
     for name in {*IMAGE_RESULTS} - {*written}:
         (folder / name).unlink(missing_ok=True)  # of an earlier evaluation of other findings
     images = tables["image_attention"]
-    if findings:
-        note_few(findings, images[findings].to_numpy(), images["patient"].to_numpy(str))
+    shared = makers.note_coinciding(images, findings)
+    note_few(findings, images[findings].to_numpy(), images["patient"].to_numpy(str))
     print(pooled.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    makers.write_tables(folder, figures_by_group(tables, findings, settings), shared)
     print(f"open      {folder}: {' '.join(written)}")
     return pooled
 

@@ -165,13 +165,20 @@ def of_table(table: pd.DataFrame, raw: pd.DataFrame, archive: str, notes: list[s
 
 
 def first_told(column: Column, cells: Mapping[str, pd.Series], notes: list[str]) -> pd.Series:
-    """One column of several of a table: for each row the first value that can be; others are noted."""
+    """One column of several of a table: for each row the first value that can be. What can't be, and
+    what differs from the first, is noted."""
     values = pd.Series("", next(iter(cells.values())).index)
     for name, said in cells.items():
         known = {text: understood(column, text, column.sources.get(name, 1)) for text in said.unique()}
-        values = values.where(
-            values != "", said.map({text: value for text, (value, _) in known.items()})
-        )
+        told = said.map({text: value for text, (value, _) in known.items()})
+        both = zip(values[values != ""], told[values != ""], strict=True)
+        differ = sum(apart(float(first), float(value)) for first, value in both if value)
+        if differ:
+            notes.append(
+                f"{differ} values of {name} differ from {next(iter(cells))} ({column.meaning}), which "
+                "counts"
+            )
+        values = values.where(values != "", told)
         wrong = said[said.map({text: doubt for text, (_, doubt) in known.items()}) != ""]
         if len(wrong):
             listed = some(f"{text!r} ({count})" for text, count in wrong.value_counts().items())

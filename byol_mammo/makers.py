@@ -184,7 +184,7 @@ def intervals(scores: np.ndarray, target: np.ndarray, weights: np.ndarray) -> di
     error under resamples: weights (R, N) say how often each of scores (N,) and target (N,) counts."""
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
-    edges = np.quantile(scores, np.arange(1, 10) / 10)  # as calibration_error of train_classifier.py
+    edges = np.quantile(scores, np.arange(1, 10) / 10)  # as statistics.calibration_error
     index = np.searchsorted(edges, scores, side="right")
     gaps = np.eye(10)[index] * (scores - target)[:, None]
     draws: dict[str, list[np.ndarray]] = {}

@@ -181,6 +181,14 @@ def test_a_line_of_several_images_tells_of_none():
     assert one[["maker", "archive"]].iloc[0].tolist() == ["GE", "CMMD"]
 
 
+def test_two_attributes_of_a_table_that_differ_are_noted():
+    raw = pd.DataFrame({"ExposureInuAs": ["52400", "52400", ""], "Exposure": ["70", "52", "60"]})
+    notes = []
+    table = acquisition.of_table(pd.DataFrame({"image_id": ["a", "b", "c"]}), raw, "", notes)
+    assert table["mas"].tolist() == ["52.4", "52.4", "60"]
+    assert notes == ["1 values of Exposure differ from ExposureInuAs (exposure, mAs), which counts"]
+
+
 def test_only_what_is_listed_is_asked_of_a_header():
     """Serial numbers and names of places are no source of any column."""
     asked = []

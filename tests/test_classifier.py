@@ -204,6 +204,14 @@ def test_interval_and_p_value_see_a_difference_and_no_difference():
     assert low < 0.5 < high
     assert classifier.paired_p(draws[0][1:] - draws[1][1:]) < 0.01
     assert classifier.paired_p(rng.normal(size=500)) > 0.5
+    assert np.isnan(classifier.paired_p(np.full(5, np.nan)))
+
+
+def test_sensitivity_counts_every_threshold_where_scores_are_equal():
+    """Steps of one false and one right alarm each lie on one line, of which ROC curves keep the ends."""
+    scores, target = np.repeat(np.arange(20) / 20, 2), np.tile([0.0, 1.0], 20)
+    row = classifier.describe(scores, target, np.arange(40).astype(str), classifier.Settings())
+    assert row["sensitivity_at_90_specificity"] == pytest.approx(0.1)
 
 
 def test_calibration_error_of_known_cases():

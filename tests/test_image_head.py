@@ -226,7 +226,8 @@ def films(tmp_path_factory):
             {
                 "image": f"p{patient}.png", "study_id": f"p{patient}", "laterality": "L", "view": "CC",
                 "split": "training" if patient < 24 else "test", "mass": mass,
-                "breast_density": f"DENSITY {'ABCD'[density]}", "breast_birads": 2 + 2 * mass,
+                "breast_density": f"DENSITY {'ABCD'[density]}", "maker": "GE" if mass else "Siemens",
+                "breast_birads": 2 + density if patient < 24 else "",
             }
         )  # fmt: skip
     pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
@@ -248,8 +249,8 @@ def train(films, *flags, out=None):
 
 @pytest.fixture(scope="module")
 def trained(films):
-    """The checkpoint of mass and density."""
-    assert train(films, "--findings", "mass,density") == 0
+    """The checkpoint of mass, density and BI-RADS, which no image of the split test has."""
+    assert train(films, "--findings", "mass,density,birads") == 0
     return films.parent / "classifier_attention" / "classifier_best.pth"
 
 
@@ -263,6 +264,7 @@ def evaluated(films, trained):
 def test_images_alone_teach_more_than_chance(evaluated):
     folder = evaluated
     table = pd.read_csv(folder / "pooling.csv").set_index(["figure", "level"])
+    assert set(table["finding"]) == {"mass", "density"}
     attention = table.xs("image_attention", level="level")
     assert attention.loc["auroc", "low"] > 0.5
     assert attention.loc[["kappa", "rank_correlation"], "low"].gt(0).all()
@@ -279,6 +281,8 @@ def test_images_alone_teach_more_than_chance(evaluated):
     levels = set(pd.read_csv(folder / "evaluation.csv")["level"])
     assert levels == {"image_attention", "image_max", "image_noisy_or", "breast", "study"}
     assert all((folder / f"predictions_{level}.csv").is_file() for level in levels)
+    assert set(pd.read_csv(folder / "by_maker.csv")["level"]) == levels - {"breast", "study"}
+    assert pd.read_csv(folder / "maker_shares.csv")["coincide"].all()
     for name in ("roc.png", "pr.png", "reliability.png", "grades.png"):
         assert min(cv2.imread(str(folder / name)).shape[:2]) > 300
 
@@ -308,7 +312,7 @@ def test_predict_draws_and_writes_the_attention(films, trained, evaluated, tmp_p
 def test_a_second_start_finds_the_features_and_repeats_to_the_bit(films, trained, monkeypatch):
     metrics, state = (trained.parent / "metrics.csv").read_bytes(), torch.load(trained)
     monkeypatch.setattr(classifier.Engine, "features", lambda *_: pytest.fail("made again"))
-    assert train(films, "--findings", "mass,density") == 0
+    assert train(films, "--findings", "mass,density,birads") == 0
     assert (trained.parent / "metrics.csv").read_bytes() == metrics
     again = torch.load(trained)
     for pooling, head in state["image_heads"]["state"].items():
