@@ -69,7 +69,8 @@ def unit_gradients(grey: np.ndarray, inside: np.ndarray, step_mm: float) -> tupl
     side = 2 * math.ceil(3 * sigma) + 1
     smooth = cv2.GaussianBlur(tissue + (1 - cover) * mean, (side, side), sigma)
     x, y = cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
-    steepness = images.magnitude(x.copy(), y.copy()) + 1e-5 * mean + np.float32(1e-12)  # rounding is no gradient
+    # Rounding is no gradient.
+    steepness = images.magnitude(x.copy(), y.copy()) + 1e-5 * mean + np.float32(1e-12)
     margin = 2 * max(1, round(SKIN / (pool * step_mm * factor))) + 1
     covered = cv2.resize(cover, coarse, interpolation=cv2.INTER_AREA) > 0.5
     # At the array's sides tissue may go on as well as end: erosion takes nothing away there.

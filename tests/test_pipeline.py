@@ -208,7 +208,8 @@ def test_the_demo_recipe_runs_in_small(tmp_path):
     run = tmp_path / "runs" / "byol_resnet18_slim"
     assert (run / "backbone.safetensors").is_file()
     starts = pd.read_csv(run / "compare" / "compare.csv")["start"].unique()
-    assert list(starts[:2]) == ["none", "classic"] and len(starts) == 3
+    assert list(starts[:2]) == ["none", "classic"]
+    assert len(starts) == 3
     report = (run / "report.html").read_text("utf-8")
     assert all(f"Classifier: {part}" in report for part in ("evaluate", "compare"))
 
