@@ -53,7 +53,7 @@ def holding(table):
 
 
 def test_maps_are_the_same_to_the_bit_wherever_arrays_lie_in_memory():
-    """One cache from one process, from many and from another machine's: filters may not round otherwise."""
+    """One cache from one process, from many and from another host: filters may not round otherwise."""
     image, mask = tissue(mass=0.1)
     grey, inside = image[:507, :381].astype(np.float32), mask[:507, :381].view(np.uint8)
     rng, lying, found = np.random.default_rng(0), [], set()
