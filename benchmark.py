@@ -29,7 +29,7 @@ loop: the whole training step against what a user of lightly would write
 views: both views of a batch against
     kornia    the same kinds of views from float tiles that lie on the device already
     and shortcuts: what the two views of a tile share that tells nothing of tissue (correlations);
-    with --data_dir, of that folder's tiles
+    with --data_dir, of the tiles of up to 48 images of that folder (without kornia, this alone)
 profile: kernels of a step by time, and the share of the time in which none runs (no timing against a
     baseline; on the CPU operators stand for kernels).
 resume: writing and reading the complete state.
@@ -62,6 +62,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,7 @@ def benchmark_clusters(count: int) -> None:
 
 TRAIN_PHANTOMS, TRAIN_SIZE, TRAIN_SPACING = 6, (2048, 1664), 0.146  # rows, columns, mm per pixel
 PRODUCT_SIDES = {"cuda": 8192, "cpu": 2048}  # rows and columns of the matrix product
+MOST_IMAGES = 48  # of --data_dir
 WARM_UP = 3  # steps that are not timed
 SHORTCUT_BATCHES = 16  # whose views are compared
 PROFILED = 5  # steps of a profile, which reads no metrics
@@ -384,10 +386,14 @@ KERNELS_SHOWN = 25  # lines of it
 LOG_EVERY = 10  # steps between readings of the metrics
 
 
-def training_phantoms(scratch: Path) -> Path:
-    """The folder of TRAIN_PHANTOMS in `scratch`, written where it is not there."""
+def training_images(scratch: Path, data_dir: str) -> Path:
+    """A folder in `scratch`, made where it is not there: TRAIN_PHANTOMS, or links to some images of the
+    user's, spread over all of them, since the cache of all may not fit there."""
     images = scratch / "images"
-    if not images.is_dir():
+    if data_dir and not images.is_dir():
+        paths = image_files.find_images(data_dir)
+        repeated(paths[:: -(-len(paths) // MOST_IMAGES)], images, 1)
+    elif not images.is_dir():
         images.mkdir()
         for seed in range(TRAIN_PHANTOMS):
             spec = phantoms.PhantomSpec(
@@ -399,9 +405,9 @@ def training_phantoms(scratch: Path) -> Path:
 
 
 def open_run(options: argparse.Namespace, scratch: Path, tile_size: int) -> mammo.Run:
-    """A training run on phantoms, or on the user's folder, with tiles of one size, its cache built."""
+    """A training run on training_images with tiles of one size, its cache built."""
     config = mammo.Config(
-        data_dir=options.data_dir or str(training_phantoms(scratch)), cache_dir=str(scratch / "cache"),
+        data_dir=str(training_images(scratch, options.data_dir)), cache_dir=str(scratch / "cache"),
         output_dir=str(scratch / "runs"), run_name=f"tile{tile_size}", tile_size=tile_size,
         tile_stride=64, min_freq_energy=0, pixel_spacing_mm=TRAIN_SPACING, backbone=options.backbone,
         weights="none", view_size=options.view_size, batch_size=options.batch_size, monitor_tiles=2,
@@ -679,7 +685,9 @@ def sides_of(
         "alike": lambda: lightly_step(run, scratch, views_alike(size), run.autocast),
         "fp32": lambda: lightly_step(run, scratch, photograph_views(size), nullcontext),
     }
-    views = {"views": lambda: our_views(run), "kornia": lambda: kornia_views(run)}
+    views = {"views": lambda: our_views(run)}
+    if find_spec("kornia"):  # of requirements-dev.txt; users are sent here for what views share
+        views["kornia"] = lambda: kornia_views(run)
     return {
         **(training if "step" in what or "loop" in what else {}),
         **(objective if "step" in what else {}),
@@ -812,8 +820,11 @@ def benchmark_training(options: argparse.Namespace, scratch: Path, what: Sequenc
                     f"  {name} / ours {seconds[name] / whole:.2f}, {batch / seconds[name]:.1f} tiles/s"
                 )
         if "views" in what:
-            ours, kornia = seconds["views"], seconds["kornia"]
-            print(f"  views {1e3 * ours:.1f} ms a batch, kornia / ours {kornia / ours:.2f}")
+            ours = seconds["views"]
+            ratio = (
+                f"kornia / ours {seconds['kornia'] / ours:.2f}" if "kornia" in seconds else "no kornia"
+            )
+            print(f"  views {1e3 * ours:.1f} ms a batch, {ratio}")
             figures["shortcuts"] = print_shortcuts(run)
         if peak:
             print(f"  peak memory of the loop {peak / 2**30:.1f} GiB")
@@ -874,7 +885,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=COMMANDS)
-    parser.add_argument("--data_dir", help="folder of mammograms; default: phantoms")
+    parser.add_argument("--data_dir", default="", help="folder of mammograms; default: phantoms")
     parser.add_argument("--images", type=int, default=8, help="number of phantoms")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--view_size", type=int, default=128, help="px")

@@ -160,7 +160,8 @@ def connect(dask: str) -> Iterator[Client]:
     try:
         await_greeting(address)
         client = distributed.Client(address, timeout=CONNECT_LIMIT, set_as_default=False)
-    except (OSError, asyncio.TimeoutError, ValueError, ImportError) as error:  # 3.10: no OSError
+    # On 3.10 that of asyncio is no OSError; TLS without certificates; a program that is no scheduler.
+    except (OSError, asyncio.TimeoutError, ValueError, ImportError, TypeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MammoError(
             f"--dask {dask}: no Dask scheduler answers at {address} within {CONNECT_LIMIT:g} s "

@@ -227,6 +227,7 @@ UNREACHABLE = {
     "half a file": ("{folder}/half.json", "is no scheduler file, or not yet whole"),
     "nothing answers": ("tcp://127.0.0.1:{port}", "no Dask scheduler answers .* within 0.5 s"),
     "another program": ("tcp://127.0.0.1:{silent}", "no Dask scheduler answers .* within 0.5 s"),
+    "TLS without certificates": ("tls://127.0.0.1:{silent}", "no Dask scheduler answers .*ssl_context"),
     "no scheme": ("127.0.0.1:{port}", "no Dask scheduler answers .* within 0.5 s"),
     "unknown scheme": ("ftp://127.0.0.1:{port}", "no Dask scheduler answers"),
 }

@@ -50,6 +50,8 @@ def test_features_tell_what_they_hold_and_nothing_else():
     assert told["r2_air"] > 0.99
     assert told["r2_brightness"] < 0.2
     assert shortcuts.told_nuisances(features, grey, ["one", "other"] * 120) == {}
+    assert shortcuts.told_nuisances(features, grey.clamp_min(0.1), patients).keys() == {"r2_brightness"}
+    assert np.isfinite([*shortcuts.told_nuisances(features[:3], grey[:3], list("abc")).values()]).all()
 
 
 def test_the_report_says_what_features_tell_where_it_is_known():
