@@ -251,7 +251,7 @@ def start_training(stage: Stage, name: str) -> Any:
     flags = f"--weights none --min_freq_energy 0 --monitor_tiles 8 --max_steps {stage.plan.steps}"
     quiet = "--log_every 2 --save_every 0.01 --report_every 0 --progress none --wandb_mode disabled"
     places = {
-        "data_dir": benchmark.training_phantoms(stage.scratch),
+        "data_dir": benchmark.training_images(stage.scratch, ""),
         "cache_dir": stage.scratch / "cache",
         "output_dir": stage.scratch / "runs",
         "run_name": name,
