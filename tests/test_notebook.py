@@ -81,7 +81,9 @@ def test_it_runs_with_the_phantom_and_shows_the_same(notebook):
         assert np.abs(seen_from_afar(new) - seen_from_afar(old)).mean() < 10
 
 
-@pytest.mark.parametrize("name", ["nyu16bit/1_L_CC.png", "cdd_cesm/IM0010.png"])
+@pytest.mark.parametrize(
+    "name", ["nyu16bit/1_L_CC.png", pytest.param("cdd_cesm/IM0010.png", marks=pytest.mark.slow)]
+)
 def test_it_runs_with_a_real_image_and_does_not_name_it(notebook, real, name):
     if not (real / name).is_file():
         pytest.skip(f"no {name}")
