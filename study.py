@@ -61,6 +61,7 @@ from byol_mammo import (
     sampling,
     settings as flags,
     shortcuts,
+    statistics,
     tracking,
 )
 from byol_mammo.objectives import rankme
@@ -556,11 +557,11 @@ def draws_of(question: Question, scores: np.ndarray, settings: Settings) -> np.n
     ids, truth, data = question.judged, question.truth[question.judged], question.data
     groups = data.groups[ids]
     if not question.graded:
-        weights = classifier.resample_groups(groups, settings.bootstrap, 0)
-        return classifier.weighted_auroc(scores, truth, weights)
+        weights = statistics.resample_groups(groups, settings.bootstrap, 0)
+        return statistics.weighted_auroc(scores, truth, weights)
     row = data.table["row"].to_numpy()[ids]
     table = pd.DataFrame({"row": row, "score": scores, "truth": truth, "group": groups}).groupby("row")
-    weights = classifier.resample_groups(table["group"].first().to_numpy(str), settings.bootstrap, 0)
+    weights = statistics.resample_groups(table["group"].first().to_numpy(str), settings.bootstrap, 0)
     ranks = pd.concat([table["score"].mean(), table["truth"].first()], axis=1).rank().to_numpy()
     return (1 + weighted_correlation(ranks[:, 0], ranks[:, 1], weights)) / 2
 
@@ -589,9 +590,9 @@ def nuisances(features: np.ndarray, ids: np.ndarray, data: classifier.LabelledTi
 
 def row_of(question: Question, point: Point, draws: np.ndarray, start: np.ndarray) -> dict[str, Any]:
     """One row of study.csv: a figure with its interval, and the gain over what it started from."""
-    low, high = classifier.interval(draws[1:])
+    low, high = statistics.interval(draws[1:])
     gain = draws - start
-    gain_low, gain_high = classifier.interval(gain[1:])
+    gain_low, gain_high = statistics.interval(gain[1:])
     truth = question.truth[question.judged]
     return {
         "arm": point.arm,
@@ -675,7 +676,7 @@ def compare_arms(known: dict[Point, Draws]) -> pd.DataFrame:
             ours, theirs = (
                 np.mean([draws[finding] for draws in final[name]], axis=0) for name in (arm, against)
             )
-            low, high = classifier.interval((ours - theirs)[1:])
+            low, high = statistics.interval((ours - theirs)[1:])
             rows.append(
                 {
                     "finding": finding,

@@ -57,8 +57,10 @@ def told_nuisances(features: np.ndarray, grey: Tensor, groups: Sequence[str]) ->
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    facts = {name: shared_facts(grey)[name].numpy() for name in NUISANCES}
-    facts = {f"r2_{name}": fact for name, fact in facts.items() if np.ptp(fact) > 0}
+    shared = shared_facts(grey)
+    facts = {
+        f"r2_{name}": shared[name].numpy() for name in NUISANCES if shared[name].unique().numel() > 1
+    }
     if len(set(groups)) < 3 or not facts:
         return {}
     wanted = np.column_stack([*facts.values()])
