@@ -115,7 +115,14 @@ from byol_mammo.archive_files import (
     without_suffix,
 )
 from byol_mammo.archives import ADAPTERS, FOLDER, GENERIC, VINDR, Adapter, adapter_of, generic_adapter
-from byol_mammo.images import CLAIMS, MAX_SAMPLES, PNG_END, stored_otherwise
+from byol_mammo.images import (
+    CLAIMS,
+    MAX_SAMPLES,
+    PNG_END,
+    PNG_SIGNATURE,
+    decode_by_opencv,
+    stored_otherwise,
+)
 from byol_mammo.labels import finding_column, split_named
 from byol_mammo.processes import available_cores, process_pool
 from byol_mammo.settings import MammoError, command_of
@@ -692,7 +699,7 @@ def check_shared(table: pd.DataFrame) -> None:
 
 # 4 Image formats ----------------------------------------------------------------------------------
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
 PNG_CHANNELS = {2: 3, 3: 3, 4: 2, 6: 4}  # by colour type, as decoded; a palette becomes RGB
 
 
@@ -788,7 +795,7 @@ def decode_raster(path: Path) -> np.ndarray:
                 problem = stored_otherwise(image)
                 image.load()
         del image  # its pixels are not needed again
-        pixels = cv2.imdecode(np.frombuffer(read_source(path), np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = decode_by_opencv(read_source(path))
     except SkipImageError:
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes

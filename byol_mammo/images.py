@@ -220,7 +220,7 @@ def check_polarity(column: pd.Series, path: Path) -> None:
 
 # ---- Decoding and reducing: part of a cache's key --------------------------------------------------
 
-PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 MAX_SAMPLES = 150_000_000  # pixels times channels of the largest image read; most have 10-30 million
 
 
@@ -234,7 +234,7 @@ def decode(path: str | Path) -> np.ndarray:
     try:
         image = decode_grey_png(data)
         if image is None:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            image = decode_by_opencv(data)
     except cv2.error as error:  # no memory for its pixels, for one
         raise ImageReadError(path, f"can't be decoded ({error.err})") from error
     if image is None:
@@ -260,6 +260,23 @@ def decode_grey_png(data: bytes) -> np.ndarray | None:
         return decoders[bits](data, (height, width), "mono")[..., 0]
     except Exception:  # damaged: it raises no class of its own, and OpenCV has the last word
         return None
+
+
+def decode_by_opencv(data: bytes) -> np.ndarray | None:
+    """Pixels of an image file as stored, (H, W) or (H, W, C), None where it is damaged.
+
+    OpenCV 5 takes the memory that a PNG's chunk declares, 2 GiB for a few damaged bytes: what has a chunk
+    beyond its own end is not given to it.
+    """
+    start = len(PNG_SIGNATURE)
+    while data.startswith(PNG_SIGNATURE) and start + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, start)
+        start += 12 + length  # length, name, content, checksum (PNG 1.2, 3.2)
+        if start > len(data):
+            return None
+        if name == b"IEND":
+            break
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def declared_samples(path: str | Path) -> int:

@@ -331,7 +331,7 @@ def test_other_labels_do_not_replace_the_first(films, trained, tmp_path):
     last = ["--findings", "birads", "--labels", tmp_path / "labels.csv"]
     assert train(films, *flags, *last, out=tmp_path) == 0
     heads = {p.parent.name: torch.load(p)["image_heads"]["targets"] for p in tmp_path.glob("*/*.pth")}
-    assert heads == {"head_1": [["birads", [2, 4]]], "head": [["birads", [1, 5]]]}
+    assert heads == {"head_1": [["birads", [2, 3, 4, 5]]], "head": [["birads", [1, 5]]]}
 
 
 @pytest.mark.parametrize(

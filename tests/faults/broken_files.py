@@ -281,6 +281,12 @@ def oversized_jpeg2000() -> bytes:
     return bytes(content)
 
 
+def endless_chunk(content: bytes) -> bytes:
+    """A PNG whose chunk behind the header is said to be of 2 GiB."""
+    header = 8 + 25
+    return content[:header] + b"\x7f\xff\xff\xff" + content[header + 4 :]
+
+
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "30,000 x 30,000 grey PNG": (".png", lambda: png_bomb(30_000, 30_000)),
     "12,000 x 12,000 RGBA PNG of 16 bits": (".png", lambda: png_bomb(12_000, 12_000, 16, 6)),
@@ -292,6 +298,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "1 x 100,000 PNG": (".png", lambda: png_bomb(1, 100_000)),
     "100,000 x 100 PNG": (".png", lambda: png_bomb(100_000, 100)),
     "2**31 x 2**31 PNG": (".png", lambda: png((2**31 - 1,) * 2, 8, 0, b"")),
+    # Found by the fuzzer: OpenCV 5.0 took the 2 GiB.
+    "2 GiB of pixels in 80 bytes of png": (".png", lambda: endless_chunk(png((80, 96), 8, 0, b""))),
     "20,000 x 20,000 TIFF": (".tif", tiff_bomb),
     "65,500 x 65,500 JPEG": (
         ".jpg",
