@@ -265,7 +265,7 @@ def decode_grey_png(data: bytes) -> np.ndarray | None:
 def decode_by_opencv(data: bytes) -> np.ndarray | None:
     """Pixels of an image file as stored, (H, W) or (H, W, C), None where it is damaged.
 
-    OpenCV 5 takes the memory that a PNG's chunk declares, 2 GiB for a few damaged bytes: what has a chunk
+    OpenCV 5 takes the memory that a PNG's chunk declares, 2 GiB for a few damaged bytes: a PNG with one
     beyond its own end is not given to it.
     """
     start = len(PNG_SIGNATURE)
