@@ -62,8 +62,10 @@ PROCESSES, NUMBERS, SECURITY = "test_killed_processes.py", "test_wrong_numbers.p
 GUARDS = [
     Guard("size of an image before it is decoded", "decode", "(samples := declared_samples(path)) > MAX_SAMPLES",
           "False and (samples := declared_samples(path))", f"{IMAGES} RGBA bombs"),
-    Guard("names that are not UTF-8", "decode", "cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)",
+    Guard("names that are not UTF-8", "decode", "decode_by_opencv(data)",
           "cv2.imread(str(path), cv2.IMREAD_UNCHANGED)", f"{IMAGES} main_script"),
+    Guard("memory for a chunk beyond its PNG", "decode_by_opencv", "if start > len(data):",
+          "False", f"{IMAGES} GiB bombs"),
     Guard("links that lead nowhere are named", "walk_images", "path.suffix.lower() in IMAGE_SUFFIXES",
           "path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES", f"{IMAGES} main_script"),
     Guard("hidden files are left out", "walk_images", "is_left_out(entry.name)",
