@@ -699,7 +699,6 @@ def check_shared(table: pd.DataFrame) -> None:
 
 # 4 Image formats ----------------------------------------------------------------------------------
 
-
 PNG_CHANNELS = {2: 3, 3: 3, 4: 2, 6: 4}  # by colour type, as decoded; a palette becomes RGB
 
 

@@ -268,8 +268,8 @@ def decode_by_opencv(data: bytes) -> np.ndarray | None:
     OpenCV 5 takes the memory that a PNG's chunk declares, 2 GiB for a few damaged bytes: a PNG with one
     beyond its own end is not given to it.
     """
-    start = len(PNG_SIGNATURE)
-    while data.startswith(PNG_SIGNATURE) and start + 8 <= len(data):
+    start = len(PNG_SIGNATURE) if data.startswith(PNG_SIGNATURE) else len(data)
+    while start + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, start)
         start += 12 + length  # length, name, content, checksum (PNG 1.2, 3.2)
         if start > len(data):
