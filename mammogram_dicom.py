@@ -76,6 +76,14 @@ NEEDED = (
 DOSE_PAGE = re.compile(
     r"DOSE[ _^-]*(REPORT|INFO|SUMMARY|RECORD|PAGE|SHEET)|(RADIATION|PATIENT)[ _^-]*DOSE"
 )
+# ImageType of single images that show no breast as a mammogram does (PS3.3 C.8.11.7.1.4): stereotactic
+# pairs and what else a biopsy takes, projections of tomosynthesis, and of contrast studies the image of
+# high energy and what is computed of both. The one of low energy is a mammogram.
+NO_SCREENING = re.compile(
+    r"STEREO_.*|PREFIRE.*|POSTFIRE.*|POSTBIOPSY.*|POSTMARKER.*|TOMO_PROJ|TOMO_SCOUT|HIGH_ENERGY|"
+    r"ADDITION|SUBTRACTION|RECOMBINED"
+)
+SYNTHETIC = "GENERATED_2D"  # computed of a tomosynthesis of the same view
 BRIGHT_END = 0.9  # of the largest grey value; padding is taken for tissue where it goes over into such
 TISSUE_OUTLINE = 0.1  # share of the outline of padding that does so, from which it is said
 PAGE_INK = 0.3  # share of what is no background that has one grey value: print, in a breast it is < 0.05
@@ -160,6 +168,11 @@ def is_dose_page(dataset: Dataset) -> bool:
     return captured and any(DOSE_PAGE.search(text(dataset, keyword)) for keyword in told)
 
 
+def image_type(dataset: Dataset) -> list[str]:
+    """The values of ImageType in capitals."""
+    return re.findall(r"[A-Z0-9_]+", text(dataset, "ImageType"))
+
+
 def check_is_mammogram(dataset: Dataset) -> None:
     """Refuse what is not one grey image of a plausible size. Raises DicomError."""
     modality = text(dataset, "Modality")
@@ -176,6 +189,10 @@ def check_is_mammogram(dataset: Dataset) -> None:
     if text(dataset, "SOPClassUID") == TOMOSYNTHESIS:
         raise DicomError("tomosynthesis is not laid out")
     check_tags(dataset)
+    if kinds := [value for value in image_type(dataset) if NO_SCREENING.fullmatch(value)]:
+        raise DicomError(f"image type {kinds[0]}: a step of a biopsy, of tomosynthesis or of contrast")
+    if read_view(dataset)[0] == "SPECIMEN":
+        raise DicomError("tissue that was taken out (specimen), not a breast")
     if dataset.SamplesPerPixel != 1:
         raise DicomError("colour image: a screen shot or report, not a mammogram")
     if text(dataset, "PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
@@ -532,6 +549,10 @@ def read_dicom(path: str | Path, window: str = "none") -> tuple[np.ndarray, dict
                 if is_print(pixels):
                     raise DicomError("a page of print (secondary capture), not a mammogram")
                 doubts.append("page: a secondary capture without side, view, body part or pixel size")
+            if SYNTHETIC in image_type(dataset):
+                doubts.append(
+                    f"synthetic: {SYNTHETIC}, computed of tomosynthesis; may repeat a view that is here"
+                )
             if tissue:
                 doubts.append(
                     f"padding in tissue: {tag_name('PixelPaddingValue')} is that of bright tissue"

@@ -333,6 +333,8 @@ def read_csv(csv_path: Path, whole: bool = True) -> pd.DataFrame:
     except ValueError as error:
         raise MammoError(f"{csv_path} is not a comma-separated UTF-8 table: {error}") from None
     table.columns = table.columns.str.strip()
+    if len(twice := table.columns[table.columns.duplicated()]):  # pandas told them apart by a blank
+        raise MammoError(f"{csv_path} has the column {twice[0]} twice; keep one of them")
     table = table.fillna("").apply(lambda column: column.str.strip(" \t\r\n"))
     # The header is line 1.
     table.index = pd.Index([f"{csv_path.name} line {n}" for n in range(2, len(table) + 2)])
@@ -408,10 +410,10 @@ def find_patients(table: pd.DataFrame, reading: Reading) -> None:
     """
     if "patient_id" in table and table["patient_id"].any() and not reading.nameless:
         raise MammoError("the table names the patients, so that --patient_pattern has nothing to find")
-    places = table["places"].str.split("\n")
-    index = reading.index
-    files_of = [next((index[key] for key in keys if key in index), []) for keys in places]
-    table["patient_id"] = [reading.patient_in(found[0], "") if found else "" for found in files_of]
+    table["patient_id"] = [  # rows with several images are refused later, see match_files
+        safe_name(reading.patient_in(found[0], "")) if len(set(map(stem_of, found))) == 1 else ""
+        for found in files_of_rows(table, reading.index)
+    ]
     reading.nameless = ""
 
 
@@ -484,10 +486,11 @@ def check_columns(raw: pd.DataFrame, adapter: Adapter, options: Options) -> pd.D
 
 
 def split_by_patient(table: pd.DataFrame, test_share: float) -> pd.Series:
-    """training or test by a hash of the patient, so that it never depends on the other rows."""
+    """training or test by a hash of the patient, so that it depends on no other row, unless that writes
+    her name in a way that comes first in order (one_spelling)."""
 
     def split(patient: str) -> str:
-        number = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big")
+        number = int.from_bytes(hashlib.sha256(os.fsencode(patient)).digest()[:8], "big")
         return "test" if number < test_share * 2**64 else "training"
 
     return patients(table).map(split)
@@ -516,7 +519,7 @@ def check_ids(table: pd.DataFrame, adapter: Adapter) -> None:
                 f"becomes part of a file name: {SAFE_NAME_RULE}, at most {MAX_ID_LENGTH} characters"
             )
     for column in table.columns.intersection(["study_id", "patient_id", "image_id"]):
-        cut = table[column][table[column].str.fullmatch(r"\d(\.\d+)?E[+_]\d+", case=False)]
+        cut = table[column][table[column].str.fullmatch(r"\d([.,_]\d+)?E[+_]\d+", case=False)]
         if len(cut):
             raise MammoError(
                 f"{cut.index[0]}: {adapter.columns.get(column, column)} {cut.iloc[0]!r} is an id of "
@@ -632,15 +635,8 @@ def match_files(
     """
     sources, formats, wanted, unclear = [], [], set(), []
     rank = {suffix: place for place, suffix in enumerate(SUFFIXES)}
-    images = set(index.get("all", []))
-    studies, women = table["study_id"], table.get("patient_id", table["study_id"])
-    everyone = {*studies, *map(safe_name, women)} - {""}
     kinds = dict.fromkeys(index[DICOM_INSIDE], ".dcm")
-    for line, places, study, woman in zip(table.index, table["places"], studies, women, strict=True):
-        key = next((key for key in places.split("\n") if key in index), "")
-        found = [name for name in index.get(key, []) if name in images] or index.get(key, [])
-        if key.startswith("name "):
-            found = in_folder_of(found, {study, safe_name(woman)}, everyone)
+    for line, found in zip(table.index, files_of_rows(table, index), strict=True):
         wanted.update(found)
         kind = {name: kinds.get(name, suffix_of(name)) for name in found}
         ranked = sorted(found, key=lambda name: (rank.get(kind[name], len(rank)), name))
@@ -675,12 +671,40 @@ def stem_of(name: str) -> str:
     return name if suffix[1:].isdigit() else without_suffix(bare)
 
 
-def in_folder_of(found: list[str], owners: set[str], everyone: set[str]) -> list[str]:
-    """Of the files of a bare name, those in a folder named as the row's study or patient, else those in
-    no other row's: LCC.png of four patients is four images, and of a fifth it is missing."""
-    folders = {name: {*map(safe_name, name.split("/")[:-1])} for name in found}
-    own = [name for name in found if owners & folders[name]]
-    return own or [name for name in found if not everyone & folders[name]]
+def files_of_rows(table: pd.DataFrame, index: Index) -> list[list[str]]:
+    """The files that each row may mean, by the first of its `places` that is there.
+
+    Of a bare name those in a folder named as the row's study or patient, else those in no other row's:
+    LCC.png of four patients is four images, and of a fifth it is missing.
+    """
+    images = set(index.get("all", []))
+    studies, women = table["study_id"], table.get("patient_id", table["study_id"])
+    owners = list(zip(studies, map(safe_name, women), strict=True))
+    everyone = {owner for pair in owners for owner in pair} - {""}
+    by_owner: dict[
+        str, dict[str, list[str]]
+    ] = {}  # bare name -> owner of a folder, "" for none -> files
+    rows = []
+    for places, pair in zip(table["places"], owners, strict=True):
+        key = next((key for key in places.split("\n") if key in index), "")
+        if not key.startswith("name "):
+            rows.append([name for name in index.get(key, []) if name in images] or index.get(key, []))
+            continue
+        if key not in by_owner:
+            found = [name for name in index[key] if name in images] or index[key]
+            by_owner[key] = files_by_owner(found, everyone)
+        own = {name for owner in set(pair) - {""} for name in by_owner[key].get(owner, ())}
+        rows.append(sorted(own) or by_owner[key].get("", []))
+    return rows
+
+
+def files_by_owner(names: list[str], everyone: set[str]) -> dict[str, list[str]]:
+    """Files by who of `everyone` a folder above them is named as; "" for nobody."""
+    owned: dict[str, list[str]] = {}
+    for name in names:
+        for owner in {*map(safe_name, name.split("/")[:-1])} & everyone or {""}:
+            owned.setdefault(owner, []).append(name)
+    return owned
 
 
 def check_shared(table: pd.DataFrame) -> None:
@@ -1651,6 +1675,7 @@ CHECKS = {  # check -> what it means, for people
     "raw": "for processing: detector values, not what readers see",
     "no modality": "the DICOM header does not say that it is a mammogram",
     "page": "perhaps a screen shot or a page, no mammogram",
+    "synthetic": "computed of tomosynthesis, no exposure of its own",
     "padding in tissue": "the value of padding, which is 0 now, is that of bright tissue: holes",
     "spacing": "cannot be, differs between rows and columns, or between table and header",
     "boxes clipped": "boxes that left the image",
@@ -2269,12 +2294,15 @@ def run(argv: Sequence[str] | None) -> int:
     try:
         plan = make_plan(options)
         foresight.count_workers(1, 1, options.dask)  # a cluster that doesn't answer is refused by now
+        if options.dry_run:
+            foresee(plan)
+            return 1 if len(plan.missing) or plan.skipped else 0
     except (MammoError, OSError) as error:
         print(f"prepare_dataset: error: {error}. Nothing was written.", file=sys.stderr)
         return 2
-    if options.dry_run:
-        foresee(plan)
-        return 1 if len(plan.missing) or plan.skipped else 0
+    except KeyboardInterrupt:
+        print("prepare_dataset: stopped: interrupted. Nothing was written.", file=sys.stderr)
+        return 3
     try:
         carry_out(plan)
     except (OSError, MammoError, KeyboardInterrupt) as error:

@@ -47,6 +47,7 @@ from byol_mammo.tables import (
     safe_name,
     side,
     some,
+    worst_birads,
 )
 
 FEW_FOLDERS = 20  # top folders without a digit in their names, and
@@ -138,7 +139,10 @@ def join_abnormalities(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     if (unlike := int((films["breast_density"].nunique() > 1).sum())) > 0:
         notes.append(f"{unlike} films have rows of different density: the last counts")
     density_last = films["breast_density"].transform("last")
-    severe = {name: films[name].transform("max") for name in (*FINDINGS, "breast_birads")}
+    severe = {name: films[name].transform("max") for name in FINDINGS}
+    severe["breast_birads"] = worst_birads(
+        table["breast_birads"], [table["study_id"], table["image_id"]]
+    )
     table = table.assign(**severe, breast_density=density_last)
     return table[~table.duplicated(["study_id", "image_id"])]
 

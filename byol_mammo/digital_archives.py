@@ -27,6 +27,7 @@ from byol_mammo.tables import (
     side,
     some,
     united,
+    worst_birads,
 )
 
 UNNAMED = "region"  # finding of a box of which the tables do not say what it is
@@ -90,8 +91,7 @@ def adapt_cdd(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     table.insert(1, "patient_id", table["study_id"])
     label_cdd(table, rows.assign(cancer=reading.column(rows, CDD_PATHOLOGY, cancer)), reading)
     add_regions(table, raw[names == ""], reading)
-    first = table.groupby("image_id", sort=False)
-    worst = first["breast_birads"].transform("max")
+    worst = worst_birads(table["breast_birads"], table["image_id"])
     return table.assign(breast_birads=worst)[~table.duplicated("image_id")]
 
 
@@ -222,10 +222,11 @@ EMBED_READ = {  # of two tables of 150 columns and half a million rows, those th
     *EMBED_HEADER,
     *("png_filename", "BreastImplantPresent", "Rows", "Columns", "PixelSpacing", "ImagerPixelSpacing"),
     *("side", "asses", "tissueden", "massshape", "massmargin", "massdens", "calcfind", "calcdistri"),
-    *("calcnumber", "path_severity", *KEYWORDS),
+    *("calcnumber", "path_severity", "bside", *KEYWORDS),
 }
 EMBED_GRADES = {"N": "1", "B": "2", "A": "0", "P": "3", "S": "4", "M": "5", "K": "6"}  # the worst last
 EMBED_SIDES = {"L": "L", "R": "R", "B": "LR", "": "LR"}
+EMBED_UNCLEAR = "0?"  # cancer that is one breast's or the other's: in order before 1, behind 0
 EMBED_MASS = {  # column -> codes of a mass; other letters of massshape are asymmetries and distortions
     "massshape": [*"GROXNYDL"],
     "massmargin": [*"DUMIS"],
@@ -307,13 +308,15 @@ def embed_breasts(findings: pd.DataFrame, reading: Reading) -> dict[str, Breast]
     """What the findings say, by 'acc_anon L'. The worst grade counts; a recall (0) is worse than 2.
 
     A kind of finding is absent where every row about the breast says so: it describes another kind, or
-    is negative. cancer is the worst pathology of what was taken from the breast.
+    is negative. cancer is the worst pathology of what was taken from the breast; where it may be of the
+    other one as well, it is unknown.
     """
     if findings.empty:
         reading.notes.append("without EMBED's clinical table: no findings, BI-RADS and density")
         return {}
     cells = {name: findings.get(name, pd.Series("", findings.index)) for name in EMBED_READ}
-    wrong = [(cells["asses"], [*EMBED_GRADES, ""]), (cells["side"], [*EMBED_SIDES])]
+    wrong = [(cells["asses"], [*EMBED_GRADES, ""])]
+    wrong += [(cells[name], [*EMBED_SIDES]) for name in ("side", "bside")]
     for cell, known in wrong:
         if strange := counted(cell[~cell.isin(known)]):
             reading.notes.append(f"not understood in {cell.name}, so without effect: {strange}")
@@ -326,28 +329,50 @@ def embed_breasts(findings: pd.DataFrame, reading: Reading) -> dict[str, Breast]
         .mask(mass & ~calc, "mass")
         .mask(calc & ~mass & ~shaped, "calcification")
     )
+    cancers = cells["path_severity"].str.removesuffix(".0").map(EMBED_CANCER).fillna("")
     rows = zip(
         findings["acc_anon"],
         cells["side"].map(EMBED_SIDES).fillna(""),
+        cells["bside"].map({**EMBED_SIDES, "": ""}).fillna(""),
+        cancers,
         cells["asses"].where(cells["asses"].isin([*EMBED_GRADES]), ""),
         mass.map({True: "1", False: "0"}).where(told, ""),
         calc.map({True: "1", False: "0"}).where(told, ""),
-        cells["path_severity"].str.removesuffix(".0").map(EMBED_CANCER).fillna(""),
         kind.mask(negative & ~mass & ~calc, "nothing"),
         strict=True,
     )
     said: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-    for exam, sides, *row in rows:
+    unclear = 0
+    for exam, sides, taken, pathology, *row in rows:
+        of_breast = cancer_of_breasts(sides, taken, pathology)
+        unclear += EMBED_UNCLEAR in of_breast.values()
         for letter in sides:
-            said[f"{exam} {letter}"].append(tuple(row))
+            said[f"{exam} {letter}"].append((of_breast.get(letter, ""), *row))
+    if unclear:
+        reading.notes.append(
+            f"{unclear} findings with cancer of one breast or the other (side, bside): cancer unknown"
+        )
     return {key: one_breast(found) for key, found in said.items()}
 
 
+def cancer_of_breasts(sides: str, taken: str, pathology: str) -> dict[str, str]:
+    """What pathology ("1" cancer, "0", "") says of each breast ("L", "R").
+
+    The finding is of `sides`, the tissue of `taken` (bside, "laterality of any pathology result") or,
+    where that says nothing, of `sides`. Cancer is a breast's where the tissue is of that one alone.
+    """
+    taken = taken or sides
+    if pathology == "1" and not (len(taken) == 1 and taken in sides):
+        return dict.fromkeys(sides, EMBED_UNCLEAR)
+    return dict.fromkeys(set(sides) & set(taken), pathology)
+
+
 def one_breast(rows: Iterable[tuple[str, ...]]) -> Breast:
-    """Join rows of assessment, mass, calcification, cancer and kind."""
-    assessed, mass, calcification, cancers, kinds = map(list, zip(*rows, strict=True))
+    """Join rows of cancer, assessment, mass, calcification and kind."""
+    cancers, assessed, mass, calcification, kinds = map(list, zip(*rows, strict=True))
     worst = max(assessed, key=["", *EMBED_GRADES].index)
-    values = {"mass": united(mass), "calcification": united(calcification), "cancer": max(cancers)}
+    cancer = max(cancers).replace(EMBED_UNCLEAR, "")
+    values = {"mass": united(mass), "calcification": united(calcification), "cancer": cancer}
     found = set(kinds) - {"nothing"}
     return Breast(birads(EMBED_GRADES.get(worst, "")), values, found.pop() if len(found) == 1 else "")
 

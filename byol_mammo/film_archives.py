@@ -10,7 +10,7 @@ import pandas as pd
 
 from byol_mammo.archive_files import EVERY_FILE, Index
 from byol_mammo.settings import MammoError
-from byol_mammo.tables import ImageLabels, Reading, birads, density, some, united
+from byol_mammo.tables import ImageLabels, Reading, birads, density, some, united, worst_birads
 
 # MIAS -----------------------------------------------------------------------------------------------
 # Suckling et al., 1994. A line per abnormality: film, tissue, class, severity, and where it is.
@@ -261,7 +261,7 @@ def adapt_ddsm(raw: pd.DataFrame, reading: Reading) -> pd.DataFrame:
     if (troubled := base[raw["problem"] != ""]).size:
         told = some(f"{name} ({raw['problem'][line]})" for line, name in troubled.items())
         reading.notes.append(f"{troubled.size} films of which nothing is known: {told}")
-    worst = films["ASSESSMENT"].transform("max").map(birads)
+    worst = worst_birads(raw["ASSESSMENT"].map(birads), [raw["case"], raw["film"]])
     return table.assign(breast_birads=worst)[~base.duplicated()]
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,7 +182,8 @@ def match_labels(
 
 def same_name(name: str) -> str:
     """What an id is compared by: as spreadsheets spoil them, P1 is p1, and 007 is 7 and 7.0."""
-    text = re.sub("[\u200b-\u200d\u2060\ufeff]", "", name).strip().casefold()  # nobody sees those
+    seen = re.sub("[\u200b-\u200d\u2060\ufeff]", "", name)  # nobody sees those
+    text = unicodedata.normalize("NFC", seen).strip().casefold()
     return (text.partition(".")[0].lstrip("0") or "0") if re.fullmatch(r"\d+(\.0*)?", text) else text
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
@@ -129,6 +131,7 @@ def safe_name(name: str) -> str:
 
     Those that would be too long or without a letter, such as two in Chinese, are told by a hash.
     """
+    name = unicodedata.normalize("NFC", name)  # as a Mac and others write one u with two dots
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".-")
     short = len(safe) <= MAX_ID_LENGTH and re.search("[A-Za-z0-9]", safe)
     if short or is_safe_name(name) or not name:
@@ -152,7 +155,10 @@ def places_of(path: str) -> str:
 
 # Cells ----------------------------------------------------------------------------------------------
 
-UNSAID = ("", "nan", "na", "n/a", "null", "unknown", "unk", "-", ".")  # in small letters: no value
+UNSAID = (  # in small letters: no value; those with # are a spreadsheet's errors
+    *("", "nan", "na", "n/a", "<na>", "nat", "none", "null", "unknown", "unk", "-", "."),
+    *("#n/a", "#ref!", "#value!", "#name?", "#null!", "#div/0!", "#num!"),
+)
 
 
 def birads(value: str) -> str:
@@ -160,6 +166,13 @@ def birads(value: str) -> str:
     text = value.strip().upper()
     found = re.fullmatch(r"(?:BI-?\s?RADS|CATEGORY)?[\s:_-]*([0-6][ABC]?)(?:\.0)?", text)
     return f"BI-RADS {found[1]}" if found else ""
+
+
+def worst_birads(grades: pd.Series, groups: Any) -> pd.Series:
+    """At each row the worst grade, as birads writes it, of its group; a recall (0) is worse than 2."""
+    rank = {digit: place for place, digit in enumerate("120345678")}
+    ranked = grades.map(lambda grade: f"{rank[grade[8]]}{grade}" if grade else " ")
+    return ranked.groupby(groups, sort=False).transform("max").str[1:]
 
 
 DENSITY_WORDS = {  # BI-RADS 5th edition's words for A to D, by how they begin
@@ -312,5 +325,9 @@ def resolve(
     notes.append(f"{groups.ngroups} have rows that disagree; --on_conflict {rule} chose")
     if rule == "max":
         severe = [name for name in SEVERITY if name in unique]
-        unique = unique.assign(**{name: unique.groupby(keys)[name].transform("max") for name in severe})
+        groups = [unique[key] for key in keys]
+        worst = {name: unique[name].groupby(groups).transform("max") for name in severe}
+        if "breast_birads" in worst:
+            worst["breast_birads"] = worst_birads(unique["breast_birads"], groups)
+        unique = unique.assign(**worst)
     return unique.drop_duplicates(keys, keep="last" if rule == "last" else "first")

@@ -847,6 +847,22 @@ def test_full_disk_and_interrupt_stop_with_code_3(
     assert archive.run("--mode", "copy") == 0
 
 
+def test_an_interrupt_before_anything_is_written_says_so(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name, flags in (("match_files", []), ("print_costs", ["--dry_run"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(prep, name, interrupted)
+            assert archive.run(*flags) == 3
+        assert capsys.readouterr().err == (
+            "prepare_dataset: stopped: interrupted. Nothing was written.\n"
+        )
+    assert not archive.out.exists()
+
+
 # The command line ---------------------------------------------------------------------------------
 
 

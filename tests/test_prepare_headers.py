@@ -175,6 +175,7 @@ DISPLACED = coded("399209000")
 MAGNIFIED = Sequence([coded("399163009")])
 NAMED = coded("other", CodeMeaning="Magnification, spot")
 POSITIONS = {"MCC": "magnified", "M MAG": "magnified", "SPOT CC": "spot", "SMLO": "spot"}
+CONTRAST = ["DERIVED", "PRIMARY", "POST_CONTRAST"]
 DOSE_TYPE = ["DERIVED", "SECONDARY", "DOSE_INFO"]
 KEPT_OUT = {
     "code": (modified(coded("399163009")), "magnified view"),
@@ -189,6 +190,13 @@ KEPT_OUT = {
     "dose": (make_dicom(page(), 8, **CAPTURE, SeriesDescription="Dose Report"), "dose report page"),
     "dose_type": (make_dicom(breast(), **CAPTURE, ImageType=DOSE_TYPE), "dose report page"),
     "print": (make_dicom(page(), 8, **CAPTURE, **UNNAMED), "page of print"),
+    "stereo": (make_dicom(breast(), ImageType=["ORIGINAL", "PRIMARY", "STEREO_MINUS"]), "STEREO_MINUS"),
+    "projection": (make_dicom(breast(), ImageType=["ORIGINAL", "PRIMARY", "TOMO_PROJ"]), "TOMO_PROJ"),
+    "subtracted": (make_dicom(breast(), ImageType=[*CONTRAST, "SUBTRACTION", ""]), "SUBTRACTION"),
+    "high_energy": (make_dicom(breast(), ImageType=[*CONTRAST, "", "HIGH_ENERGY"]), "HIGH_ENERGY"),
+    "specimen": (
+        make_dicom(breast(), ViewCodeSequence=Sequence([coded("G-8310", "SRT")])), "taken out (specimen)"
+    ),
     "frames": (make_dicom(breast(), NumberOfFrames=2, Rows=48), "several images in one file"),
 }  # fmt: skip
 KEPT = {
@@ -196,6 +204,10 @@ KEPT = {
     "displaced": modified(DISPLACED),
     "exaggerated": make_dicom(breast(seed=2), ViewPosition="XCCL", PaddleDescription="18X24 IMAGE"),
     "film": make_dicom(breast(8), 8, **CAPTURE, SeriesDescription="LOW DOSE MAMMOGRAM"),
+    "low_energy": make_dicom(breast(seed=5), ImageType=[*CONTRAST, "", "LOW_ENERGY"]),
+    "computed": make_dicom(
+        breast(seed=6), ImageType=["DERIVED", "PRIMARY", "TOMOSYNTHESIS", "GENERATED_2D"]
+    ),
     "unnamed": make_dicom(breast(8, seed=3), 8, **CAPTURE, **UNNAMED),
     "named_breast": make_dicom(breast(8, seed=4), 8, **CAPTURE, **UNNAMED, BodyPartExamined="BREAST"),
 }
@@ -212,6 +224,7 @@ def test_pages_and_magnified_views_are_kept_out_by_name(
         assert words in found[name], (name, found[name])
     assert set(table(tmp_path, "manifest.csv")["image_id"]) == KEPT.keys()
     assert problems(tmp_path, "page").keys() == {"unnamed"}
+    assert problems(tmp_path, "synthetic").keys() == {"computed"}
     assert "  for: 6 magnified view, 4 spot view, 2 dose report page" in capsys.readouterr().out
 
 

@@ -388,6 +388,33 @@ def test_embed(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 of 10 values of tissueden are not understood" in said
 
 
+@pytest.mark.parametrize(
+    ("side", "taken", "severity", "expected", "unclear"),
+    [
+        ("B", "L", "0", ["1", ""], False),
+        ("", "R", "1", ["", "1"], False),
+        ("L", "L", "0", ["1", ""], False),
+        ("L", "", "0", ["1", ""], False),
+        ("B", "", "0", ["", ""], True),
+        ("B", "B", "0", ["", ""], True),
+        ("L", "B", "0", ["", ""], True),
+        ("L", "R", "0", ["", ""], True),
+        ("B", "B", "4", ["0", "0"], False),
+        ("B", "L", "4", ["0", ""], False),
+    ],
+)
+def test_embed_cancer_is_of_the_breast_that_the_tissue_is_of(
+    archive: Archive, capsys, side: str, taken: str, severity: str, expected: list[str], unclear: bool
+) -> None:
+    tables = embed(archive, [embed_image("a1", f"x{letter}", letter) for letter in "LR"])
+    row = embed_finding("a1", side, "S", MASS, severity).strip() + f",{taken}\n"
+    benign = embed_finding("a1", "L", "B", ASYMMETRY, "5" if unclear else "").strip() + ",\n"
+    tables.append(archive.table(CLINICAL.strip() + ",bside\n" + row + benign, "clinical.csv"))
+    assert archive.run(tables, "--test_share", "0") == 0
+    assert archive.labels()["cancer"].tolist() == expected
+    assert ("1 findings with cancer of one breast or the other" in capsys.readouterr().out) == unclear
+
+
 def test_embed_images_alone(archive: Archive, capsys: pytest.CaptureFixture[str]) -> None:
     assert archive.run(embed(archive, [embed_image("a1", "x")]), "--test_share", "0") == 0
     assert "without EMBED's clinical table: no findings" in capsys.readouterr().out

@@ -5,6 +5,7 @@ one line or said in the summary; what is read in one way is read so."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -63,6 +64,13 @@ CASES = {
     "a bare name whose patient is the folder": Case(
         LCC, ("path,exam,who\nLCC.png,e1,p1\nLCC.png,e2,p3\n",), 0, (),
         ("--columns", "image=path,study=exam,patient=who"), {"source": ["p1/LCC.png", "p3/LCC.png"]}),
+    "a bare name whose folder's name holds the patient's": Case(
+        tuple(f"p{n}_{year}/LCC.png" for n in (1, 2) for year in (2015, 2018)),
+        ("path,exam\n" + "".join(f"LCC.png,p{n}_{year}\n" for n in (2, 1) for year in (2018, 2015)),), 0, (),
+        (*PATHS, "--patient_pattern", "(p\\d+)_"), {"patient_id": ["p2", "p2", "p1", "p1"]}),
+    "a bare name of which nothing tells the folder, and a pattern": Case(
+        LCC, ("path,exam\nLCC.png,e1\n",), 2, ("1 rows fit several images each",),
+        (*PATHS, "--patient_pattern", "^(p\\d+)/")),
     "two rows of one file": Case(
         ("p1/a.png",), ("path,exam\np1/a.png,e1\na.png,e2\n",), 2,
         ("1 files are meant by several rows: p1/a.png (t0.csv line 2, t0.csv line 3)",), PATHS),
@@ -107,6 +115,11 @@ CASES = {
         (CBIS_MASS + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 1, density="4")
          + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 2, density="2"),), 0,
         ("1 films have rows of different density: the last counts",), (), {"breast_density": ["DENSITY B"]}),
+    "CBIS film of a recall and a benign abnormality": Case(
+        ("Mass-Training_P_1_LEFT_CC/a.png",),
+        (CBIS_MASS + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 1, assessment="0")
+         + cbis_row("mass", "Training", "P_1", "LEFT", "CC", 2, assessment="2"),), 0, (), (),
+        {"breast_birads": ["BI-RADS 0"]}),
     "CBIS path without a split": Case(
         ("x/a.png",), (CBIS_MASS + cbis_row("mass", "Other", "P_1", "LEFT", "CC", 1),), 2,
         ("t0.csv line 2: image file path 'Mass-Other_P_1_LEFT_CC",)),
@@ -183,6 +196,19 @@ CASES = {
     "a study of two women": Case(
         FLAT, ("path,exam,who\na.png,e1,p1\nb.png,e1,p2\n",), 2, ("e1 (p1 and p2)", "A study is of one woman"),
         ("--columns", "image=path,study=exam,patient=who")),
+    "a patient whose cell is a spreadsheet's error": Case(
+        tuple(f"{n}.png" for n in range(4)),
+        ("path,exam,who\n0.png,e0,#N/A\n1.png,e1,None\n2.png,e2,#REF!\n3.png,e3,w\n",), 0,
+        ("3 rows name no patient",),
+        ("--columns", "image=path,study=exam,patient=who", "--test_share", "0.5"), {"patient_id": ["", "", "", "w"]}),
+    "an id cut where numbers have a comma": Case(
+        FLAT, ('path,exam\na.png,"1,23457E+15"\nb.png,e2\n',), 2, ("exam '1_23457E_15' is an id",), PATHS),
+    "a column twice but for a blank": Case(
+        FLAT, ("path,exam,m,m \na.png,e1,1,0\nb.png,e2,0,1\n",), 2, ("has the column m twice",),
+        ("--columns", "image=path,study=exam,mass=m")),
+    "a folder of two spellings of one letter": Case(
+        ("M\u00fcller/0.png", "Mu\u0308ller/1.png", "x/2.png"), (), 0, (),
+        ("--test_share", "0.5"), {"patient_id": ["M_ller", "M_ller", "x"]}),
     "no study": Case(
         FLAT, ("path,exam\na.png,e1\nb.png,\n",), 2, ("t0.csv line 3: exam is empty",), PATHS),
     # Values -------------------------------------------------------------------------------------
@@ -274,6 +300,14 @@ def test_what_can_be_read_in_two_ways_is_said(archive, capsys, name):
     if "patient_id" in manifest:  # whatever was asked, no woman is on both sides
         women = byol_mammo.labels.group_keys(manifest)
         assert (manifest.groupby(women)["split"].nunique() == 1).all()
+
+
+def test_a_patient_found_in_a_name_that_is_not_utf8(archive):
+    archive.png("x/LCC.png")
+    (archive.images / "x").rename(archive.images / os.fsdecode(b"M\xfcller"))
+    table = archive.table("path,exam\nLCC.png,e1\n")
+    assert archive.run(table, *PATHS, "--patient_pattern", "^([^/]+)/", "--test_share", "0.5") == 0
+    assert archive.read("manifest.csv")["patient_id"].tolist() == ["M_ller"]
 
 
 def test_findings_of_other_images(archive, capsys):
