@@ -54,6 +54,7 @@ import torch
 import train_byol_mammo as mammo
 import train_classifier as classifier
 from byol_mammo import (
+    checkpoints,
     files,
     images,
     labels as labelling,
@@ -97,6 +98,7 @@ BOOTSTRAP = 1000  # resamples of the patients
 NUM_WORKERS = 16  # extraction processes; never more than the cores there are
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
+REFERENCES = ("random", "classic", "imagenet")  # beside the arms
 HELD = 0.5  # share of a box that a tile has to hold to be positive; less is left out
 MOST_JUDGED = 1800  # tiles of each class that a probe is fitted on, or judged on
 PER_BOX = 2  # tiles on each box beside those of the grid
@@ -172,7 +174,8 @@ def read_arms(path: str) -> dict[str, list[str]]:
         if not text:
             continue
         name, colon, words = text.partition(":")
-        if not colon or not name.strip().replace("_", "").isalnum() or name.strip() in arms:
+        taken = {*arms, *REFERENCES}  # what all arms are set beside has names too
+        if not colon or not name.strip().replace("_", "").isalnum() or name.strip() in taken:
             raise MammoError(f"{path} line {number}: not NAME: FLAGS with a new name: {text[:80]!r}")
         arms[name.strip()] = shlex.split(words)
     return arms
@@ -209,13 +212,32 @@ def train_arm(settings: Settings, arm: str, words: Sequence[str], seed: int) -> 
         )
         for number in range(1, settings.points + 1)
     ]
-    if not all(Path(point.weights).is_file() for point in points):
-        run = ["--run_name", folder.name, "--seed", str(seed)]
-        command = [*common_flags(settings, epochs), *run, *words]
-        if code := run_script(command):
-            line = shlex.join(command)
-            raise MammoError(f"arm {arm}, seed {seed}: train_byol_mammo.py {line} ended with {code}")
+    run = ["--run_name", folder.name, "--seed", str(seed)]
+    command = [*common_flags(settings, epochs), *run, *words]
+    if not all(Path(point.weights).is_file() for point in points) and (code := run_script(command)):
+        line = shlex.join(command)
+        raise MammoError(f"arm {arm}, seed {seed}: train_byol_mammo.py {line} ended with {code}")
+    for point in points:
+        check_point(point, mammo.parse_args(command), settings)
     return points
+
+
+def check_point(point: Point, config: mammo.Config, settings: Settings) -> None:
+    """Raise MammoError where a point's weights are of another recipe, or of other steps."""
+    state = checkpoints.load_checkpoint(point.weights)
+    recorded = checkpoints.recorded_config(state)
+    config = dataclasses.replace(config, input_dim=recorded["input_dim"])
+    if changed := mammo.changed_settings(config, recorded):
+        raise MammoError(
+            f"{point.weights} is of another recipe: {'; '.join(changed)}. Give the arm another name, or "
+            "another --output_dir"
+        )
+    if state["step"] != point.step:
+        fitting = config.batch_size * state["step"] // point.step
+        raise MammoError(
+            f"{point.weights} is of step {state['step']}, not {point.step}: there are too few tiles for "
+            f"{settings.epoch_steps} batches of {config.batch_size}; --batch_size {fitting} may do"
+        )
 
 
 def steps_of_arms(settings: Settings, arms: dict[str, list[str]]) -> dict[str, int]:
@@ -341,7 +363,7 @@ def with_tiles(data: classifier.LabelledTiles, more: pd.DataFrame) -> classifier
     """The labelled tiles and `more` of the same images, whose targets are to be set."""
     tiles = data.tiles
     table = pd.concat([tiles.table, more], ignore_index=True)
-    pixels = tiles.pixels.numpy()
+    pixels = tiles.pixels.cpu().numpy()
     pixels = pixels.view(np.uint16) if pixels.dtype == np.int16 else pixels
     added = mammo.MammogramTiles(
         pixels, tiles.images, table, tiles.tile_size, tiles.reduce, tiles.grey_scale, tiles.cache
@@ -499,7 +521,6 @@ def specks_data(crops: np.ndarray, table: pd.DataFrame) -> classifier.LabelledTi
 
 # Tiles, and ids of some of them (N,) -> features (N, D).
 Features = Callable[[mammo.MammogramTiles, np.ndarray], np.ndarray]
-REFERENCES = ("random", "classic", "imagenet")
 
 
 def features_of(settings: Settings, weights: str, seed: int, calibrated: bool) -> Features:

@@ -1396,7 +1396,7 @@ class TargetBYOL(BYOL):
 
     @property
     def heads(self) -> list[targets.Head]:
-        """The heads, which decay no more than a bias does."""
+        """The heads in order."""
         return [getattr(self, name) for name in self.weights]
 
     def describe(self, total_steps: int) -> str:
@@ -1405,13 +1405,17 @@ class TargetBYOL(BYOL):
         return f"{', '.join(heads)}, {super().describe(total_steps)}"
 
     def trained(self) -> list[ParameterGroup]:
-        """The online network and the heads."""
+        """The online network and the heads, which decay no more than a bias does."""
         return [*super().trained(), ParameterGroup([*self.heads], decays=False)]
 
     def forward(self, views: Sequence[View]) -> tuple[Tensor, dict[str, Tensor]]:
         """BYOL's loss plus the weighted losses of the heads, each a mean over the views."""
         features, maps = zip(*(self.model.features_and_map(view.image) for view in views), strict=True)
         loss, metrics = self.byol_loss(views, features)
+        if (
+            not loss.requires_grad
+        ):  # DDP wants a gradient of what makes features of a map, a norm in timm
+            loss = loss + sum(0 * part.float().sum() for part in features)
         for head in self.heads:
             errors = [head.loss(found, view.sharp) for found, view in zip(maps, views, strict=True)]
             error = (errors[0] + errors[1]) / 2
@@ -1459,10 +1463,18 @@ def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimiz
     objective.requires_grad_(False)
     groups: list[dict[str, Any]] = []
     for modules, lr_factor, decays, rests in objective.trained():
-        decayed, plain = get_weight_decay_parameters(modules)
-        parts = [(decayed, config.weight_decay), (plain, 0.0)] if decays else [(decayed + plain, 0.0)]
+        weights, plain = get_weight_decay_parameters(modules)  # plain: biases and norms
+        parts = [(weights, config.weight_decay), (plain, 0.0)] if decays else [(weights + plain, 0.0)]
+        if (
+            config.optimizer == "lars" and not decays
+        ):  # what is no bias is adapted, though it doesn't decay
+            parts = [(weights, 0.0), (plain, 0.0)]
         pace = {"lr_factor": lr_factor, "rests": rests}
-        groups += [{"params": part, "weight_decay": decay, **pace} for part, decay in parts if part]
+        groups += [
+            {"params": part, "weight_decay": decay, "adapts": part is weights, **pace}
+            for part, decay in parts
+            if part
+        ]
         nn.ModuleList(modules).requires_grad_(True)
     if config.optimizer == "lars":
         return lars.LARS(groups, lr=config.lr)
@@ -1524,16 +1536,11 @@ def save_checkpoint(path: Path, run: Run, resumable: bool = False) -> None:
 
 def resume_run(run: Run, state: dict[str, Any]) -> None:
     """Put the saved state into a run. Raises MammoError where settings differ that shape the weights."""
-    # Until 2026-11-28 images kept their own scale.
-    now, then = dataclasses.asdict(run.config), {"target_spacing_mm": 0.0, **state["config"]}
-    names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
-    changed = [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
-    changed += caches.changed_tiles(state, run.tiles.cache, run.tiles.digest)
-    if changed:
-        raise MammoError(
-            f"{run.folder} holds a run with other settings: {'; '.join(changed)}.\n"
-            "  Give --run_name NAME for a new run, or --no_resume to move the old one aside."
-        )
+    refuse_changes(
+        run.folder,
+        changed_settings(run.config, state["config"])
+        + caches.changed_tiles(state, run.tiles.cache, run.tiles.digest),
+    )
     run.model.load_state_dict(state["model_state_dict"])
     run.optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty where the state was saved in another precision than fp16
@@ -1551,6 +1558,23 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     missing, unexpected = run.objective.load_state_dict(own, strict=False)
     if unexpected or any(not name.startswith("model.") for name in missing):
         raise KeyError("objective")
+
+
+def changed_settings(config: Config, recorded: dict[str, Any]) -> list[str]:
+    """Flags that shape the weights and are not as a run of `recorded` has them, with both values."""
+    # Until 2026-11-28 images kept their own scale.
+    now, then = dataclasses.asdict(config), {"target_spacing_mm": 0.0, **recorded}
+    names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
+    return [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
+
+
+def refuse_changes(folder: Path, changed: list[str]) -> None:
+    """Raise MammoError where a run's folder can't be gone on with."""
+    if changed:
+        raise MammoError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}.\n"
+            "  Give --run_name NAME for a new run, or --no_resume to move the old one aside."
+        )
 
 
 # ---- 10 Monitoring ---------------------------------------------------------------------------------
@@ -1827,7 +1851,9 @@ def train_step(
         # Not by requires_grad, whose change in the middle of a run DDP and torch.compile trip on.
         group["lr"] = 0.0 if frozen and group["rests"] else lr * group["lr_factor"]
     source, places = (run.tiles, ids) if tiles is None else (tiles, np.arange(len(ids)))
-    views = make_views(run, source, places, (config.seed, run.step, run.ranks.rank))
+    key = config.seed, run.step, run.ranks.rank
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))  # dropout, in some of timm
+    views = make_views(run, source, places, key)
     with run.autocast():
         loss, metrics = run.compute_loss(views)
     run.optimizer.zero_grad(set_to_none=True)
@@ -2105,7 +2131,7 @@ def prepare_model(
     model = MammogramBYOL(backbone, config.input_dim, config.hidden_dim, config.proj_dim)
     model.grad_checkpoint, model.norm_frozen = config.grad_checkpoint, config.norm_frozen
     if ranks.world_size > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        checkpoints.synchronise_norm(model, config.backbone)
     return model.to(device).to(memory_format=torch.channels_last).train()
 
 
@@ -2135,6 +2161,7 @@ def train(config: Config) -> Path:
     torch.manual_seed(config.seed)
     backbone = checkpoints.build_backbone(config.backbone, config.weights)
     config = match_input_dim(config, backbone)
+    checkpoints.check_view_side(backbone, config.backbone, config.view_side)
     if ranks.is_main:
         images.note_test_images(root)
     lock = processes.exclusive_run_folder(config.run_dir, config.resume)
@@ -2215,11 +2242,21 @@ def extract_only(config: Config) -> Path:
 
 def dry_run(config: Config) -> None:
     """Say what a run would read, extract, train and write; writes nothing, downloads nothing."""
+    from byol_mammo import labels
+
     ranks = processes.find_ranks()
     images.note_test_images(images.image_folder(config.data_dir))
     device = devices.choose_device(config.device, ranks.local_rank)
-    if config.weights not in ("imagenet", "none"):
-        checkpoints.build_backbone(config.backbone, config.weights)
+    if config.labels:
+        labels.read_labels(config.labels, CLASSES)
+    weights = "none" if config.weights == "imagenet" else config.weights
+    backbone = checkpoints.build_backbone(config.backbone, weights)
+    config = match_input_dim(config, backbone)
+    checkpoints.check_view_side(backbone, config.backbone, config.view_side)
+    folder, resumable = config.run_dir, (config.run_dir / "last.pth").is_file()
+    if resumable and config.resume:
+        recorded = checkpoints.recorded_config(checkpoints.load_checkpoint(folder / "last.pth"))
+        refuse_changes(folder, changed_settings(config, recorded))
     tiles = foresee_cache(config)
     batch = config.batch_size * ranks.world_size
     steps = min(config.tiles_per_epoch or tiles, tiles) // batch
@@ -2229,7 +2266,6 @@ def dry_run(config: Config) -> None:
         f"training  {config.backbone} from {config.weights}: {steps:,} steps of {batch} tiles an epoch, "
         f"{last:,} in all" + (f"; too few tiles for a batch of {batch}" if not steps else "")
     )
-    folder, resumable = config.run_dir, (config.run_dir / "last.pth").is_file()
     there = "goes on" if resumable and config.resume else "is moved aside first"
     print(f"run       {folder} {there if folder.exists() else 'is new'}")
     print("Nothing was written (--dry_run). How long a step takes is told by the first lines of a run.")

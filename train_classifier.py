@@ -803,7 +803,7 @@ def start_from_probe(job: Job) -> None:
     arXiv:2202.10054).
     """
     ids = draw_tiles(job.data, job.train_ids, job.settings)
-    if job.settings.weights in UNTRAINED:
+    if job.settings.weights == "none":  # trained weights lose by other statistics than their own
         calibrate(job.engine, job.data, ids)
     features = job.engine.features(job.data.tiles, ids)
     targets, groups = job.data.targets[ids], job.data.groups[ids]
@@ -1000,7 +1000,7 @@ def fit_image_heads(job: Job, tracker: tracking.Tracker) -> None:
     Features are all that takes time, and are found again: the rest repeats to the bit.
     """
     data, settings, device = job.data, job.settings, job.engine.device
-    if settings.weights in UNTRAINED:
+    if settings.weights == "none":  # see start_from_probe
         calibrate(job.engine, data, job.train_ids)
     bags, first = open_bags(job.engine, data, np.concatenate([job.train_ids, job.validation_ids]))
     values, held_out = data.targets[first], np.isin(first, job.validation_ids)
@@ -1612,6 +1612,7 @@ def evaluate(settings: Settings) -> pd.DataFrame:
         raise MammoError(
             f"--split {settings.split}: labels.csv has no such images (it has {splits}, or all)"
         )
+    note_fitted(data, ids, settings)
     if engine.heads:
         return evaluate_images(engine, data, ids, settings)
     tables = predictions(data, ids, engine.probabilities(data.tiles, ids, "tiles"), settings.split)
@@ -1637,6 +1638,20 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     makers.write_tables(folder, figures_by_group(tables, data.names, settings), shared)
     print(f"open      {folder}: evaluation.csv predictions_*.csv roc.png pr.png reliability.png")
     return table
+
+
+def note_fitted(data: LabelledTiles, ids: np.ndarray, settings: Settings) -> None:
+    """Say on stderr how many of those who judge a classifier it was fitted on, or chosen by."""
+    trained = checkpoints.load_checkpoint(settings.weights)["classifier"]
+    if Path(trained["data_dir"]).resolve() != Path(settings.data_dir).resolve():
+        return
+    judging = set(data.groups[ids].tolist())
+    if known := judging & set(data.groups[data.in_split("training")].tolist()):
+        print(
+            f"note: {len(known)} of the {len(judging)} patients who judge {settings.weights} are of the "
+            "split training, which it was fitted on: the figures are too high",
+            file=sys.stderr,
+        )
 
 
 # What an evaluation of attention leaves out without findings, or without grades.

@@ -97,18 +97,43 @@ def build_timm(name: str) -> nn.Module:
             backbone = timm.create_model(short, num_classes=0, dynamic_img_size=True)
         except TypeError:
             backbone = timm.create_model(short, num_classes=0)
-    side = 4 * STRIDE
+    check_view_side(backbone, name, 4 * STRIDE)
+    return backbone.train()
+
+
+def check_view_side(backbone: nn.Module, name: str, side: int) -> None:
+    """Raise MammoError where a network of timm makes no features and map of a view of `side` px.
+
+    Others take any side. Leaves the network in eval mode.
+    """
+    if not name.startswith(TIMM):
+        return
+    width, cells = feature_width(backbone), math.ceil(side / STRIDE)
     try:
         with torch.no_grad():
-            shape = tuple(feature_map(backbone.eval(), torch.zeros(1, 3, side, side)).shape)
+            made = features_and_map(backbone.eval(), torch.zeros(1, 3, side, side))
+        shapes = [tuple(part.shape) for part in made]
     except (RuntimeError, AssertionError, ValueError):  # of a fixed size, or no map at all
-        shape = ()
-    if shape != (1, backbone.num_features, 4, 4):
+        shapes = []
+    if shapes != [(1, width), (1, width, cells, cells)]:
+        remedy = f"; --view_size {max(1, side // STRIDE) * STRIDE} may do" if side % STRIDE else ""
         raise MammoError(
-            f"--backbone {name}: needed is a last feature map of {backbone.num_features} channels, a "
-            f"position for each 32, 16 or 8 px; of {side} px it makes {shape or 'nothing'}"
+            f"--backbone {name}: needed are {width} features and a last map of as many channels, a "
+            f"position for each 32, 16 or 8 px; of {side} px it makes "
+            f"{' and '.join(map(str, shapes)) or 'nothing'}{remedy}"
         )
-    return backbone.train()
+
+
+def synchronise_norm(model: nn.Module, name: str) -> None:
+    """Let the batch norm of a model's layers be over all processes; `name` is its backbone's.
+
+    Many of timm's are norm and activation in one, which torch's conversion would replace by the norm.
+    """
+    if name.startswith(TIMM):
+        from timm.layers import convert_sync_batchnorm as convert
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    convert(model)
 
 
 def check_timm_name(name: str, source: str) -> None:
@@ -432,13 +457,16 @@ def note_precision(state: dict[str, Any], precision: str) -> None:
 
 
 def export_backbone(backbone: nn.Module, path: Path, name: str, grey: tuple[float, float]) -> None:
-    """Write a backbone so that torchvision's model of that name loads it strictly.
+    """Write a backbone so that torchvision's model of that name loads it strictly, or timm's without
+    classes (num_classes=0).
 
-    `fc` is written as zeros: BYOL has no ImageNet classes, and strict loading wants the keys. `grey`:
-    mean and standard deviation by which its inputs are standardised.
+    torchvision's `fc` is written as zeros: BYOL has no ImageNet classes, and strict loading wants the
+    keys. `grey`: mean and standard deviation by which its inputs are standardised.
     """
     state = {key: value.cpu().contiguous() for key, value in backbone.state_dict().items()}
-    state |= {"fc.weight": torch.zeros(1000, feature_width(backbone)), "fc.bias": torch.zeros(1000)}
+    if not name.startswith(TIMM):
+        zeros = torch.zeros(1000, feature_width(backbone))
+        state |= {"fc.weight": zeros, "fc.bias": torch.zeros(1000)}
     metadata = {"backbone": name, "grey_mean": str(grey[0]), "grey_std": str(grey[1])}
     with files.atomic_path(path) as temporary:
         temporary.write_bytes(to_safetensors(state, metadata))

@@ -208,9 +208,13 @@ def environment(precision: str) -> dict[str, str]:
 
 
 def set_determinism(deterministic: bool, device: torch.device) -> None:
-    """Bit-equal algorithms on CUDA if asked for, else the fastest convolutions for the run's shapes."""
+    """Bit-equal algorithms on CUDA if asked for, else the fastest convolutions for the run's shapes.
+
+    In fp32 convolutions are fp32: by default they would have the 10 bits of TF32.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

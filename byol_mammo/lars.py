@@ -10,8 +10,9 @@ import torch
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, each tensor's step in proportion to its norm (You et al. 2017, 1708.03888).
 
-    Groups without weight decay (biases, norms) are not adapted, as in BYOL. The formula is that of
-    lightly's LARS, which asks the device for two norms per tensor; here nothing waits for the device.
+    A group may say whether it `adapts`; else it does where it decays: biases and norms don't, as in
+    BYOL. The formula is that of lightly's LARS, which asks the device for two norms per tensor; here
+    nothing waits for the device.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             steps: Any = [p.grad for p in params]
             decay = group["weight_decay"]
-            if decay and params:
+            if params and group.get("adapts", decay > 0):
                 norms = zip(torch._foreach_norm(params), torch._foreach_norm(steps), strict=True)
                 scales, decays = [], []
                 for of_weight, of_grad in norms:

@@ -16,6 +16,8 @@ import torchvision
 from hypothesis import given, strategies as st
 from sklearn.metrics import roc_auc_score
 
+import byol_mammo.checkpoints
+import byol_mammo.curves
 import byol_mammo.labels
 import synthetic_mammograms as phantoms
 import train_byol_mammo as mammo
@@ -365,6 +367,45 @@ def test_located_asks_whether_the_top_tile_of_an_image_holds_the_finding():
     )
     hits = classifier.located(tiles, "mass")
     assert hits.to_dict() == {0: True, 1: False, 3: False}  # image 2 holds none
+
+
+def test_a_finding_of_one_kind_has_no_curve(tmp_path, monkeypatch):
+    """There is neither sensitivity nor specificity then."""
+    drawn = {}
+    keep = lambda figure, path: drawn.update({path.name: figure.axes[0].get_legend_handles_labels()[1]})  # noqa: E731
+    monkeypatch.setattr(byol_mammo.curves.pictures, "save_figure", keep)
+    table = pd.DataFrame({"mass": [0, 1, 1], "calcification": 0, "p_mass": [0.1, 0.7, 0.9]})
+    table["p_calcification"] = table["p_mass"]
+    tables = dict.fromkeys(("tile", "image_max"), table)
+    byol_mammo.curves.draw_curves(tables, ["mass", "calcification"], tmp_path)
+    assert drawn["roc.png"] == drawn["pr.png"] == ["mass (2 of 3)"]
+
+
+def test_a_probe_on_imagenet_s_weights_keeps_their_statistics(labelled, tmp_path, monkeypatch):
+    """Those of the tiles would cost what it knows; random weights have none worth keeping."""
+    state = byol_mammo.checkpoints.build_backbone(small_network.NAME).state_dict()
+    state["bn1.running_mean"] = torch.full_like(state["bn1.running_mean"], 0.125)
+    monkeypatch.setattr(byol_mammo.checkpoints, "imagenet_state", lambda _: dict(state))
+    found = []
+    for weights in ("imagenet", "none"):
+        flags = ["--weights", weights, *TILES, "--mode", "probe", "--run_name", weights]
+        assert run_main("train", labelled, *flags, out=tmp_path) == 0
+        model = torch.load(tmp_path / weights / "classifier_best.pth")["model_state_dict"]
+        found.append(model["backbone.bn1.running_mean"])
+    assert torch.equal(found[0], state["bn1.running_mean"])
+    assert found[1].std() > 0
+
+
+@pytest.mark.parametrize(("split", "fitted"), [("test", 0), ("all", 4), ("training", 4)])
+def test_patients_that_were_fitted_on_are_counted_where_they_judge(
+    trained, labelled, tmp_path, capsys, split, fitted
+):
+    weights = trained / "classifier_best.pth"
+    assert run_main("evaluate", labelled, "--weights", weights, "--split", split, out=tmp_path) == 0
+    said = capsys.readouterr().err
+    total = {"test": 2, "all": 6, "training": 4}[split]
+    note = f"note: {fitted} of the {total} patients who judge {weights} are of the split training"
+    assert (note in said) == bool(fitted)
 
 
 def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, labelled, tmp_path):

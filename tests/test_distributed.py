@@ -187,6 +187,28 @@ def test_lars_equals_lightlys():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_lars_adapts_the_heads_that_do_not_decay(archive, tmp_path):
+    """At LARS's learning rates a plain step would blow them up."""
+    targets = ("--freq_loss_weight", "1", "--structure_loss_weight", "2")
+    run = open_run(archive, tmp_path, "lars", "--optimizer", "lars", "--weight_decay", "0.1", *targets)
+    (weights, plain) = run.optimizer.param_groups[-2:]
+    assert [(group["weight_decay"], group["adapts"]) for group in (weights, plain)] == [
+        (0, True),
+        (0, False),
+    ]
+    heads = {id(p) for head in run.objective.heads for p in head.parameters()}
+    assert {id(p) for p in (*weights["params"], *plain["params"])} == heads
+    for p in run.objective.parameters():
+        p.grad = torch.zeros_like(p)
+    before = [torch.full_like(p, 1e-3) for p in weights["params"]]
+    for p, value in zip(weights["params"], before, strict=True):
+        p.data, p.grad = value.clone(), torch.full_like(p, 1e6)
+    run.optimizer.step()
+    for p, value in zip(weights["params"], before, strict=True):
+        step = weights["lr"] * weights["trust"] * value.norm()
+        torch.testing.assert_close((p - value).norm(), step, rtol=0.05, atol=0)
+
+
 def test_lars_trains_and_resumes(archive, tmp_path):
     flags = ("--optimizer", "lars", "--lr", "0.1", "--epochs", "2")
     config = small_config(archive, *flags, "--output_dir", str(tmp_path), "--run_name", "whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import cv2
 import pandas as pd
 import pytest
+import torch
 from conftest import SMALL, breast_image, places_in, write_images
 from test_classifier import QUICK, TILES
 from test_prepare_archives import FINDINGS, VINDR, Archive, finding, vindr_row
@@ -145,7 +147,9 @@ def test_a_training_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"run       {tmp_path / 'runs' / 'r'} is new\n" in said
     mammo.build_cache(mammo.parse_args(words))
     (tmp_path / "runs" / "r").mkdir(parents=True)
-    (tmp_path / "runs" / "r" / "last.pth").write_bytes(b"of a run that has begun")
+    config = mammo.parse_args(words)
+    config = mammo.match_input_dim(config, mammo.checkpoints.build_backbone(config.backbone))
+    torch.save({"config": dataclasses.asdict(config)}, tmp_path / "runs" / "r" / "last.pth")
     after = tree(tmp_path)
     capsys.readouterr()
     said = foretold(capsys, mammo.main, *words)
@@ -159,6 +163,8 @@ def test_a_training_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"{tmp_path / 'runs' / 'r'} is moved aside" in foretold(
         capsys, mammo.main, *words, "--no_resume"
     )
+    assert mammo.main([*words, "--lr", "0.5", "--dry_run"]) == 2
+    assert "holds a run with other settings: --lr 0.002 -> 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,6 +173,9 @@ def test_a_training_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("--data_dir", "nowhere"), "nowhere: no such folder"),
         (("--weights", "nowhere.pth"), "nowhere.pth"),
         (("--device", "tpu"), "--device tpu"),
+        (("--labels", "nowhere.csv"), "nowhere.csv"),
+        (("--backbone", "timm:tset_vit"), "nearest: test_vit"),
+        (("--input_dim", "7"), "--input_dim 7"),
     ],
 )
 def test_what_ends_a_run_in_seconds_ends_its_dry_run(

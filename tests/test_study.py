@@ -82,11 +82,17 @@ def test_what_is_trained_is_not_trained_again(archive, table, monkeypatch):
     settings = study.Settings(
         **study.flags.parse_fields(study.Settings, parser, comments, words(archive))
     )
-    points = study.train_arm(settings, "plain", [], 3)
+    heads = study.read_arms(settings.arms_file)["plain"]
+    points = study.train_arm(settings, "plain", heads, 3)
     assert {point.start for point in points} == {("random", 3)}
     assert [point.step for point in points] == [2, 4]
     with pytest.raises(ZeroDivisionError):  # of another seed there is nothing
-        study.train_arm(settings, "plain", [], 7)
+        study.train_arm(settings, "plain", heads, 7)
+    with pytest.raises(MammoError, match="of another recipe: --lr"):
+        study.train_arm(settings, "plain", [*heads, "--lr", "0.5"], 3)
+    config = mammo.parse_args([*study.common_flags(settings, 1), *heads, "--seed", "3"])
+    with pytest.raises(MammoError, match=r"is of step 2, not 4: .* --batch_size 4 may do"):
+        study.check_point(points[0]._replace(step=4), config, settings)
 
 
 WRONG = {
@@ -120,7 +126,7 @@ def test_lines_of_arms(tmp_path):
     path = tmp_path / "arms.txt"
     path.write_text("a: --lr 1\n\n# c\nb:\n")
     assert study.read_arms(str(path)) == {"a": ["--lr", "1"], "b": []}
-    for text in ("a --lr 1\n", "a: x\na: y\n", "a b: x\n"):
+    for text in ("a --lr 1\n", "a: x\na: y\n", "a b: x\n", "imagenet: x\n"):
         path.write_text(text)
         with pytest.raises(MammoError, match="line"):
             study.read_arms(str(path))

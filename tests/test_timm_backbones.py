@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import lite0_weights
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import small_config, write_images
+from safetensors.torch import load_file
 
 import train_byol_mammo as mammo
 from byol_mammo import checkpoints
@@ -27,7 +29,9 @@ def archive(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_network_trains_resumes_and_is_read_again(archive, name):
+def test_a_network_trains_resumes_and_is_read_again(archive, name, monkeypatch):
+    """To the bit also with dropout, which some networks have by default."""
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, drop_rate=0.3))
     flags = (*TARGETS, "--backbone", name, "--pixel_spacing_mm", "0.6")
     whole = mammo.train(small_config(archive, *flags, "--run_name", "whole" + name[-3:]))
     for limit in ("1", "5", "0"):
@@ -47,6 +51,42 @@ def test_a_network_trains_resumes_and_is_read_again(archive, name):
         torch.testing.assert_close(continued(views), features)
     assert found.shape == (2, features.shape[1], 2, 2)
     assert features.std(0).min() > 0
+    plain = timm.create_model(name.removeprefix("timm:"), num_classes=0)
+    plain.load_state_dict(load_file(whole / "backbone.safetensors"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "resnet18_slim"])
+def test_norm_over_all_processes_keeps_what_follows_it(name):
+    """Some of timm's norms hold the activation."""
+    backbone = checkpoints.build_backbone(name).eval()
+    views = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = backbone(views)
+        checkpoints.synchronise_norm(backbone, name)
+        torch.testing.assert_close(backbone(views), before)
+    synchronised = [layer for layer in backbone.modules() if isinstance(layer, torch.nn.SyncBatchNorm)]
+    assert bool(synchronised) == (name != "timm:test_vit")
+
+
+def test_every_parameter_gets_a_gradient_from_the_targets_alone(archive, tmp_path):
+    """DistributedDataParallel stops at one without; ConvNeXt's last norm makes features, and no map."""
+    flags = (
+        *TARGETS,
+        "--backbone",
+        "timm:test_convnext",
+        "--pixel_spacing_mm",
+        "0.6",
+        "--byol_weight",
+        "0",
+    )
+    config = small_config(archive, *flags, "--output_dir", str(tmp_path))
+    backbone = checkpoints.build_backbone(config.backbone)
+    config = mammo.match_input_dim(config, backbone)
+    run = mammo.prepare_run(config, backbone, mammo.build_cache(config), mammo.processes.find_ranks())
+    mammo.train_step(run, run.train_ids[:8])
+    trained = {name: p for name, p in run.objective.named_parameters() if p.requires_grad}
+    assert any("head.norm" in name for name in trained)
+    assert [name for name, p in trained.items() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,13 +135,21 @@ def test_the_packaged_imagenet_weights_are_those_of_the_network(tmp_path):
     ("name", "message"),
     [
         ("timm:tset_vit", "nearest: test_vit"),
-        ("timm:swin_tiny_patch4_window7_224", "a last feature map"),
+        ("timm:swin_tiny_patch4_window7_224", "and a last map"),
+        ("timm:mobilenetv3_small_050", "needed are 288 features .* it makes .1, 1024."),
         ("tim:resnet18", "choose one of"),
     ],
 )
 def test_what_is_no_such_network_is_refused(archive, name, message):
     with pytest.raises(MammoError, match=message):
         mammo.train(small_config(archive, "--backbone", name))
+
+
+def test_a_view_that_the_network_cannot_take_is_refused_before_the_extraction(archive, tmp_path):
+    flags = ("--backbone", "timm:test_vit", "--cache_dir", str(tmp_path / "cache"))
+    with pytest.raises(MammoError, match=r"of 40 px it makes .*; --view_size 32 may do"):
+        mammo.train(small_config(archive, *flags, "--view_size", "40"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_weights_that_the_hub_does_not_give_are_named(monkeypatch):

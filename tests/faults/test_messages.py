@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import stages
+import torch
 from conftest import ROOT, SMALL, small_config, write_images
 
 import byol_mammo.labels
@@ -88,6 +89,71 @@ def test_output_that_nobody_reads_ends_quietly(script, lines):
     assert process.stderr.read() == b""
     assert process.wait(60) == settings.READER_GONE == 141
     process.stderr.close()
+
+
+class ClosedPipe:
+    """A stream that nobody reads."""
+
+    def write(self, text: str) -> None:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+ERRORS = {  # what a job raises, whether it is one of several processes, what is said
+    "memory": (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        False,
+        "the GPU's memory is full; halve it",
+    ),
+    "lost": (
+        RuntimeError("[gloo] Connection closed by peer"),
+        True,
+        "the processes of the run lost each",
+    ),
+    "distributed": (torch.distributed.DistBackendError("NCCL"), True, "lost each other (NCCL)"),
+    "other": (RuntimeError("mat1 and\nmat2 differ"), True, "error: mat1 and mat2 differ"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_of_torch_are_named(name, monkeypatch, capsys):
+    """That of code is also shown whole: it is a fault to be reported."""
+    error, several, said = ERRORS[name]
+    left = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append("group"))
+
+    def job() -> None:
+        raise error
+
+    assert settings.exit_code(job, "halve it") == 2
+    printed = capsys.readouterr().err
+    assert said in printed.splitlines()[-1]
+    assert ("Traceback" in printed) == (name == "other")
+    assert left == ["group"] * several
+
+
+def test_an_error_of_code_in_a_single_process_is_shown_whole():
+    def job() -> None:
+        raise RuntimeError("mat1 and mat2 differ")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        settings.exit_code(job, "")
+
+
+def test_an_error_that_nobody_reads_ends_quietly(monkeypatch):
+    ended = []
+    monkeypatch.setattr(settings, "end_without_reader", lambda: ended.append(True))
+    monkeypatch.setattr(sys, "stderr", ClosedPipe())
+    assert settings.exit_code(fail, "") == 2
+    assert ended == [True]
+
+
+def fail() -> None:
+    """A job that ends with an error for people."""
+    raise settings.MammoError("no such folder")
 
 
 # Tables -------------------------------------------------------------------------------------------
