@@ -681,9 +681,7 @@ def files_of_rows(table: pd.DataFrame, index: Index) -> list[list[str]]:
     studies, women = table["study_id"], table.get("patient_id", table["study_id"])
     owners = list(zip(studies, map(safe_name, women), strict=True))
     everyone = {owner for pair in owners for owner in pair} - {""}
-    by_owner: dict[
-        str, dict[str, list[str]]
-    ] = {}  # bare name -> owner of a folder, "" for none -> files
+    by_owner: dict[str, dict[str, list[str]]] = {}  # of each bare name, see files_by_owner
     rows = []
     for places, pair in zip(table["places"], owners, strict=True):
         key = next((key for key in places.split("\n") if key in index), "")

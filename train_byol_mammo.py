@@ -1412,9 +1412,8 @@ class TargetBYOL(BYOL):
         """BYOL's loss plus the weighted losses of the heads, each a mean over the views."""
         features, maps = zip(*(self.model.features_and_map(view.image) for view in views), strict=True)
         loss, metrics = self.byol_loss(views, features)
-        if (
-            not loss.requires_grad
-        ):  # DDP wants a gradient of what makes features of a map, a norm in timm
+        # DDP wants a gradient of what makes features of a map, in some of timm a norm.
+        if not loss.requires_grad:
             loss = loss + sum(0 * part.float().sum() for part in features)
         for head in self.heads:
             errors = [head.loss(found, view.sharp) for found, view in zip(maps, views, strict=True)]
@@ -1464,11 +1463,9 @@ def build_optimizer(objective: Objective, config: Config) -> torch.optim.Optimiz
     groups: list[dict[str, Any]] = []
     for modules, lr_factor, decays, rests in objective.trained():
         weights, plain = get_weight_decay_parameters(modules)  # plain: biases and norms
-        parts = [(weights, config.weight_decay), (plain, 0.0)] if decays else [(weights + plain, 0.0)]
-        if (
-            config.optimizer == "lars" and not decays
-        ):  # what is no bias is adapted, though it doesn't decay
-            parts = [(weights, 0.0), (plain, 0.0)]
+        parts = [(weights, config.weight_decay if decays else 0.0), (plain, 0.0)]
+        if not decays and config.optimizer != "lars":  # which alone treats weights otherwise than biases
+            parts = [(weights + plain, 0.0)]
         pace = {"lr_factor": lr_factor, "rests": rests}
         groups += [
             {"params": part, "weight_decay": decay, "adapts": part is weights, **pace}

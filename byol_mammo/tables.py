@@ -170,7 +170,7 @@ def birads(value: str) -> str:
 
 def worst_birads(grades: pd.Series, groups: Any) -> pd.Series:
     """At each row the worst grade, as birads writes it, of its group; a recall (0) is worse than 2."""
-    rank = {digit: place for place, digit in enumerate("120345678")}
+    rank = {digit: place for place, digit in enumerate("1203456")}
     ranked = grades.map(lambda grade: f"{rank[grade[8]]}{grade}" if grade else " ")
     return ranked.groupby(groups, sort=False).transform("max").str[1:]
 
