@@ -1705,24 +1705,31 @@ def evaluate_images(
     return pooled
 
 
-def spacing_of_files(operands: Sequence[str], paths: Sequence[Path], config: mammo.Config) -> pd.Series:
-    """mm per pixel of each of `paths`, files and those of folders among `operands`.
+def sources_of_files(
+    operands: Sequence[str], paths: Sequence[Path], config: mammo.Config
+) -> pd.DataFrame:
+    """spacing_mm, polarity and view of each of `paths`, files and those of folders among `operands`.
 
-    At one scale what a manifest.csv in their folder or beside it says, and NaN where nobody tells it.
+    A manifest.csv in their folder or beside it tells, as in training, else the classifier's settings do.
     """
-    known: dict[str, float] = {}
-    if config.target_spacing_mm:
-        roots = {operand if operand.is_dir() else operand.parent for operand in map(Path, operands)}
-        for root in sorted(roots):
-            table = images.read_manifest(Path(os.path.abspath(root)))
-            known |= dict(zip(table["path"], table["spacing_mm"], strict=True))
-    own = [known.get(os.path.abspath(path), np.nan) for path in paths]
-    return mammo.source_spacing(pd.DataFrame({"spacing_mm": own}, dtype=float), config)
+    roots = {operand if operand.is_dir() else operand.parent for operand in map(Path, operands)}
+    tables = [images.read_manifest(Path(os.path.abspath(root))) for root in sorted(roots)]
+    known = pd.concat(tables).drop_duplicates("path").set_index("path")
+    sources = known.reindex([os.path.abspath(path) for path in paths]).reset_index(drop=True)
+    return pd.DataFrame(
+        {
+            "spacing_mm": mammo.source_spacing(sources, config),
+            "polarity": images.known_polarity(sources, config.polarity),
+            "view": sources["view"].fillna(""),
+        }
+    )
 
 
-def tiles_of_image(path: Path, spacing_mm: float, config: mammo.Config) -> mammo.MammogramTiles:
+def tiles_of_image(
+    path: Path, spacing_mm: float, config: mammo.Config, view: str = ""
+) -> mammo.MammogramTiles:
     """The tiles of one mammogram, held in memory. Raises ImageReadError, also where no tile is kept."""
-    record, pixels = mammo.extract_image(str(path), spacing_mm, config)
+    record, pixels = mammo.extract_image(str(path), spacing_mm, config, view)
     table = pd.DataFrame(record["tiles"]).assign(image=0)
     if table.empty:
         raise mammo.ImageReadError(path, "no tile holds enough tissue; loosen the tile settings")
@@ -1799,10 +1806,12 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
     folder = settings.folder("predict")
     folder.mkdir(parents=True, exist_ok=True)
     rows, parts = [], []
-    spacing = spacing_of_files(operands, paths, engine.config)
+    sources = sources_of_files(operands, paths, engine.config)
     for number, path in enumerate(tracking.progress(paths, desc="predict", unit="image")):
+        source = sources.iloc[number]
+        config = dataclasses.replace(engine.config, polarity=source["polarity"])
         try:
-            tiles = tiles_of_image(path, float(spacing[number]), engine.config)
+            tiles = tiles_of_image(path, float(source["spacing_mm"]), config, source["view"])
         except mammo.ImageReadError as error:
             rows.append({"image": str(path), "error": error.reason})
             tqdm.write(f"note: {error}", file=sys.stderr)
@@ -1821,7 +1830,7 @@ def predict(settings: Settings, operands: Sequence[str]) -> pd.DataFrame:
             places.insert(0, "image", str(path))
             places[[f"attention_{name}" for name in settings.names]] = overlay.marks
             parts.append(places)
-        image = mammo.read_mammogram(path, engine.config.polarity)
+        image = mammo.read_mammogram(path, config.polarity)
         image = one_scale.resample(image, 1 / one_scale.source_px(tiles.images)[0])
         draw_prediction(image, tiles, overlay, settings.top_tiles, folder / row["picture"])
     table = pd.DataFrame(rows)

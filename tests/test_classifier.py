@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -527,6 +529,35 @@ def test_predict_maps_images_and_names_unusable_ones(trained, labelled, tmp_path
     one = labelled / table["image"].iloc[0]
     assert run_main("predict", labelled, *exact, one, out=tmp_path) == 0
     assert len(list((tmp_path / "predict").glob("map_*.png"))) == 1
+
+
+def test_predict_takes_of_the_manifest_what_training_takes(trained, labelled, tmp_path, monkeypatch):
+    """Pixel size, polarity and view; without a manifest what the classifier assumes."""
+    names = sorted(path.name for path in (labelled / "test").iterdir())[:2]
+    for folder in ("laid_out/test", "alone"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            shutil.copy(labelled / "test" / name, tmp_path / folder)
+    rows = [("test/" + names[0], 0.5, "inverted", "MLO"), ("test/" + names[1], "", "", "")]
+    table = pd.DataFrame(rows, columns=["file", "spacing_mm", "polarity", "view"])
+    table.assign(study_id="s", laterality="L").to_csv(
+        tmp_path / "laid_out" / "manifest.csv", index=False
+    )
+    extract, seen = mammo.extract_image, {}
+
+    def spy(path, spacing, config, view=""):
+        seen[str(Path(path).relative_to(tmp_path))] = (spacing, config.polarity, view)
+        return extract(path, spacing, config, view)
+
+    monkeypatch.setattr(mammo, "extract_image", spy)
+    operands = (tmp_path / "laid_out" / "test", tmp_path / "alone" / names[0])
+    weights = ("--weights", trained / "classifier_best.pth")
+    assert run_main("predict", labelled, *weights, *operands, out=tmp_path / "out") == 0
+    assert seen == {
+        f"laid_out/test/{names[0]}": (0.5, "inverted", "MLO"),
+        f"laid_out/test/{names[1]}": (0.68, "auto", ""),
+        f"alone/{names[0]}": (0.68, "auto", ""),
+    }
 
 
 def test_embed_writes_one_row_of_features_for_each_tile(trained, labelled, tmp_path):
