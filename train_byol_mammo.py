@@ -2263,8 +2263,9 @@ def dry_run(config: Config) -> None:
         f"training  {config.backbone} from {config.weights}: {steps:,} steps of {batch} tiles an epoch, "
         f"{last:,} in all" + (f"; too few tiles for a batch of {batch}" if not steps else "")
     )
+    begun = resumable or any(folder.glob("mammogram_byol_*.pth"))
     there = "goes on" if resumable and config.resume else "is moved aside first"
-    print(f"run       {folder} {there if folder.exists() else 'is new'}")
+    print(f"run       {folder} {there if begun else 'is new'}")
     print("Nothing was written (--dry_run). How long a step takes is told by the first lines of a run.")
 
 
@@ -2278,7 +2279,7 @@ def match_input_dim(config: Config, backbone: nn.Module) -> Config:
 
 def start_folder(run: Run) -> None:
     """Create the run's folder: settings, environment, the extraction's pictures, a calm summary."""
-    from byol_mammo import pictures, report
+    from byol_mammo import foresight, pictures, report
 
     files.remove_unfinished(run.folder)
     config, precision = run.config, devices.precision_name(run.config.precision, run.device)
@@ -2290,7 +2291,9 @@ def start_folder(run: Run) -> None:
             shutil.copyfile(run.tiles.cache / name, run.folder / name)
     print(report.describe_extraction(run.tiles.cache, COLUMNS, config.target_spacing_mm))
     where = "in GPU memory" if run.tiles.pixels.is_cuda else "memory-mapped"
-    print(f"cache     {run.tiles.cache}: {run.tiles.pixels.nbytes / 2**30:.2f} GiB of pixels, {where}")
+    print(
+        f"cache     {run.tiles.cache}: {foresight.size_text(run.tiles.pixels.nbytes)} of pixels, {where}"
+    )
     print(f"device    {run.ranks.world_size} x {devices.describe_device(run.device, config.precision)}")
     print(
         f"training  {len(run.train_ids):,} tiles, {run.steps_per_epoch} steps an epoch, "

@@ -202,7 +202,12 @@ def feature_width(backbone: nn.Module) -> int:
 def imagenet_state(name: str) -> dict[str, Tensor]:
     if name.startswith(TIMM):
         return timm_state(name)
-    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+    except ValueError as error:  # as of resnet18_slim
+        raise MammoError(
+            f"there are no ImageNet weights of {name}; give --weights none, or another --backbone"
+        ) from error
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a firewall that drops packets must not hang the job

@@ -59,6 +59,9 @@ class StopSignal:
         if number == self.requested == signal.SIGINT:
             signal.signal(number, self.former[number])
             signal.raise_signal(number)
+        if number == signal.SIGINT and not self.requested:
+            with suppress(OSError, ValueError, RuntimeError):  # print may be what is interrupted
+                print("stopping: saving what is done; Ctrl-C again quits at once", file=sys.stderr)
         self.requested = self.requested or number
 
     def __exit__(self, *error: Any) -> None:

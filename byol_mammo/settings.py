@@ -170,7 +170,8 @@ def exit_code(job: Callable[[], None], memory_advice: str) -> int:
     except StoppedError as stopped:
         code, message = stopped.code, str(stopped)
     except KeyboardInterrupt:
-        code, message = 128 + signal.SIGINT, "interrupted; the same command goes on where it stopped"
+        code = 128 + signal.SIGINT
+        message = "interrupted; the same command goes on from what was saved, if anything was"
     except MammoError as error:
         message = f"error: {error}"
     except torch.cuda.OutOfMemoryError:
