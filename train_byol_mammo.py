@@ -666,6 +666,8 @@ def extract_image(
     rows, cols = tile_box(kept, config, image.shape)
     pixels = image[rows, cols]
     if pixels.size:
+        if window[0] < 1:  # as often with 8 bits: in a cache 0 is air, see sample_tiles
+            pixels = cv2.max(pixels, 1)
         pixels = cv2.copyTo(pixels, mask[rows, cols].view(np.uint8))
     counts = table["rejected_by"].value_counts()
     record = {
@@ -1044,6 +1046,7 @@ VIEW_MARGIN = math.ceil(20 * (max(spec.reach for spec in VIEWS) - 0.5)) / 20
 BLUR_RADIUS = 4  # px, 3.3 of the largest sigma
 # Views are scaled to [0, 1] by the image's window, then standardised like the mean ImageNet channel.
 GREY_MEAN, GREY_STD = 0.449, 0.226
+DARKEST = 1e-4  # of tissue at or below the window's low end; as 0 it would be air to adjust_photometry
 
 
 def reduction(tile_size: int, view_size: int) -> int:
@@ -1069,8 +1072,8 @@ def random_homographies(spec: ViewSpec, rng: np.random.Generator, count: int) ->
 def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarray, size: int) -> Tensor:
     """Gather views of tiles `ids` (B,) through `homographies` (B, 3, 3) by bilinear interpolation.
 
-    Returns (B, 1, size, size) float32 on the device of the pixels: 0 at the low end of the image's
-    window, 1 at its high end, more above it; 0 outside the breast and beyond the image.
+    Returns (B, 1, size, size) float32 on the device of the pixels: DARKEST at the low end of the image's
+    window, 1 at its high end, more above it; 0 outside the breast and beyond the image, and only there.
     """
     device, count = tiles.pixels.device, len(ids)
     half = tiles.tile_size / 2 / tiles.reduce
@@ -1092,7 +1095,7 @@ def sample_tiles(tiles: MammogramTiles, ids: np.ndarray, homographies: np.ndarra
     x, y, w = (matrix[..., 0:1] * u + matrix[..., 1:2] * v + matrix[..., 2:]).unbind(1)  # (B, N)
     grid = torch.stack([x / w, y / w], dim=-1).view(count, size * fine, size * fine, 2)
     view = F.grid_sample(cut_regions(tiles, ids, reach), grid, align_corners=False)
-    view = ((view - low) / (high - low)).clamp_min(0)
+    view = ((view - low) / (high - low)).clamp_min(DARKEST) * (view > 0)
     return F.avg_pool2d(view, fine) if fine > 1 else view
 
 

@@ -1,8 +1,9 @@
 """Grid, scores and acceptance of tiles."""
 
+import cv2
 import numpy as np
 import pandas as pd
-from conftest import breast_image
+from conftest import breast_image, small_config
 from hypothesis import given, settings, strategies as st
 
 import train_byol_mammo as mammo
@@ -138,3 +139,16 @@ def test_high_energy_and_convergence_keep_tiles_and_are_counted():
     assert off[2] == "mean_intensity"
     off = mammo._first_failure(table, mammo.Config(min_convergence=0))
     assert [off[5], off[6]] == ["freq_energy", "freq_energy"]
+
+
+def test_tissue_of_no_grey_is_not_kept_as_air(tmp_path):
+    """In 8 bits the darkest tissue may be 0, as air is; views of less contrast would show it as holes."""
+    image, _ = breast_image(bits=8)
+    image[100:280:7, 20:180:5] = 0
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    record, pixels = mammo.extract_image(str(tmp_path / "a.png"), 0.3, small_config(tmp_path))
+    mask = mammo.segment_breast_tissue(mammo.read_mammogram(tmp_path / "a.png"))
+    (y, x), (height, width) = record["origin"], pixels.shape
+    inside = mask[y : y + height, x : x + width]
+    assert (image[y : y + height, x : x + width][inside] == 0).sum() > 100
+    assert ((pixels > 0) == inside).all()

@@ -213,6 +213,26 @@ def test_blur_leaves_air_black_and_fills_a_black_pixel_of_tissue():
     assert 0.2 < blurred.float().mean() < 0.6
 
 
+@pytest.mark.parametrize("dark", [1, 8000, 8500])
+def test_lower_contrast_leaves_no_holes_in_dark_tissue(dark):
+    """What lies at or below the window's low end is lifted as what lies just above it; air is not."""
+    image = np.full((256, 256), 30000)
+    image[::3, ::3] = dark
+    image[:, :100] = 0
+    tiles = one_tile(image, 128)
+    tiles.window[:] = 8192, 65535
+    seen = [mammo.make_view(tiles, np.array([0]), mammo.PLAIN_VIEW, 128).sharp]
+    spec = mammo.ViewSpec(contrast=0.4)
+    draws = (np.random.default_rng(key).uniform(-1, 1, (1, 2))[0, 1] for key in range(50))
+    key = next(key for key, draw in enumerate(draws) if draw < -0.9)
+    seen.append(mammo.adjust_photometry(seen[0], spec, np.random.default_rng(key)))
+    for view in seen:
+        air, tissue = view[0, 0, :, :35], view[0, 0, :, 38:]
+        assert air.abs().max() == 0
+        assert tissue.min() > 0
+    assert seen[1][0, 0, :, 38:].min() > 0.1
+
+
 def test_half_of_the_second_views_are_not_blurred():
     view = torch.rand(1000, 1, 16, 16) + 0.1
     spec = mammo.ViewSpec(blur=1.2)
