@@ -667,7 +667,7 @@ def extract_image(
     pixels = image[rows, cols]
     if pixels.size:
         if window[0] < 1:  # as often with 8 bits: in a cache 0 is air, see sample_tiles
-            pixels = cv2.max(pixels, 1)
+            pixels = np.maximum(pixels, 1)
         pixels = cv2.copyTo(pixels, mask[rows, cols].view(np.uint8))
     counts = table["rejected_by"].value_counts()
     record = {

@@ -142,7 +142,7 @@ def test_high_energy_and_convergence_keep_tiles_and_are_counted():
 
 
 def test_tissue_of_no_grey_is_not_kept_as_air(tmp_path):
-    """In 8 bits the darkest tissue may be 0, as air is; views of less contrast would show it as holes."""
+    """In 8 bits the darkest tissue may be 0, as air is: holes in views of less contrast."""
     image, _ = breast_image(bits=8)
     image[100:280:7, 20:180:5] = 0
     cv2.imwrite(str(tmp_path / "a.png"), image)
