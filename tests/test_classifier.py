@@ -383,14 +383,15 @@ def test_a_finding_of_one_kind_has_no_curve(tmp_path, monkeypatch):
     assert drawn["roc.png"] == drawn["pr.png"] == ["mass (2 of 3)"]
 
 
-def test_a_probe_on_imagenet_s_weights_keeps_their_statistics(labelled, tmp_path, monkeypatch):
-    """Those of the tiles would cost what it knows; random weights have none worth keeping."""
+@pytest.mark.parametrize("mode", ["probe", "finetune"])
+def test_trained_weights_keep_their_statistics(labelled, tmp_path, monkeypatch, mode):
+    """Those of the tiles would cost what they know; random weights have none worth keeping."""
     state = byol_mammo.checkpoints.build_backbone(small_network.NAME).state_dict()
     state["bn1.running_mean"] = torch.full_like(state["bn1.running_mean"], 0.125)
     monkeypatch.setattr(byol_mammo.checkpoints, "imagenet_state", lambda _: dict(state))
     found = []
     for weights in ("imagenet", "none"):
-        flags = ["--weights", weights, *TILES, "--mode", "probe", "--run_name", weights]
+        flags = ["--weights", weights, *TILES, "--mode", mode, "--epochs", 1, "--run_name", weights]
         assert run_main("train", labelled, *flags, out=tmp_path) == 0
         model = torch.load(tmp_path / weights / "classifier_best.pth")["model_state_dict"]
         found.append(model["backbone.bn1.running_mean"])
