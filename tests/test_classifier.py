@@ -389,7 +389,14 @@ def test_trained_weights_keep_their_statistics(labelled, tmp_path, monkeypatch, 
     state = byol_mammo.checkpoints.build_backbone(small_network.NAME).state_dict()
     state["bn1.running_mean"] = torch.full_like(state["bn1.running_mean"], 0.125)
     monkeypatch.setattr(byol_mammo.checkpoints, "imagenet_state", lambda _: dict(state))
-    found = []
+    found, after_steps, epoch = [], [], classifier.finetune_epoch
+
+    def spy(job, *rest):
+        loss = epoch(job, *rest)
+        after_steps.append(job.engine.model.backbone.bn1.running_mean.clone())
+        return loss
+
+    monkeypatch.setattr(classifier, "finetune_epoch", spy)
     for weights in ("imagenet", "none"):
         flags = ["--weights", weights, *TILES, "--mode", mode, "--epochs", 1, "--run_name", weights]
         assert run_main("train", labelled, *flags, out=tmp_path) == 0
@@ -397,6 +404,9 @@ def test_trained_weights_keep_their_statistics(labelled, tmp_path, monkeypatch, 
         found.append(model["backbone.bn1.running_mean"])
     assert torch.equal(found[0], state["bn1.running_mean"])
     assert found[1].std() > 0
+    if mode == "finetune":
+        assert torch.equal(after_steps[0], found[0])
+        assert not torch.equal(after_steps[1], found[1])
 
 
 @pytest.mark.parametrize(("split", "fitted"), [("test", 0), ("all", 4), ("training", 4)])
