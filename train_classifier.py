@@ -977,9 +977,9 @@ def record_epoch(job: Job, loss: float, tracker: tracking.Tracker) -> None:
 def finetune(job: Job, tracker: tracking.Tracker) -> None:
     """Fine-tune from the probe (epoch 0) until EPOCHS, or until validation stops improving."""
     settings = job.settings
-    # The probe was fitted on features under the weights' own statistics: those of a batch would take the
-    # ground from under it in the first steps.
-    job.engine.model.norm_frozen = settings.weights != "none"
+    # Weights that kept trained statistics keep them here: batches' own would take the ground from under
+    # the probe in the first steps (figures in docs/measured.md).
+    job.engine.model.norm_frozen = settings.weights != "none" and job.engine.config.norm_frozen
     if not job.rows:
         start_from_probe(job)
         record_epoch(job, 0.0, tracker)
