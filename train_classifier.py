@@ -298,7 +298,9 @@ def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
 
 
 def check_leak(labels: pd.DataFrame, path: str) -> None:
-    """Raises MammoError where a study or patient has images in more than one split."""
+    """Raises MammoError where a study or patient has images in more than one split, or a study has images
+    of several patients."""
+    labelling.check_studies(path, labels)
     for kind in ("study_id", "patient"):
         keys = labelling.one_spelling(labels[kind])
         splits = labels["split"].replace("", "training")  # as is_of_split reads it
