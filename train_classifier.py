@@ -298,8 +298,8 @@ def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
 
 
 def check_leak(labels: pd.DataFrame, path: str) -> None:
-    """Raises MammoError where a study or patient has images in more than one split, or a study has images
-    of several patients."""
+    """Raises MammoError where a study or patient has images in more than one split, or a study has
+    images of several patients."""
     labelling.check_studies(path, labels)
     for kind in ("study_id", "patient"):
         keys = labelling.one_spelling(labels[kind])
@@ -925,6 +925,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         "epoch": job.epoch,
         "monitor": job.rows[-1] if job.rows else {},
         "classifier": dataclasses.asdict(job.settings),
+        "patients": sorted(set(job.data.groups[[*job.train_ids, *job.validation_ids]].tolist())),
     }
     if resumable:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
@@ -1643,15 +1644,20 @@ def evaluate(settings: Settings) -> pd.DataFrame:
 
 
 def note_fitted(data: LabelledTiles, ids: np.ndarray, settings: Settings) -> None:
-    """Say on stderr how many of those who judge a classifier it was fitted on, or chosen by."""
-    trained = checkpoints.load_checkpoint(settings.weights)["classifier"]
-    if Path(trained["data_dir"]).resolve() != Path(settings.data_dir).resolve():
-        return
-    judging = set(data.groups[ids].tolist())
-    if known := judging & set(data.groups[data.in_split("training")].tolist()):
+    """Say on stderr how many of those who judge a classifier it was fitted on, or chosen by.
+
+    The checkpoint names them; of one that doesn't (before 2026-11-28) they are the split training.
+    """
+    state = checkpoints.load_checkpoint(settings.weights)
+    if Path(state["classifier"]["data_dir"]).resolve() != Path(settings.data_dir).resolve():
+        return  # other archives may have patients of these names
+    in_training = data.groups[data.in_split("training")].tolist()
+    fitted = {labelling.same_name(name) for name in state.get("patients", in_training)}
+    judging = {labelling.same_name(name) for name in data.groups[ids].tolist()}
+    if known := judging & fitted:
         print(
-            f"note: {len(known)} of the {len(judging)} patients who judge {settings.weights} are of the "
-            "split training, which it was fitted on: the figures are too high",
+            f"note: {len(known)} of the {len(judging)} patients who judge {settings.weights} are among "
+            "those it was fitted on, or chosen by: the figures are too high",
             file=sys.stderr,
         )
 

@@ -59,9 +59,9 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
 
     Columns: `image` (path relative to the file's folder, or a bare name), each of `findings` as float
     (1, also where a box has it, 0, NaN = unknown; those of GRADES 1, 2, ...), `boxes` as lists of dicts
-    with `finding` (set of column names), xmin, ymin, xmax, ymax in px; the others as text, '' where absent
-    (study_id, patient_id, split, laterality, view, breast_density). Raises MammoError with file, row and
-    remedy.
+    with `finding` (set of column names), xmin, ymin, xmax, ymax in px; the others as text, '' where
+    absent (study_id, patient_id, split, laterality, view, breast_density). Raises MammoError with file,
+    row and remedy.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,8 +99,8 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
         denied = np.flatnonzero(boxed & (table[name] == 0))
         if len(denied):
             raise MammoError(
-                f"labels {path}, line {denied[0] + 2}: {name} of {table['image'].iloc[denied[0]]} is 0, and "
-                f"a box of {name} stands beside it; correct one of them"
+                f"labels {path}, line {denied[0] + 2}: {name} of {table['image'].iloc[denied[0]]} is 0, "
+                f"and a box of {name} stands beside it; correct one of them"
             )
         table[name] = table[name].mask(boxed, 1.0)
     return table
@@ -223,8 +223,8 @@ def group_keys(table: pd.DataFrame) -> pd.Series:
 
 
 def check_studies(path: str | Path, labels: pd.DataFrame) -> None:
-    """Raises MammoError where a study_id stands for images of two patients, as a date or a visit's number
-    does: figures of a study would be of both, and rows without a patient could be of either."""
+    """Raises MammoError where a study_id stands for images of two patients, as a date or a visit's
+    number does: figures of a study would be of both, and rows without a patient could be of either."""
     named = labels[(labels["patient_id"] != "") & (labels["study_id"] != "")]
     women = one_spelling(named["patient_id"]).groupby(named["study_id"])
     several = women.nunique().loc[lambda count: count > 1].index

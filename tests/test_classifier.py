@@ -406,8 +406,26 @@ def test_patients_that_were_fitted_on_are_counted_where_they_judge(
     assert run_main("evaluate", labelled, "--weights", weights, "--split", split, out=tmp_path) == 0
     said = capsys.readouterr().err
     total = {"test": 2, "all": 6, "training": 4}[split]
-    note = f"note: {fitted} of the {total} patients who judge {weights} are of the split training"
+    note = f"note: {fitted} of the {total} patients who judge {weights} are among those it was fitted on"
     assert (note in said) == bool(fitted)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_split_that_was_changed_hides_nobody_who_was_fitted_on(
+    trained, labelled, tmp_path, capsys, recorded
+):
+    state = torch.load(trained / "classifier_best.pth")
+    assert state["patients"] == ["s0", "s1", "s2", "s3"]
+    if not recorded:  # as of an older checkpoint: the split training stands for them
+        del state["patients"]
+    weights = tmp_path / "classifier.pth"
+    torch.save(state, weights)
+    path = relabel(
+        labelled, tmp_path, lambda t: t.assign(split=t["split"].mask(t["study_id"] == "s3", "test"))
+    )
+    assert run_main("evaluate", labelled, "--weights", weights, "--labels", path, out=tmp_path) == 0
+    note = f"note: 1 of the 3 patients who judge {weights} are among those it was fitted on"
+    assert (note in capsys.readouterr().err) == recorded
 
 
 def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, labelled, tmp_path):
