@@ -375,8 +375,11 @@ def join_labels(
     known = labels.reindex(rows).reset_index(drop=True)  # row -1 is in no index: NaN
     image_targets = known[names].to_numpy(np.float32)
     image = tiles.table["image"].to_numpy()
-    if settings.weak_labels:
-        weak = (image_targets[image] == 1) & np.isnan(targets)
+    boxed = labelling.has_box(known["boxes"], names)
+    if settings.mode != "attention":
+        labelling.note_boxes_elsewhere(image, targets, boxed, tiles.images["image"], names)
+    if settings.weak_labels:  # where a box says which tiles, those that touch it stay left out
+        weak = (image_targets[image] == 1) & np.isnan(targets) & ~boxed[image]
         targets = np.where(weak, 1, targets)
     if settings.shuffle_labels:
         patient = known["patient"].fillna("").to_numpy(str)

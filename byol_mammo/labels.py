@@ -107,8 +107,9 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
 
 
 def has_box(boxes: pd.Series, findings: Sequence[str]) -> np.ndarray:
-    """(N, findings) bool: which rows of labels have a box of which finding."""
-    rows = [[any(name in box["finding"] for box in row) for name in findings] for row in boxes]
+    """(N, findings) bool: which rows of labels have a box of which finding; NaN stands for no row."""
+    lists = [row if isinstance(row, list) else [] for row in boxes]
+    rows = [[any(name in box["finding"] for box in row) for name in findings] for row in lists]
     return np.array(rows, bool).reshape(len(boxes), len(findings))
 
 
@@ -288,6 +289,26 @@ def tile_labels(
     return out
 
 
+def note_boxes_elsewhere(
+    image: np.ndarray, targets: np.ndarray, boxed: np.ndarray, paths: pd.Series, findings: Sequence[str]
+) -> None:
+    """Say on stderr where no tile of an image touches its boxes: its tiles then count as without finding.
+
+    `targets` (N, findings) are those of tile_labels, `image` (N,) each tile's row of `boxed` (images,
+    findings), which images have a box, and of `paths`.
+    """
+    for name, target, has in zip(findings, targets.T, boxed.T, strict=True):
+        touched = np.zeros(len(has), bool)
+        touched[image[target != 0]] = True
+        lost = np.flatnonzero(has & ~touched)
+        if len(lost):
+            print(
+                f"note: {len(lost):,} of {has.sum():,} images with a box of {name} have no tile that "
+                f"holds or touches it, first {paths.iloc[lost[0]]}: are the boxes in px of these files?",
+                file=sys.stderr,
+            )
+
+
 def _tile_holds(
     corners: np.ndarray, box: dict[str, Any], size: float, least: float, by_centre: bool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -332,6 +353,8 @@ def prepare_probe(
     scale = one_scale.source_px(images)
     targets = tile_labels(table, rows, labels, tile_size, findings, scale=scale)
     image_row = table["image"].to_numpy()
+    boxed = has_box(labels["boxes"].reindex(rows), findings)
+    note_boxes_elsewhere(image_row, targets, boxed, images["image"], findings)
     positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
     negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]
     ids = np.sort(np.concatenate([positive, negative[: PROBE_TILES - len(positive)]]))

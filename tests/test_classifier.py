@@ -122,6 +122,46 @@ def test_unknown_absent_and_boxless_findings():
     np.testing.assert_equal(found, np.array([0, np.nan, np.nan, np.nan], np.float32))
 
 
+def test_weak_labels_leave_images_with_boxes_alone(labelled, tmp_path):
+    """A tile that merely touches a box is left out, weak labels or not."""
+    found = []
+    for weak in ([], ["--weak_labels"]):
+        path = relabel(
+            labelled, tmp_path, lambda t: t.assign(boxes=t["boxes"].mask(t["study_id"] == "s0", "[]"))
+        )
+        words = ["train", *settings_of(labelled, "--weights", "none", *TILES, "--labels", path, *weak)]
+        settings = classifier.parse_args(words)[2]
+        found.append(classifier.load_labelled(settings, classifier.open_engine(settings).config))
+    plain, weak = (data.targets for data in found)
+    boxless = (found[0].table["patient"] == "s0").to_numpy()
+    np.testing.assert_array_equal(plain[~boxless], weak[~boxless])
+    assert np.isnan(plain[~boxless]).any()
+    assert (weak[boxless] == 1).sum() == np.isnan(plain[boxless]).sum() > 0
+
+
+def test_boxes_in_px_of_other_files_are_noted(labelled, tmp_path, capsys):
+    def enlarge(text):
+        return json.dumps(
+            [{**box, **{edge: 9 * box[edge] for edge in phantoms.BOX}} for box in json.loads(text)]
+        )
+
+    for number, change in enumerate((lambda text: text, enlarge)):
+        path = relabel(
+            labelled, tmp_path, lambda t, change=change: t.assign(boxes=t["boxes"].map(change))
+        )
+        words = ["train", *settings_of(labelled, "--weights", "none", *TILES, "--labels", path)]
+        settings = classifier.parse_args(words)[2]
+        data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
+        said = re.findall(
+            "note: (.*) images with a box of mass have no tile.* first (.*): are the",
+            capsys.readouterr().err,
+        )
+        assert len(said) == number
+    count = int((data.image_targets[:, 0] == 1).sum())
+    assert said[0][0] == f"{count} of {count}"
+    assert said[0][1] in set(data.table["image"])
+
+
 def test_boxes_use_the_column_names(tmp_path):
     boxes = [
         {"finding": ["Suspicious Calcification", "Mass"], "xmin": 1, "ymin": 2, "xmax": 5, "ymax": 9}
@@ -131,8 +171,7 @@ def test_boxes_use_the_column_names(tmp_path):
     )
     table = byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
     assert table["boxes"][0][0]["finding"] == {"calcification", "mass"}
-    assert np.isnan(table["calcification"][0])
-    assert table["mass"][0] == 1
+    assert table["calcification"][0] == table["mass"][0] == 1  # by its box
 
 
 def test_labels_match_by_path_then_by_bare_name(tmp_path):
