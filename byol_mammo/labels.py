@@ -292,7 +292,7 @@ def tile_labels(
 def note_boxes_elsewhere(
     image: np.ndarray, targets: np.ndarray, boxed: np.ndarray, paths: pd.Series, findings: Sequence[str]
 ) -> None:
-    """Say on stderr where no tile of an image touches its boxes: its tiles then count as without finding.
+    """Say on stderr where no tile of an image touches its boxes: they count as without finding.
 
     `targets` (N, findings) are those of tile_labels, `image` (N,) each tile's row of `boxed` (images,
     findings), which images have a box, and of `paths`.

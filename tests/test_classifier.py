@@ -422,6 +422,29 @@ def test_a_finding_of_one_kind_has_no_curve(tmp_path, monkeypatch):
     assert drawn["roc.png"] == drawn["pr.png"] == ["mass (2 of 3)"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_pictures_show_all_of_many_findings_and_need_no_legend(tmp_path, monkeypatch):
+    names, shown = [f"f{number}" for number in range(8)], {}
+    keep = lambda figure, path: shown.update({path.name: figure.axes})  # noqa: E731
+    monkeypatch.setattr(byol_mammo.curves.pictures, "save_figure", keep)
+    columns = {name: [0, 1, 1] for name in names} | {f"p_{name}": [0.1, 0.7, 0.9] for name in names}
+    table = pd.DataFrame(columns)
+    byol_mammo.curves.draw_curves(dict.fromkeys(("tile", "image_max"), table), names, tmp_path)
+    rows = [{"epoch": e, "loss": 1.0} | {f"auroc_{n}": 0.5 for n in names} for e in (0, 1)]
+    byol_mammo.curves.draw_training(rows, names, tmp_path / "curves.png")
+    for picture, panel in (("roc.png", 0), ("pr.png", 0), ("reliability.png", 0), ("curves.png", 1)):
+        axes = shown[picture][panel]
+        lines = [line for line in axes.lines if str(line.get_label()).startswith("f")]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 8
+    targets = np.eye(8, dtype=np.float32)
+    tiles = pd.DataFrame({"breast_density": ["A"] * 8, "view": "CC"})
+    data = classifier.LabelledTiles(None, names, targets, tiles, targets, None)
+    classifier.draw_embedding(np.eye(8)[:, :2], data, np.arange(8), "PCA", tmp_path / "map.png")
+    assert len(shown["map.png"][2].collections) == 8
+    one_kind = {"tile": table.assign(f0=1), "image_max": table.assign(f0=1)}
+    byol_mammo.curves.draw_curves(one_kind, ["f0"], tmp_path)  # matplotlib would warn of no handles
+
+
 def test_a_probe_on_imagenet_s_weights_keeps_their_statistics(labelled, tmp_path, monkeypatch):
     """Those of the tiles would cost what it knows; random weights have none worth keeping."""
     state = byol_mammo.checkpoints.build_backbone(small_network.NAME).state_dict()
@@ -494,6 +517,27 @@ def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, label
     for picture in ("roc.png", "pr.png", "reliability.png"):
         assert min(cv2.imread(str(folder / picture)).shape[:2]) > 300
     assert not list(folder.glob("*maker*"))  # nothing tells of makers
+
+
+def test_evaluate_judges_the_findings_that_are_asked_for_and_there(trained, labelled, tmp_path, capsys):
+    weights = ["--weights", trained / "classifier_best.pth"]
+    found = {}
+    for name, flags in {"all": [], "asked": ["--findings", "calcification"]}.items():
+        assert run_main("evaluate", labelled, *weights, *flags, out=tmp_path / name) == 0
+        found[name] = pd.read_csv(tmp_path / name / "evaluate" / "evaluation.csv")
+    path = relabel(labelled, tmp_path, lambda table: table.drop(columns="mass"))
+    capsys.readouterr()
+    assert run_main("evaluate", labelled, *weights, "--labels", path, out=tmp_path / "there") == 0
+    assert "no column mass, not judged" in capsys.readouterr().err
+    found["there"] = pd.read_csv(tmp_path / "there" / "evaluate" / "evaluation.csv")
+    expected = found["all"][found["all"]["finding"] == "calcification"].reset_index(drop=True)
+    for name in ("asked", "there"):
+        pd.testing.assert_frame_equal(found[name], expected)
+    assert run_main("evaluate", labelled, *weights, "--findings", "cancer", out=tmp_path) == 2
+    assert "--findings cancer" in capsys.readouterr().err
+    relabel(labelled, tmp_path, lambda table: table.drop(columns=["mass", "calcification"]))
+    assert run_main("evaluate", labelled, *weights, "--labels", path, out=tmp_path) == 2
+    assert "no column mass, calcification" in capsys.readouterr().err
 
 
 def test_images_without_a_tile_and_views_without_a_label(tmp_path):
