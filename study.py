@@ -63,6 +63,7 @@ from byol_mammo import (
     settings as flags,
     shortcuts,
     statistics,
+    tables,
     tracking,
 )
 from byol_mammo.objectives import rankme
@@ -404,12 +405,13 @@ def mammo_config(settings: Settings) -> mammo.Config:
 
 
 DENSITIES = {f"DENSITY {letter}": grade for grade, letter in enumerate("ABCD", 1)}
+RIDGE_FOLDS = 5  # of patients, to choose the strength of density's probe
 
 
 def ask(data: classifier.LabelledTiles, name: str) -> Question:
     """One question: the tiles whose truth is known, of each split (see balanced)."""
     if name == "density":
-        truth = data.table["breast_density"].map(DENSITIES).to_numpy(np.float32)
+        truth = data.table["breast_density"].map(tables.density).map(DENSITIES).to_numpy(np.float32)
     else:
         finding, _, among = name.partition("@")
         truth = data.targets[:, data.names.index(finding)]
@@ -423,6 +425,10 @@ def ask(data: classifier.LabelledTiles, name: str) -> Question:
         ids = ids[np.isfinite(truth[ids])]
         if len(set(truth[ids].tolist())) < 2:
             raise MammoError(f"--questions {name}: the split {split} has tiles of one kind alone")
+        if name == "density" and len(set(data.groups[ids])) < 2:
+            raise MammoError(
+                f"--questions {name}: the split {split} has one patient alone; it needs two"
+            )
         rng = np.random.default_rng([0, number])
         parts.append(spread(data, ids, rng) if name == "density" else balanced(truth, ids, rng))
     fit, judged = parts
@@ -561,15 +567,25 @@ def answer(question: Question, features: np.ndarray, settings: Settings) -> np.n
     rows, judged = (np.searchsorted(question.used, ids) for ids in (question.fit, question.judged))
     groups, truth = question.data.groups[question.fit], question.truth[question.fit]
     if question.graded:
-        from sklearn.linear_model import RidgeCV
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 5, 6)))
-        return model.fit(features[rows], truth).predict(features[judged])
+        return fit_ridge(features[rows], truth, groups).predict(features[judged])
     judge = judge_settings(settings, [question.name.partition("@")[0]])
     weights, biases, _ = classifier.fit_probe(features[rows], truth[:, None], groups, judge)
     return features[judged] @ weights[0] + biases[0]
+
+
+def fit_ridge(features: np.ndarray, truth: np.ndarray, groups: np.ndarray) -> Any:
+    """A ridge regression of `truth` (N,) whose strength does best on patients `groups` (N,) left out:
+    tiles of one image, of which some were left out, would tell each other."""
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    folds = GroupKFold(min(RIDGE_FOLDS, len(set(groups))))
+    choices = {"ridge__alpha": np.logspace(0, 5, 6)}
+    model = make_pipeline(StandardScaler(), Ridge())
+    search = GridSearchCV(model, choices, scoring="neg_mean_squared_error", cv=folds)
+    return search.fit(features, truth, groups=groups)
 
 
 def draws_of(question: Question, scores: np.ndarray, settings: Settings) -> np.ndarray:
@@ -744,9 +760,9 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def draw_study(table: pd.DataFrame, path: Path) -> None:
+def draw_study(table: pd.DataFrame, path: Path, starts: dict[str, str]) -> None:
     """AUROC over steps, a panel per question: mean of the seeds and the interval's mean as a band; what
-    does not learn as a line across."""
+    does not learn as a line across. `starts`: the reference that each arm started from."""
     from matplotlib.figure import Figure
 
     from byol_mammo import pictures
@@ -756,12 +772,12 @@ def draw_study(table: pd.DataFrame, path: Path) -> None:
     panels = figure.subplots(1, len(findings), squeeze=False)[0]
     for axes, finding in zip(panels, findings, strict=True):
         part = table[table["finding"] == finding]
-        start = part[part["arm"] == "random"][["step", "auroc", "low", "high"]]
         for arm, rows in part.groupby("arm", sort=False):
             if arm in REFERENCES:
                 style = {"random": ":", "classic": "--", "imagenet": "-."}[str(arm)]
                 axes.axhline(rows["auroc"].mean(), color="0.4", linestyle=style, label=arm)
                 continue
+            start = part[part["arm"] == starts[str(arm)]]
             line = pd.concat([start, rows])[["step", "auroc", "low", "high"]].groupby("step").mean()
             axes.plot(line.index, line["auroc"], marker="o", label=arm)
             axes.fill_between(line.index, line["low"], line["high"], alpha=0.12)
@@ -771,7 +787,11 @@ def draw_study(table: pd.DataFrame, path: Path) -> None:
 
 
 def write_results(
-    settings: Settings, table: pd.DataFrame, nuisance: pd.DataFrame, pairs: pd.DataFrame
+    settings: Settings,
+    table: pd.DataFrame,
+    nuisance: pd.DataFrame,
+    pairs: pd.DataFrame,
+    starts: dict[str, str],
 ) -> None:
     """study.csv, nuisance.csv, pairs.csv, study.md, study.png and report.html."""
     folder = Path(settings.output_dir)
@@ -780,7 +800,7 @@ def write_results(
     files.write_atomic(folder / "pairs.csv", pairs.to_csv(index=False, float_format="%.4f"))
     summary, pairs = summarise(table), pairs[~pairs["arm"].isin(REFERENCES)].round(3)
     files.write_atomic(folder / "study.md", markdown(summary))
-    draw_study(table, folder / "study.png")
+    draw_study(table, folder / "study.png", starts)
     side = nuisance.groupby("arm", sort=False).last().drop(columns=["seed"]).reset_index().round(3)
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>study</title>"
@@ -813,7 +833,7 @@ def run_study(settings: Settings) -> pd.DataFrame:
     for arm, seed in tracking.progress(chosen, desc="train", unit="run"):
         points += train_arm(dataclasses.replace(settings, steps=steps[arm]), arm, arms[arm], seed)
     table, nuisance, pairs = judge_all(settings, points)
-    write_results(settings, table, nuisance, pairs)
+    write_results(settings, table, nuisance, pairs, {point.arm: point.start[0] for point in points})
     return table
 
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -298,7 +299,9 @@ def is_of_split(table: pd.DataFrame, split: str) -> np.ndarray:
 
 
 def check_leak(labels: pd.DataFrame, path: str) -> None:
-    """Raises MammoError where a study or patient has images in more than one split."""
+    """Raises MammoError where a study or patient has images in more than one split, or a study has
+    images of several patients."""
+    labelling.check_studies(path, labels)
     for kind in ("study_id", "patient"):
         keys = labelling.one_spelling(labels[kind])
         splits = labels["split"].replace("", "training")  # as is_of_split reads it
@@ -373,8 +376,11 @@ def join_labels(
     known = labels.reindex(rows).reset_index(drop=True)  # row -1 is in no index: NaN
     image_targets = known[names].to_numpy(np.float32)
     image = tiles.table["image"].to_numpy()
-    if settings.weak_labels:
-        weak = (image_targets[image] == 1) & np.isnan(targets)
+    boxed = labelling.has_box(known["boxes"], names)
+    if settings.mode != "attention":
+        labelling.note_boxes_elsewhere(image, targets, boxed, tiles.images["image"], names)
+    if settings.weak_labels:  # where a box says which tiles, those that touch it stay left out
+        weak = (image_targets[image] == 1) & np.isnan(targets) & ~boxed[image]
         targets = np.where(weak, 1, targets)
     if settings.shuffle_labels:
         patient = known["patient"].fillna("").to_numpy(str)
@@ -923,6 +929,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         "epoch": job.epoch,
         "monitor": job.rows[-1] if job.rows else {},
         "classifier": dataclasses.asdict(job.settings),
+        "patients": sorted(set(job.data.groups[[*job.train_ids, *job.validation_ids]].tolist())),
     }
     if resumable:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
@@ -1114,6 +1121,8 @@ def image_predictions(
         means, grades = image_head.expected(above, head.targets)
         table = known.copy()
         for target, mean, grade in zip(head.targets, means.T, grades.T, strict=True):
+            if target.name not in data.names:
+                continue
             if target.is_graded:
                 table[f"expected_{target.name}"], table[f"grade_{target.name}"] = mean, grade
             else:
@@ -1225,10 +1234,13 @@ def draw_embedding(
     for axes, (name, values) in zip(places, panels.items(), strict=True):
         values = np.where(np.asarray(values, str) == "", "unknown", np.asarray(values, str))
         common = sorted(set(values), key=lambda value: -(values == value).sum())  # rare ones on top
-        for value, colour in zip(common, ("#bbbbbb", *pictures.OKABE_ITO), strict=False):
+        colours = ("#bbbbbb", *pictures.OKABE_ITO)
+        marks = itertools.cycle((c, marker) for marker in "ox^s" for c in colours)
+        for value, (colour, marker) in zip(common, marks, strict=False):
             chosen = values == value
             x, y = points[chosen].T
-            axes.scatter(x, y, s=4, color=colour, label=f"{value} ({chosen.sum():,})")
+            words = f"{value} ({chosen.sum():,})"
+            axes.scatter(x, y, s=4, color=colour, marker=marker, label=words)
         axes.set_title(name, fontsize=9)
         axes.set(xticks=[], yticks=[], xlabel=f"{title}, 1st axis", ylabel="2nd axis")
         axes.legend(fontsize=8, markerscale=3)
@@ -1607,7 +1619,9 @@ def comparison_table(
 
 def evaluate(settings: Settings) -> pd.DataFrame:
     """Judge a classifier on a split of labelled images; writes tables and pictures."""
-    engine, settings = open_classifier(settings)
+    engine, opened = open_classifier(settings)
+    classes = opened.names
+    settings = dataclasses.replace(opened, findings=",".join(judged_findings(settings, classes)))
     data = load_labelled(settings, engine.config)
     ids = data.in_split(settings.split)
     if not len(ids):
@@ -1618,7 +1632,8 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     note_fitted(data, ids, settings)
     if engine.heads:
         return evaluate_images(engine, data, ids, settings)
-    tables = predictions(data, ids, engine.probabilities(data.tiles, ids, "tiles"), settings.split)
+    scores = engine.probabilities(data.tiles, ids, "tiles")[:, [classes.index(n) for n in data.names]]
+    tables = predictions(data, ids, scores, settings.split)
     table = evaluation_table(tables, data.names, settings)
     folder = settings.folder("evaluate")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1643,16 +1658,44 @@ def evaluate(settings: Settings) -> pd.DataFrame:
     return table
 
 
+def judged_findings(settings: Settings, classes: Sequence[str]) -> list[str]:
+    """Which of a classifier's findings evaluate judges: those of --findings, else all, of which
+    labels.csv has a column. Raises MammoError where --findings names one that the classifier does not
+    know."""
+    if settings.findings == FINDINGS:
+        wanted = list(classes)
+    elif unknown := [name for name in settings.names if name not in classes]:
+        raise MammoError(
+            f"--findings {unknown[0]}: {settings.weights} knows {', '.join(classes)}; name some of "
+            "these, or leave --findings out"
+        )
+    else:
+        wanted = settings.names
+    if not Path(settings.labels).is_file():
+        return wanted  # read_labels says so
+    columns = files.read_table(Path(settings.labels), [], "prepare_dataset.py writes it").columns
+    there = [n for n in wanted if (labelling.GRADES[n][0] if n in labelling.GRADES else n) in columns]
+    if there and len(there) < len(wanted):
+        absent = ", ".join(name for name in wanted if name not in there)
+        print(f"note: labels {settings.labels}: no column {absent}, not judged", file=sys.stderr)
+    return there or wanted
+
+
 def note_fitted(data: LabelledTiles, ids: np.ndarray, settings: Settings) -> None:
-    """Say on stderr how many of those who judge a classifier it was fitted on, or chosen by."""
-    trained = checkpoints.load_checkpoint(settings.weights)["classifier"]
-    if Path(trained["data_dir"]).resolve() != Path(settings.data_dir).resolve():
-        return
-    judging = set(data.groups[ids].tolist())
-    if known := judging & set(data.groups[data.in_split("training")].tolist()):
+    """Say on stderr how many of those who judge a classifier it was fitted on, or chosen by.
+
+    The checkpoint names them; of one that doesn't (before 2026-11-28) they are the split training.
+    """
+    state = checkpoints.load_checkpoint(settings.weights)
+    if Path(state["classifier"]["data_dir"]).resolve() != Path(settings.data_dir).resolve():
+        return  # other archives may have patients of these names
+    in_training = data.groups[data.in_split("training")].tolist()
+    fitted = {labelling.same_name(name) for name in state.get("patients", in_training)}
+    judging = {labelling.same_name(name) for name in data.groups[ids].tolist()}
+    if known := judging & fitted:
         print(
-            f"note: {len(known)} of the {len(judging)} patients who judge {settings.weights} are of the "
-            "split training, which it was fitted on: the figures are too high",
+            f"note: {len(known)} of the {len(judging)} patients who judge {settings.weights} are among "
+            "those it was fitted on, or chosen by: the figures are too high",
             file=sys.stderr,
         )
 
@@ -1672,7 +1715,8 @@ def evaluate_images(
             f"--split {settings.split}: no image with tiles has a value of {settings.findings}"
         )
     known = np.isfinite(data.targets[ids]).any(0)
-    targets = [t for t, k in zip(engine.heads["attention"].targets, known, strict=True) if k]
+    judged = set(np.array(data.names)[known])
+    targets = [target for target in engine.heads["attention"].targets if target.name in judged]
     if not known.all():
         unknown = ", ".join(np.array(data.names)[~known])
         told = f"note: --split {settings.split}: no image with tiles has a value of {unknown}"
@@ -1896,6 +1940,9 @@ def dry_run(command: str, operands: Sequence[str], settings: Settings) -> None:
         opened = dataclasses.replace(settings, weights=start)
         if command in ("evaluate", "predict"):
             engine, settings = open_classifier(opened)
+            if command == "evaluate":
+                judged = ",".join(judged_findings(opened, settings.names))
+                settings = dataclasses.replace(settings, findings=judged)
             configs[start] = engine.config
         elif start in UNTRAINED:
             own = mammo.Config(backbone=settings.backbone or mammo.BACKBONE)

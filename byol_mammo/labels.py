@@ -58,9 +58,10 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     """labels.csv as written by prepare_dataset.py, one row for each image.
 
     Columns: `image` (path relative to the file's folder, or a bare name), each of `findings` as float
-    (1, 0, NaN = unknown; those of GRADES 1, 2, ...), `boxes` as lists of dicts with `finding` (set of
-    column names), xmin, ymin, xmax, ymax in px; the others as text, '' where absent (study_id,
-    patient_id, split, laterality, view, breast_density). Raises MammoError with file, row and remedy.
+    (1, also where a box has it, 0, NaN = unknown; those of GRADES 1, 2, ...), `boxes` as lists of dicts
+    with `finding` (set of column names), xmin, ymin, xmax, ymax in px; the others as text, '' where
+    absent (study_id, patient_id, split, laterality, view, breast_density). Raises MammoError with file,
+    row and remedy.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,11 +87,30 @@ def read_labels(path: str | Path, findings: Sequence[str]) -> pd.DataFrame:
     for name in ("study_id", "patient_id", "split", "laterality", "view", "breast_density", "boxes"):
         if name not in table:
             table[name] = ""
+    for name in ("study_id", "patient_id", "laterality", "view"):
+        table[name] = table[name].map(tables.person)  # NA is no patient
+    check_studies(path, table)
     table["split"] = table["split"].map(lambda name: split_named(name) or name)
     table["boxes"] = [
         _read_boxes(path, *row) for row in zip(table["image"], table["boxes"], strict=True)
     ]
+    findings = [name for name in findings if name not in GRADES]
+    for name, boxed in zip(findings, has_box(table["boxes"], findings).T, strict=True):
+        denied = np.flatnonzero(boxed & (table[name] == 0))
+        if len(denied):
+            raise MammoError(
+                f"labels {path}, line {denied[0] + 2}: {name} of {table['image'].iloc[denied[0]]} is 0, "
+                f"and a box of {name} stands beside it; correct one of them"
+            )
+        table[name] = table[name].mask(boxed, 1.0)
     return table
+
+
+def has_box(boxes: pd.Series, findings: Sequence[str]) -> np.ndarray:
+    """(N, findings) bool: which rows of labels have a box of which finding; NaN stands for no row."""
+    lists = [row if isinstance(row, list) else [] for row in boxes]
+    rows = [[any(name in box["finding"] for box in row) for name in findings] for row in lists]
+    return np.array(rows, bool).reshape(len(boxes), len(findings))
 
 
 def _read_grades(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
@@ -164,9 +184,9 @@ def match_labels(
     """
     folder, data_dir = folder.resolve(), data_dir.resolve()
     check_layout(folder, data_dir)
-    by_path = {str(folder / name): row for row, name in enumerate(labels["image"])}
+    by_path = {os.path.normpath(folder / name): row for row, name in enumerate(labels["image"])}
     rows_of: dict[tuple[str, ...], list[int]] = {}
-    for row, name in enumerate(labels["image"]):
+    for row, name in enumerate(labels["image"].map(os.path.normpath)):
         rows_of.setdefault(Path(name).parts, []).append(row)
     lengths = sorted({len(parts) for parts in rows_of}, reverse=True)
     paths = [(data_dir / name).parts for name in images]
@@ -197,10 +217,25 @@ def one_spelling(names: pd.Series) -> pd.Series:
 
 def group_keys(table: pd.DataFrame) -> pd.Series:
     """What splits, folds and intervals go by, for rows with study_id and patient_id ('' = unknown): the
-    patient of the study where any of its rows names one, else the study; spelled in one way."""
+    row's own patient, else one that another row of its study names, else the study; in one spelling."""
     study, patient = one_spelling(table["study_id"]), one_spelling(table["patient_id"])
     known = patient.where(patient != "")
-    return known.groupby(study).transform("first").fillna(study)
+    return known.fillna(known.groupby(study).transform("first")).fillna(study)
+
+
+def check_studies(path: str | Path, labels: pd.DataFrame) -> None:
+    """Raises MammoError where a study_id stands for images of two patients, as a date or a visit's
+    number does: figures of a study would be of both, and rows without a patient could be of either."""
+    named = labels[(labels["patient_id"] != "") & (labels["study_id"] != "")]
+    women = one_spelling(named["patient_id"]).groupby(named["study_id"])
+    several = women.nunique().loc[lambda count: count > 1].index
+    if len(several):
+        names = tables.some(women.get_group(several[0]).unique())
+        raise MammoError(
+            f"labels {path}: study_id {several[0]} is of the patients {names}"
+            + (f", and {len(several) - 1} others are of several" if len(several) > 1 else "")
+            + "; write one that no other patient has, such as patient and date together"
+        )
 
 
 def with_manifest(labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame) -> pd.DataFrame:
@@ -254,6 +289,26 @@ def tile_labels(
     return out
 
 
+def note_boxes_elsewhere(
+    image: np.ndarray, targets: np.ndarray, boxed: np.ndarray, paths: pd.Series, findings: Sequence[str]
+) -> None:
+    """Say on stderr where no tile of an image touches its boxes: they count as without finding.
+
+    `targets` (N, findings) are those of tile_labels, `image` (N,) each tile's row of `boxed` (images,
+    findings), which images have a box, and of `paths`.
+    """
+    for name, target, has in zip(findings, targets.T, boxed.T, strict=True):
+        touched = np.zeros(len(has), bool)
+        touched[image[target != 0]] = True
+        lost = np.flatnonzero(has & ~touched)
+        if len(lost):
+            print(
+                f"note: {len(lost):,} of {has.sum():,} images with a box of {name} have no tile that "
+                f"holds or touches it, first {paths.iloc[lost[0]]}: are the boxes in px of these files?",
+                file=sys.stderr,
+            )
+
+
 def _tile_holds(
     corners: np.ndarray, box: dict[str, Any], size: float, least: float, by_centre: bool
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -298,6 +353,8 @@ def prepare_probe(
     scale = one_scale.source_px(images)
     targets = tile_labels(table, rows, labels, tile_size, findings, scale=scale)
     image_row = table["image"].to_numpy()
+    boxed = has_box(labels["boxes"].reindex(rows), findings)
+    note_boxes_elsewhere(image_row, targets, boxed, images["image"], findings)
     positive = order[(targets[order] == 1).any(1)][: PROBE_TILES // 2]
     negative = order[(targets[order] == 0).any(1) & ~(targets[order] == 1).any(1)]
     ids = np.sort(np.concatenate([positive, negative[: PROBE_TILES - len(positive)]]))

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from byol_mammo import files, images
-from byol_mammo.labels import PROBE_STRENGTH
+from byol_mammo.labels import PROBE_STRENGTH, split_named
 
 GROUPS = ("maker", "archive")  # columns of manifest.csv or labels.csv that figures are parted by
 UNKNOWN = "unknown"
@@ -33,14 +33,19 @@ Auroc = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # scores, tr
 def with_groups(
     labels: pd.DataFrame, found: np.ndarray, sources: pd.DataFrame, data_dir: str
 ) -> pd.DataFrame:
-    """Labels with GROUPS as text ('' = unknown): the manifest's, else those of labels.csv.
+    """Labels with GROUPS as text ('' = unknown): the manifest's, else those of labels.csv; and with the
+    manifest's split where labels.csv tells none, as else its test images would be trained on.
 
     `found` gives the row of `labels` for each of `sources`, as in labels.with_manifest.
     """
-    manifest = images.read_manifest(images.image_folder(os.path.abspath(data_dir)), GROUPS)
-    known = sources[["path"]].merge(manifest[["path", *GROUPS]], on="path", how="left")
+    columns = (*GROUPS, "split")
+    manifest = images.read_manifest(images.image_folder(os.path.abspath(data_dir)), columns)
+    known = sources[["path"]].merge(manifest[["path", *columns]], on="path", how="left")
     known = known.assign(row=found).drop_duplicates("row").set_index("row").reindex(labels.index)
     told = {name: known[name].where(known[name].notna(), labels.get(name, "")) for name in GROUPS}
+    if not labels.get("split", pd.Series(dtype=str)).any() and known["split"].any():
+        told["split"] = known["split"].map(lambda name: split_named(name) or name, na_action="ignore")
+        print("note: labels.csv has no split, manifest.csv tells it", file=sys.stderr)
     return labels.assign(**{name: values.fillna("") for name, values in told.items()})
 
 
@@ -180,13 +185,14 @@ def by_group(
 
 
 def intervals(scores: np.ndarray, target: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """95 % percentile intervals of average precision, sensitivity at 90 % specificity and calibration
-    error under resamples: weights (R, N) say how often each of scores (N,) and target (N,) counts."""
+    """95 % percentile intervals of average precision and sensitivity at 90 % specificity under
+    resamples: weights (R, N) say how often each of scores (N,) and target (N,) counts.
+
+    Of the calibration error there is none: a sum of absolute gaps is higher in resamples than in the
+    sample, so that their percentiles may lie above it.
+    """
     order = np.argsort(-scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
-    edges = np.quantile(scores, np.arange(1, 10) / 10)  # as statistics.calibration_error
-    index = np.searchsorted(edges, scores, side="right")
-    gaps = np.eye(10)[index] * (scores - target)[:, None]
     draws: dict[str, list[np.ndarray]] = {}
     for part in np.array_split(weights, max(1, weights.size // 2**23)):
         ordered = part[:, order].astype(np.float64)
@@ -199,7 +205,6 @@ def intervals(scores: np.ndarray, target: np.ndarray, weights: np.ndarray) -> di
             figures = {
                 "average_precision": gained.sum(1) / found[:, -1],
                 "sensitivity_at_90_specificity": right / found[:, -1],
-                "ece": np.abs(part @ gaps).sum(1) / part.sum(1),
             }
         for name, values in figures.items():
             draws.setdefault(name, []).append(values)
@@ -208,7 +213,7 @@ def intervals(scores: np.ndarray, target: np.ndarray, weights: np.ndarray) -> di
         f"{name}_{end}": float(v)
         for name, both in ends.items()
         for end, v in zip(("low", "high"), both, strict=True)
-    }
+    } | {"ece_low": np.nan, "ece_high": np.nan}
 
 
 # The control ----------------------------------------------------------------------------------------

@@ -122,6 +122,46 @@ def test_unknown_absent_and_boxless_findings():
     np.testing.assert_equal(found, np.array([0, np.nan, np.nan, np.nan], np.float32))
 
 
+def test_weak_labels_leave_images_with_boxes_alone(labelled, tmp_path):
+    """A tile that merely touches a box is left out, weak labels or not."""
+    found = []
+    for weak in ([], ["--weak_labels"]):
+        path = relabel(
+            labelled, tmp_path, lambda t: t.assign(boxes=t["boxes"].mask(t["study_id"] == "s0", "[]"))
+        )
+        words = ["train", *settings_of(labelled, "--weights", "none", *TILES, "--labels", path, *weak)]
+        settings = classifier.parse_args(words)[2]
+        found.append(classifier.load_labelled(settings, classifier.open_engine(settings).config))
+    plain, weak = (data.targets for data in found)
+    boxless = (found[0].table["patient"] == "s0").to_numpy()
+    np.testing.assert_array_equal(plain[~boxless], weak[~boxless])
+    assert np.isnan(plain[~boxless]).any()
+    assert (weak[boxless] == 1).sum() == np.isnan(plain[boxless]).sum() > 0
+
+
+def test_boxes_in_px_of_other_files_are_noted(labelled, tmp_path, capsys):
+    def enlarge(text):
+        return json.dumps(
+            [{**box, **{edge: 9 * box[edge] for edge in phantoms.BOX}} for box in json.loads(text)]
+        )
+
+    for number, change in enumerate((lambda text: text, enlarge)):
+        path = relabel(
+            labelled, tmp_path, lambda t, change=change: t.assign(boxes=t["boxes"].map(change))
+        )
+        words = ["train", *settings_of(labelled, "--weights", "none", *TILES, "--labels", path)]
+        settings = classifier.parse_args(words)[2]
+        data = classifier.load_labelled(settings, classifier.open_engine(settings).config)
+        said = re.findall(
+            "note: (.*) images with a box of mass have no tile.* first (.*): are the",
+            capsys.readouterr().err,
+        )
+        assert len(said) == number
+    count = int((data.image_targets[:, 0] == 1).sum())
+    assert said[0][0] == f"{count} of {count}"
+    assert said[0][1] in set(data.table["image"])
+
+
 def test_boxes_use_the_column_names(tmp_path):
     boxes = [
         {"finding": ["Suspicious Calcification", "Mass"], "xmin": 1, "ymin": 2, "xmax": 5, "ymax": 9}
@@ -131,8 +171,7 @@ def test_boxes_use_the_column_names(tmp_path):
     )
     table = byol_mammo.labels.read_labels(tmp_path / "labels.csv", mammo.CLASSES)
     assert table["boxes"][0][0]["finding"] == {"calcification", "mass"}
-    assert np.isnan(table["calcification"][0])
-    assert table["mass"][0] == 1
+    assert table["calcification"][0] == table["mass"][0] == 1  # by its box
 
 
 def test_labels_match_by_path_then_by_bare_name(tmp_path):
@@ -383,6 +422,29 @@ def test_a_finding_of_one_kind_has_no_curve(tmp_path, monkeypatch):
     assert drawn["roc.png"] == drawn["pr.png"] == ["mass (2 of 3)"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_pictures_show_all_of_many_findings_and_need_no_legend(tmp_path, monkeypatch):
+    names, shown = [f"f{number}" for number in range(8)], {}
+    keep = lambda figure, path: shown.update({path.name: figure.axes})  # noqa: E731
+    monkeypatch.setattr(byol_mammo.curves.pictures, "save_figure", keep)
+    columns = {name: [0, 1, 1] for name in names} | {f"p_{name}": [0.1, 0.7, 0.9] for name in names}
+    table = pd.DataFrame(columns)
+    byol_mammo.curves.draw_curves(dict.fromkeys(("tile", "image_max"), table), names, tmp_path)
+    rows = [{"epoch": e, "loss": 1.0} | {f"auroc_{n}": 0.5 for n in names} for e in (0, 1)]
+    byol_mammo.curves.draw_training(rows, names, tmp_path / "curves.png")
+    for picture, panel in (("roc.png", 0), ("pr.png", 0), ("reliability.png", 0), ("curves.png", 1)):
+        axes = shown[picture][panel]
+        lines = [line for line in axes.lines if str(line.get_label()).startswith("f")]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 8
+    targets = np.eye(8, dtype=np.float32)
+    tiles = pd.DataFrame({"breast_density": ["A"] * 8, "view": "CC"})
+    data = classifier.LabelledTiles(None, names, targets, tiles, targets, None)
+    classifier.draw_embedding(np.eye(8)[:, :2], data, np.arange(8), "PCA", tmp_path / "map.png")
+    assert len(shown["map.png"][2].collections) == 8
+    one_kind = {"tile": table.assign(f0=1), "image_max": table.assign(f0=1)}
+    byol_mammo.curves.draw_curves(one_kind, ["f0"], tmp_path)  # matplotlib would warn of no handles
+
+
 @pytest.mark.parametrize("mode", ["probe", "finetune"])
 def test_trained_weights_keep_their_statistics(labelled, tmp_path, monkeypatch, mode):
     """Those of the tiles would cost what they know; random weights have none worth keeping."""
@@ -417,8 +479,26 @@ def test_patients_that_were_fitted_on_are_counted_where_they_judge(
     assert run_main("evaluate", labelled, "--weights", weights, "--split", split, out=tmp_path) == 0
     said = capsys.readouterr().err
     total = {"test": 2, "all": 6, "training": 4}[split]
-    note = f"note: {fitted} of the {total} patients who judge {weights} are of the split training"
+    note = f"note: {fitted} of the {total} patients who judge {weights} are among those it was fitted on"
     assert (note in said) == bool(fitted)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_split_that_was_changed_hides_nobody_who_was_fitted_on(
+    trained, labelled, tmp_path, capsys, recorded
+):
+    state = torch.load(trained / "classifier_best.pth")
+    assert state["patients"] == ["s0", "s1", "s2", "s3"]
+    if not recorded:  # as of an older checkpoint: the split training stands for them
+        del state["patients"]
+    weights = tmp_path / "classifier.pth"
+    torch.save(state, weights)
+    path = relabel(
+        labelled, tmp_path, lambda t: t.assign(split=t["split"].mask(t["study_id"] == "s3", "test"))
+    )
+    assert run_main("evaluate", labelled, "--weights", weights, "--labels", path, out=tmp_path) == 0
+    note = f"note: 1 of the 3 patients who judge {weights} are among those it was fitted on"
+    assert (note in capsys.readouterr().err) == recorded
 
 
 def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, labelled, tmp_path):
@@ -448,6 +528,27 @@ def test_evaluate_writes_figures_that_follow_from_its_predictions(trained, label
     for picture in ("roc.png", "pr.png", "reliability.png"):
         assert min(cv2.imread(str(folder / picture)).shape[:2]) > 300
     assert not list(folder.glob("*maker*"))  # nothing tells of makers
+
+
+def test_evaluate_judges_the_findings_that_are_asked_for_and_there(trained, labelled, tmp_path, capsys):
+    weights = ["--weights", trained / "classifier_best.pth"]
+    found = {}
+    for name, flags in {"all": [], "asked": ["--findings", "calcification"]}.items():
+        assert run_main("evaluate", labelled, *weights, *flags, out=tmp_path / name) == 0
+        found[name] = pd.read_csv(tmp_path / name / "evaluate" / "evaluation.csv")
+    path = relabel(labelled, tmp_path, lambda table: table.drop(columns="mass"))
+    capsys.readouterr()
+    assert run_main("evaluate", labelled, *weights, "--labels", path, out=tmp_path / "there") == 0
+    assert "no column mass, not judged" in capsys.readouterr().err
+    found["there"] = pd.read_csv(tmp_path / "there" / "evaluate" / "evaluation.csv")
+    expected = found["all"][found["all"]["finding"] == "calcification"].reset_index(drop=True)
+    for name in ("asked", "there"):
+        pd.testing.assert_frame_equal(found[name], expected)
+    assert run_main("evaluate", labelled, *weights, "--findings", "cancer", out=tmp_path) == 2
+    assert "--findings cancer" in capsys.readouterr().err
+    relabel(labelled, tmp_path, lambda table: table.drop(columns=["mass", "calcification"]))
+    assert run_main("evaluate", labelled, *weights, "--labels", path, out=tmp_path) == 2
+    assert "no column mass, calcification" in capsys.readouterr().err
 
 
 def test_images_without_a_tile_and_views_without_a_label(tmp_path):

@@ -261,6 +261,13 @@ def evaluated(films, trained):
     return films.parent / "evaluate_attention"
 
 
+def test_a_finding_alone_is_judged_as_among_others(films, trained, evaluated, tmp_path):
+    assert run("evaluate", films, "--weights", trained, "--findings", "mass", out=tmp_path) == 0
+    tables = [pd.read_csv(f / "pooling.csv") for f in (evaluated, tmp_path / "evaluate_attention")]
+    whole = tables[0][tables[0]["finding"] == "mass"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(tables[1], whole)
+
+
 def test_images_alone_teach_more_than_chance(evaluated):
     folder = evaluated
     table = pd.read_csv(folder / "pooling.csv").set_index(["figure", "level"])

@@ -95,6 +95,42 @@ def test_what_is_trained_is_not_trained_again(archive, table, monkeypatch):
         study.check_point(points[0]._replace(step=4), config, settings)
 
 
+def test_an_arm_s_curve_begins_where_it_started(tmp_path, monkeypatch):
+    drawn = []
+    keep = lambda figure, _: drawn.extend(figure.axes[0].lines)  # noqa: E731
+    monkeypatch.setattr("byol_mammo.pictures.save_figure", keep)
+    rows = [("random", 0, 0, 0.5), ("random", 1, 0, 0.6), ("imagenet", 0, 0, 0.8)]
+    rows += [(arm, seed, 4, 0.9) for arm in ("plain", "warm") for seed in (0, 1)]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "step", "auroc"]).assign(finding="mass")
+    starts = {"plain": "random", "warm": "imagenet"}
+    study.draw_study(table.assign(low=0.4, high=1.0), tmp_path / "study.png", starts)
+    lines = {line.get_label(): line.get_ydata() for line in drawn}
+    np.testing.assert_allclose(lines["plain"], [0.55, 0.9])
+    np.testing.assert_allclose(lines["warm"], [0.8, 0.9])
+
+
+def test_density_is_read_as_people_write_it():
+    cells = ["A", "B", "DENSITY C", "4", "", "A", "D"]
+    tiles = pd.DataFrame({"breast_density": cells, "patient": list("abcdefg"), "row": range(7)})
+    tiles = tiles.assign(labelled=True, split=["training"] * 5 + ["test"] * 2)
+    data = study.classifier.LabelledTiles(None, [], np.zeros((7, 0)), tiles, np.zeros((7, 0)), None)
+    question = study.ask(data, "density")
+    np.testing.assert_equal(question.truth, np.array([1, 2, 3, 4, np.nan, 1, 4], np.float32))
+    data.table["patient"] = "a"
+    with pytest.raises(MammoError, match="one patient alone"):
+        study.ask(data, "density")
+
+
+def test_the_strength_of_density_s_probe_is_chosen_by_patients():
+    """A tile is told by the others of hers where features tell the patient alone; a patient is not."""
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(30), 20)
+    truth = rng.integers(1, 5, 30)[patient].astype(np.float32)
+    features = rng.normal(size=(30, 40))[patient] + rng.normal(size=(600, 40)) * 0.1
+    found = study.fit_ridge(features, truth, patient.astype(str))
+    assert found.best_params_["ridge__alpha"] >= 1000
+
+
 WRONG = {
     "an arm that is none": (["--arms", "plane"], "nearest: plain"),
     "steps between points": (["--steps", "5"], "must be a multiple of --points 2"),

@@ -373,6 +373,12 @@ JOINS = [  # images below data/training, images of labels.csv beside training, t
     ("bare, one taken by its path", ["a/1.png", "b/1.png"], ["training/a/1.png", "1.png"], [0, -1]),
     ("bare, and a path of that end", ["a/1.png"], ["1.png", "a/1.png"], [-1]),
     ("labels of another folder", ["a/1.png", "b/2.png"], ["a/1.png", "x/2.png"], [0, -1]),
+    (
+        "a path by way of the folder above",
+        ["a/1.png", "b/1.png"],
+        ["training/b/../a/1.png", "./training/b/1.png"],
+        [0, 1],
+    ),
 ]
 
 
@@ -389,6 +395,42 @@ def test_cells_of_labels_are_stripped_and_splits_read(tmp_path):
     table = byol_mammo.labels.read_labels(tmp_path / "labels.csv", ["mass"])
     assert table["split"].tolist() == ["training"] * 2
     assert byol_mammo.labels.group_keys(table).nunique() == 1
+
+
+BOXED = '"[{""finding"":[""Mass""],""xmin"":0,""ymin"":0,""xmax"":9,""ymax"":9}]"'  # a mass
+
+
+def read_text(folder, text):
+    (folder / "labels.csv").write_text(text)
+    return byol_mammo.labels.read_labels(folder / "labels.csv", ["mass"])
+
+
+def test_a_visit_s_number_as_study_makes_no_two_women_one(tmp_path):
+    """A row's own patient counts; what names two is refused, as its figures would be of both."""
+    visits = pd.DataFrame(
+        {"study_id": ["1", "1", "2", "2", "3"], "patient_id": ["A", "B", "B", "C", ""]}
+    )
+    assert byol_mammo.labels.group_keys(visits).tolist() == ["A", "B", "B", "C", "3"]
+    rows = "image,study_id,patient_id,mass\n"
+    with pytest.raises(MammoError, match=r"study_id 1 is of the patients A, B; .*patient and date"):
+        read_text(tmp_path, rows + "a.png,1,A,1\nb.png,1,B,0\n")
+    read_text(tmp_path, rows + "a.png,1,A,1\nb.png,1,a,0\nc.png,1,,0\nd.png,,B,0\ne.png,,C,0\n")
+
+
+def test_cells_that_stand_for_nothing_name_nobody(tmp_path):
+    rows = "a.png,1,NA,n/a,nan,1\nb.png,2,#N/A,L,CC,0\nc.png,NaN,None,R,MLO,0\n"
+    table = read_text(tmp_path, "image,study_id,patient_id,laterality,view,mass\n" + rows)
+    assert table["patient_id"].tolist() == [""] * 3
+    assert table["study_id"].tolist() == ["1", "2", ""]
+    assert table["laterality"].tolist() == ["", "L", "R"]
+    assert table["view"].tolist() == ["", "CC", "MLO"]
+
+
+def test_a_box_says_that_its_finding_is_there(tmp_path):
+    table = read_text(tmp_path, f"image,mass,boxes\na.png,,{BOXED}\nb.png,,\nc.png,1,{BOXED}\n")
+    assert table["mass"].fillna(-1).tolist() == [1, -1, 1]
+    with pytest.raises(MammoError, match=r"line 3: mass of b.png is 0, and a box of mass"):
+        read_text(tmp_path, f"image,mass,boxes\na.png,0,\nb.png,0,{BOXED}\n")
 
 
 @pytest.mark.parametrize(
