@@ -44,6 +44,7 @@ import operator
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -945,7 +946,10 @@ class MammogramTiles:
         self.digest = caches.cache_digest(cache) if cache != Path() else ""  # the cache may go later
         self.tile_size, self.reduce, self.grey_scale = tile_size, reduce, grey_scale
         # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
-        self.pixels = torch.from_numpy(pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels)
+        values = pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels
+        with warnings.catch_warnings():  # nobody writes to pixels
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            self.pixels = torch.from_numpy(values)
         shape, offset = caches.reduced_layout(images, reduce)
         image_row = table["image"].to_numpy()
         origin = images[["x0", "y0"]].to_numpy()[image_row]
@@ -998,7 +1002,7 @@ def open_tiles(cache: str | Path, reduce: int = 1) -> MammogramTiles:
     images = pd.read_csv(cache / "images.csv", keep_default_na=False, dtype=words)
     table = pd.read_csv(cache / "tiles.csv")
     tile_size = int(json.loads((cache / "cache.json").read_text())["inputs"]["settings"]["tile_size"])
-    pixels = np.load(cache / "pixels.npy", mmap_mode="c")
+    pixels = files.map_array(cache / "pixels.npy")
     grey_scale = 256 if reduce > 1 and pixels.dtype == np.uint8 else 1
     if reduce > 1:
         pixels = caches.open_reduced(cache, pixels, images, reduce, grey_scale)

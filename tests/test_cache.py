@@ -21,6 +21,7 @@ import byol_mammo.extraction
 import byol_mammo.pictures
 import byol_mammo.report
 import train_byol_mammo as mammo
+from byol_mammo import image_head
 
 
 def test_pixels_are_the_masked_originals(archive, tiles):
@@ -51,6 +52,50 @@ def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flag
     assert sorted(tiles.images["bit_depth"]) == [8, 12, 12]
     assert np.load(tiles.cache / "pixels.npy", mmap_mode="r").dtype == np.uint16
     assert_masked_originals(tmp_path, tiles)
+
+
+def open_pixels(cache, values):
+    images = pd.DataFrame({"image": ["a"], "study_id": "a", "laterality": "", "view": "", "offset": 0})
+    images = images.assign(height=values // 2**16, width=2**16, y0=0, x0=0, low=0.0, high=1.0)
+    images.to_csv(cache / "images.csv", index=False)
+    pd.DataFrame({"image": [0], "x": 0, "y": 0}).to_csv(cache / "tiles.csv", index=False)
+    (cache / "cache.json").write_text('{"inputs": {"settings": {"tile_size": 64}}}')
+    tiles = mammo.open_tiles(cache)
+    return mammo.cut_regions(tiles, np.array([0]), 32).shape[-1] * len(tiles.pixels) // 64
+
+
+def open_averaged(cache, values):
+    images = pd.DataFrame({"height": [values // 2**16 * 2], "width": 2**17})
+    return len(mammo.caches.open_reduced(cache, np.empty(0), images, 2, 1))
+
+
+def open_features(cache, values):
+    return image_head.keep_features(cache / "features.npy", (values // 64, 64), list).size
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "opened"),
+    [
+        ("pixels.npy", np.uint16, open_pixels),
+        ("pixels_reduced_2.npy", np.uint16, open_averaged),
+        ("features.npy", np.float32, open_features),
+    ],
+)
+def test_what_is_mapped_may_be_larger_than_memory(tmp_path, name, dtype, opened):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    values = int(1.5 * memory) // np.dtype(dtype).itemsize >> 16 << 16
+    path = tmp_path / name
+    with path.open("wb") as file:
+        mammo.files.write_npy_header(file, np.dtype(dtype), values)
+        try:
+            file.truncate(mammo.files.NPY_HEADER + values * np.dtype(dtype).itemsize)
+        except OSError as error:
+            pytest.skip(f"no files of that size here ({error})")
+    if path.stat().st_blocks * 512 > 2**20:
+        path.unlink()
+        pytest.skip("no sparse files here")
+    assert opened(tmp_path, values) == values
+    path.unlink()
 
 
 def test_tables_hold_the_contract_and_agree(tiles):
