@@ -746,7 +746,8 @@ def extract_to_file(
 ) -> dict[str, Any]:
     """Extract image number `index` and append its pixels to the folder's file of their depth.
 
-    Returns its record for the Journal, with the `offset` of its pixels or the `error` that skipped it.
+    Returns its record for the Journal, with the `offset` of its pixels or the `error` that skipped it;
+    `unread` tells of an error of the system, see Journal.add.
     """
     from byol_mammo import extraction
 
@@ -755,7 +756,8 @@ def extract_to_file(
     try:
         record, pixels = extract_image(path, spacing_mm, config, view)
     except ImageReadError as error:
-        return {"index": index, "error": error.reason}
+        skipped = {"index": index, "error": error.reason}
+        return skipped | {"unread": path} if isinstance(error, images.UnreadError) else skipped
     file, dtype = extraction.pixel_file(Path(folder), record["bit_depth"])
     offset = extraction.append_pixels(file, np.ascontiguousarray(pixels, dtype)) if pixels.size else 0
     return {"index": index, "offset": offset, **record}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import stat
 import struct
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -53,6 +56,10 @@ class ImageReadError(MammoError):
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = Path(path), reason
+
+
+class UnreadError(ImageReadError):
+    """An image that the system did not give: another try may succeed, so that nothing may go without."""
 
 
 def image_folder(data_dir: str | Path) -> Path:
@@ -221,16 +228,15 @@ def check_polarity(column: pd.Series, path: Path) -> None:
 # ---- Decoding and reducing: part of a cache's key --------------------------------------------------
 
 PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT}  # what file servers say for a while
+RETRY_AFTER = 1.0  # s
 MAX_SAMPLES = 150_000_000  # pixels times channels of the largest image read; most have 10-30 million
 
 
 def decode(path: str | Path) -> np.ndarray:
-    """The grey levels of an image file as they are: (H, W) uint8 or uint16. Raises ImageReadError."""
-    if not Path(path).is_file():
-        raise ImageReadError(path, "no such file" if not Path(path).exists() else "not a file")
-    if (samples := declared_samples(path)) > MAX_SAMPLES:
-        raise ImageReadError(path, f"declares {samples:,} values, more than a mammogram has")
-    data = Path(path).read_bytes()  # cv2.imread would crash at a name that is not UTF-8
+    """The grey levels of an image file as they are: (H, W) uint8 or uint16. Raises ImageReadError, of
+    which UnreadError tells of the system, not of the file's content."""
+    data = read_patiently(path)
     try:
         image = decode_grey_png(data)
         if image is None:
@@ -246,6 +252,37 @@ def decode(path: str | Path) -> np.ndarray:
     if min(image.shape) < 2:
         raise ImageReadError(path, f"only {image.shape[1]} x {image.shape[0]} px")
     return image
+
+
+def read_patiently(path: str | Path, tries: int = 2) -> bytes:
+    """read_checked, once more after RETRY_AFTER where a file server may mend itself.
+
+    Raises ImageReadError, and UnreadError for every OSError.
+    """
+    try:
+        return read_checked(path)
+    except OSError as error:
+        if tries > 1 and error.errno in PASSING:
+            time.sleep(RETRY_AFTER)
+            return read_patiently(path, tries - 1)
+        gone = isinstance(error, FileNotFoundError)
+        reason = "no such file" if gone else f"can't be read: {error.strerror or error}"
+        raise UnreadError(path, reason) from error
+
+
+def read_checked(path: str | Path) -> bytes:
+    """The bytes of an image file, whose header is read first. Raises ImageReadError and OSError."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # it leads nowhere
+            raise ImageReadError(path, "no such file") from error
+        raise
+    if not stat.S_ISREG(mode):
+        raise ImageReadError(path, "not a file")
+    if (samples := declared_samples(path)) > MAX_SAMPLES:
+        raise ImageReadError(path, f"declares {samples:,} values, more than a mammogram has")
+    return Path(path).read_bytes()  # cv2.imread would crash at a name that is not UTF-8
 
 
 def decode_grey_png(data: bytes) -> np.ndarray | None:
@@ -280,7 +317,10 @@ def decode_by_opencv(data: bytes) -> np.ndarray | None:
 
 
 def declared_samples(path: str | Path) -> int:
-    """Pixels times channels by a file's header, read before any pixel. Raises ImageReadError."""
+    """Pixels times channels by a file's header, read before any pixel.
+
+    Raises ImageReadError, and OSError where the system doesn't give the file.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images and of odd tags
@@ -290,8 +330,8 @@ def declared_samples(path: str | Path) -> int:
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which it names
         raise ImageReadError(path, f"declares more values than a mammogram has: {error}") from error
     except OSError as error:
-        if error.errno:
-            raise ImageReadError(path, f"can't be read: {error.strerror}") from error
+        if error.errno and error.errno != errno.EINVAL:  # of a place beyond all files in a header
+            raise
         with open(path, "rb") as file:
             dicom = file.read(132).endswith(b"DICM")  # after a preamble of 128 bytes (PS3.10, 7.1)
         reason = "DICOM; prepare_dataset.py makes PNG of it" if dicom else "damaged, or not an image"

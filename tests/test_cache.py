@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ import byol_mammo.extraction
 import byol_mammo.pictures
 import byol_mammo.report
 import train_byol_mammo as mammo
-from byol_mammo import image_head
+from byol_mammo import cluster, image_head
 
 
 def test_pixels_are_the_masked_originals(archive, tiles):
@@ -52,6 +53,90 @@ def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flag
     assert sorted(tiles.images["bit_depth"]) == [8, 12, 12]
     assert np.load(tiles.cache / "pixels.npy", mmap_mode="r").dtype == np.uint16
     assert_masked_originals(tmp_path, tiles)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A file server that answers the opening of some images by an error: its number by the image's name,
+    and how often; `asked` holds the names of all images that were opened."""
+    errors, asked, plain = {}, [], mammo.images.Image.open
+
+    def shaky(path, **options):
+        name = Path(path).name
+        asked.append(name)
+        number, times = errors.get(name, (0, 0))
+        if times:
+            errors[name] = number, times - 1
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, **options)
+
+    monkeypatch.setattr(mammo.images.Image, "open", shaky)
+    monkeypatch.setattr(mammo.images, "RETRY_AFTER", 0)
+    return SimpleNamespace(errors=errors, asked=asked)
+
+
+def test_what_the_system_did_not_give_is_no_skip_and_is_tried_again(tmp_path, server):
+    names = sorted(path.name for path in write_images(tmp_path / "images", 4).iterdir())
+    server.errors |= {names[0]: (errno.ESTALE, 9), names[2]: (errno.EACCES, 9)}
+    config = small_config(tmp_path)
+    with pytest.raises(mammo.MammoError, match=f"2 of 4 images .*{names[0]}.*Stale") as told:
+        mammo.build_cache(config)
+    assert "move them out of --data_dir" in str(told.value)
+    assert set(server.asked) == set(names)  # the others ended first
+    assert server.asked.count(names[0]) == 2
+    assert server.asked.count(names[2]) == 1
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+    server.errors.clear()
+    server.asked.clear()
+    cache = mammo.build_cache(config)
+    assert sorted(server.asked) == [names[0], names[2]]
+    assert set(pd.read_csv(cache / "rejections.csv", keep_default_na=False)["error"]) == {""}
+    shutil.copytree(tmp_path / "images", tmp_path / "calm" / "images")
+    assert_same_cache(cache, mammo.build_cache(small_config(tmp_path / "calm")))
+
+
+def test_a_passing_error_of_the_system_is_waited_for(tmp_path, server):
+    names = sorted(path.name for path in write_images(tmp_path / "images", 2).iterdir())
+    server.errors |= {names[0]: (errno.EIO, 1), names[1]: (errno.ETIMEDOUT, 1)}
+    cache = mammo.build_cache(small_config(tmp_path))
+    funnel = pd.read_csv(cache / "rejections.csv", keep_default_na=False)
+    assert set(funnel["error"]) == {""}
+
+
+def test_an_image_that_vanished_is_no_skip(tmp_path, monkeypatch):
+    gone = write_images(tmp_path / "images", 2) / "s0_i1.png"
+    jobs = mammo.extraction_jobs
+
+    def late(*words):
+        gone.unlink(missing_ok=True)
+        return jobs(*words)
+
+    monkeypatch.setattr(mammo, "extraction_jobs", late)
+    with pytest.raises(mammo.MammoError, match=rf"1 of 2 images .*{gone.name} \(no such file\)"):
+        mammo.build_cache(small_config(tmp_path))
+
+
+def test_a_place_beyond_all_files_is_damage_not_the_system(tmp_path, server):
+    write_images(tmp_path / "images", 2)
+    server.errors["s0_i0.png"] = errno.EINVAL, 9  # of seek()
+    cache = mammo.build_cache(small_config(tmp_path))
+    funnel = pd.read_csv(cache / "rejections.csv", keep_default_na=False)
+    assert list(funnel["error"]) == ["can't be decoded: damaged, or not an image", ""]
+
+
+def test_what_a_clusters_workers_were_not_given_is_tried_again(tmp_path, monkeypatch):
+    def results(dask, function, jobs, *_):
+        yield from ((number, function(*job)) for number, job in enumerate(jobs))
+
+    def extract(index, path, folder):
+        return {"index": index, "error": "no", **({"unread": path} if index == 1 else {})}
+
+    monkeypatch.setattr(cluster, "results", results)
+    with pytest.raises(mammo.MammoError, match=r"1 of 3 images .*b \(no\)"):
+        byol_mammo.extraction.extract_missing(
+            extract, [(0, "a"), (1, "b"), (2, "c")], tmp_path / "extracted" / "here", 1, "none", "x:1"
+        )
+    assert set(byol_mammo.extraction.read_records(tmp_path / "extracted")) == {0, 2}
 
 
 def open_pixels(cache, values):
