@@ -95,16 +95,15 @@ def walk_images(root: Path) -> tuple[list[Path], list[Path]]:
         folder = folders.pop()
         if os.path.realpath(folder) not in entered:
             entered.add(os.path.realpath(folder))
-            with suppress(PermissionError):  # as lost+found; any other failure must not lose images
-                for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                    if is_left_out(entry.name):
-                        left_out.append(Path(entry))
-                    elif entry.is_symlink() and os.path.isdir(entry):
-                        linked.append(Path(entry))
-                    elif entry.is_dir(follow_symlinks=False):
-                        folders.append(Path(entry))
-                    else:
-                        found.append(Path(entry))
+            for entry in entries_of(folder):
+                if is_left_out(entry.name):
+                    left_out.append(Path(entry))
+                elif entry.is_symlink() and os.path.isdir(entry):
+                    linked.append(Path(entry))
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry))
+                else:
+                    found.append(Path(entry))
         if not folders:
             folders, linked = linked, []
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -113,6 +112,19 @@ def walk_images(root: Path) -> tuple[list[Path], list[Path]]:
         hint += f"; {len(left_out)} hidden files and folders are left out" if left_out else ""
         raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it{hint}")
     return paths, left_out
+
+
+def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name. Raises MammoError where that may not be known: its images would be
+    missing without a word."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except PermissionError as error:
+        raise MammoError(
+            f"{folder}: you may not read this folder ({error.strerror}), which may hold images; make it "
+            "readable (chmod u+rx), or give a folder without it"
+        ) from error
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:

@@ -139,6 +139,24 @@ def test_what_a_clusters_workers_were_not_given_is_tried_again(tmp_path, monkeyp
     assert set(byol_mammo.extraction.read_records(tmp_path / "extracted")) == {0, 2}
 
 
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 2)
+    for name in ("closed", "lost+found"):
+        write_images(tmp_path / "images" / name, 1)
+    plain = os.scandir
+
+    def scandir(path):
+        if Path(path).name in ("closed", "lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(mammo.MammoError, match=r"images/closed: you may not read .*folder without it"):
+        mammo.images.find_images(tmp_path / "images")
+    (tmp_path / "images" / "closed").rename(tmp_path / "closed")
+    assert len(mammo.images.find_images(tmp_path / "images")) == 2
+
+
 def open_pixels(cache, values):
     images = pd.DataFrame({"image": ["a"], "study_id": "a", "laterality": "", "view": "", "offset": 0})
     images = images.assign(height=values // 2**16, width=2**16, y0=0, x0=0, low=0.0, high=1.0)
