@@ -211,6 +211,8 @@ def read_manifest(root: Path, also: Sequence[str] = ()) -> pd.DataFrame:
         ]
         manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
+        # As find_muscle knows them; a table of one's own may say cc.
+        manifest["view"] = manifest["view"].map(str.upper, na_action="ignore").astype(object)
         check_polarity(manifest["polarity"], folder / "manifest.csv")
         cells = manifest["spacing_mm"]
         spacing = pd.to_numeric(cells, errors="coerce")

@@ -632,6 +632,13 @@ def test_a_folder_that_fails_to_list_its_images_is_an_error(tmp_path, monkeypatc
         mammo.images.find_images(tmp_path)
 
 
+@pytest.mark.parametrize("table", ["file,view\na.png, cc\nb.png,Mlo \nc.png,\n", "file\na.png\n"])
+def test_views_of_ones_own_manifest_are_those_that_the_muscle_goes_by(tmp_path, table):
+    (tmp_path / "manifest.csv").write_text(table)
+    views = mammo.images.read_manifest(tmp_path)["view"].fillna("").tolist()
+    assert views == (["CC", "MLO", ""] if "view" in table else [""])
+
+
 def test_a_linked_folder_keeps_the_manifest_beside_the_link(tmp_path):
     write_images(tmp_path / "elsewhere", 1)
     name = next((tmp_path / "elsewhere").iterdir()).name
