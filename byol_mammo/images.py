@@ -25,7 +25,6 @@ from byol_mammo import files
 from byol_mammo.settings import MammoError
 from byol_mammo.spacing import parse_spacing
 
-SAMPLE = 100_000  # px that tell of an image's grey levels as much as all
 SPACING_RANGE = (0.005, 2)  # mm per pixel that can be; others count as unknown
 POLARITIES = ("as_is", "inverted", "unknown")  # of a manifest; unknown is judged
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
@@ -241,6 +240,7 @@ def check_polarity(column: pd.Series, path: Path) -> None:
 
 # ---- Decoding and reducing: part of a cache's key --------------------------------------------------
 
+SAMPLE = 100_000  # px that tell of an image's grey levels as much as all
 PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT}  # what file servers say for a while
 RETRY_AFTER = 1.0  # s
