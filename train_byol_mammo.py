@@ -847,13 +847,17 @@ def foresee_cache(config: Config) -> int:
     tried, found, seconds = foresight.try_some(extraction_jobs(sources, config), try_extraction)
     cv2.setNumThreads(threads)
     scale, workers = count / len(tried), foresight.count_workers(config.num_workers, count, config.dask)
-    tiles, needed = (round(scale * sum(values)) for values in list(zip(*found, strict=True))[:2])
-    tiles = min(tiles, config.max_tiles) if config.max_tiles else tiles
+    tiles, most = round(scale * sum(count for count, *_ in found)), math.inf
+    if 0 < config.max_tiles < tiles:
+        side = config.tile_size + 2 * math.ceil(VIEW_MARGIN * config.tile_size)
+        tiles, most = config.max_tiles, config.max_tiles * side**2
+    kept, beside = foresight.pixel_bytes([pixels for _, pixels, _ in found], scale, most, config.dask)
+    more = f" ({foresight.size_text(beside)} more until it is in order)" if beside else ""
     begun = cache.with_name(f".{cache.name}.building").exists()
     print(
         f"cache     {cache} would be {'finished' if begun else 'made'}: about {tiles:,} tiles, "
-        f"{foresight.size_text(needed)}, {foresight.duration_text(scale * seconds / workers)} in "
-        f"{workers} processes (from {len(tried)} images); {foresight.space_text(cache, needed)}"
+        f"{foresight.size_text(kept)}{more}, {foresight.duration_text(scale * seconds / workers)} in "
+        f"{workers} processes (from {len(tried)} images); {foresight.space_text(cache, kept + beside)}"
     )
     for job, (_, _, reason) in zip(tried, found, strict=True):
         if reason:
@@ -861,14 +865,14 @@ def foresee_cache(config: Config) -> int:
     return tiles
 
 
-def try_extraction(job: tuple) -> tuple[int, int, str]:
-    """Tiles and bytes of pixels of an image, and why it would be skipped."""
+def try_extraction(job: tuple) -> tuple[int, tuple[int, int], str]:
+    """Tiles of an image, its pixels and the bytes of each, and why it would be skipped."""
     cv2.setNumThreads(1)  # as in extract_to_file
     try:
         record, pixels = extract_image(*job[1:])
     except ImageReadError as error:
-        return 0, 0, error.reason
-    return len(record["tiles"]["x"]), pixels.nbytes, ""
+        return 0, (0, 0), error.reason
+    return len(record["tiles"]["x"]), (pixels.size, pixels.itemsize), ""
 
 
 def finish_cache(
