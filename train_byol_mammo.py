@@ -44,6 +44,7 @@ import operator
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -747,7 +748,8 @@ def extract_to_file(
 ) -> dict[str, Any]:
     """Extract image number `index` and append its pixels to the folder's file of their depth.
 
-    Returns its record for the Journal, with the `offset` of its pixels or the `error` that skipped it.
+    Returns its record for the Journal, with the `offset` of its pixels or the `error` that skipped it;
+    `unread` tells of an error of the system, see Journal.add.
     """
     from byol_mammo import extraction
 
@@ -756,7 +758,8 @@ def extract_to_file(
     try:
         record, pixels = extract_image(path, spacing_mm, config, view)
     except ImageReadError as error:
-        return {"index": index, "error": error.reason}
+        skipped = {"index": index, "error": error.reason}
+        return skipped | {"unread": path} if isinstance(error, images.UnreadError) else skipped
     file, dtype = extraction.pixel_file(Path(folder), record["bit_depth"])
     offset = extraction.append_pixels(file, np.ascontiguousarray(pixels, dtype)) if pixels.size else 0
     return {"index": index, "offset": offset, **record}
@@ -846,13 +849,17 @@ def foresee_cache(config: Config) -> int:
     tried, found, seconds = foresight.try_some(extraction_jobs(sources, config), try_extraction)
     cv2.setNumThreads(threads)
     scale, workers = count / len(tried), foresight.count_workers(config.num_workers, count, config.dask)
-    tiles, needed = (round(scale * sum(values)) for values in list(zip(*found, strict=True))[:2])
-    tiles = min(tiles, config.max_tiles) if config.max_tiles else tiles
+    tiles, most = round(scale * sum(count for count, *_ in found)), math.inf
+    if 0 < config.max_tiles < tiles:
+        side = config.tile_size + 2 * math.ceil(VIEW_MARGIN * config.tile_size)
+        tiles, most = config.max_tiles, config.max_tiles * side**2
+    kept, beside = foresight.pixel_bytes([pixels for _, pixels, _ in found], scale, most, config.dask)
+    more = f" ({foresight.size_text(beside)} more until it is in order)" if beside else ""
     begun = cache.with_name(f".{cache.name}.building").exists()
     print(
         f"cache     {cache} would be {'finished' if begun else 'made'}: about {tiles:,} tiles, "
-        f"{foresight.size_text(needed)}, {foresight.duration_text(scale * seconds / workers)} in "
-        f"{workers} processes (from {len(tried)} images); {foresight.space_text(cache, needed)}"
+        f"{foresight.size_text(kept)}{more}, {foresight.duration_text(scale * seconds / workers)} in "
+        f"{workers} processes (from {len(tried)} images); {foresight.space_text(cache, kept + beside)}"
     )
     for job, (_, _, reason) in zip(tried, found, strict=True):
         if reason:
@@ -860,14 +867,14 @@ def foresee_cache(config: Config) -> int:
     return tiles
 
 
-def try_extraction(job: tuple) -> tuple[int, int, str]:
-    """Tiles and bytes of pixels of an image, and why it would be skipped."""
+def try_extraction(job: tuple) -> tuple[int, tuple[int, int], str]:
+    """Tiles of an image, its pixels and the bytes of each, and why it would be skipped."""
     cv2.setNumThreads(1)  # as in extract_to_file
     try:
         record, pixels = extract_image(*job[1:])
     except ImageReadError as error:
-        return 0, 0, error.reason
-    return len(record["tiles"]["x"]), pixels.nbytes, ""
+        return 0, (0, 0), error.reason
+    return len(record["tiles"]["x"]), (pixels.size, pixels.itemsize), ""
 
 
 def finish_cache(
@@ -947,7 +954,10 @@ class MammogramTiles:
         self.digest = caches.cache_digest(cache) if cache != Path() else ""  # the cache may go later
         self.tile_size, self.reduce, self.grey_scale = tile_size, reduce, grey_scale
         # torch has few uint16 operations: the bits travel as int16, cut_regions reads them back.
-        self.pixels = torch.from_numpy(pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels)
+        values = pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels
+        with warnings.catch_warnings():  # nobody writes to pixels
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            self.pixels = torch.from_numpy(values)
         shape, offset = caches.reduced_layout(images, reduce)
         image_row = table["image"].to_numpy()
         origin = images[["x0", "y0"]].to_numpy()[image_row]
@@ -1000,7 +1010,7 @@ def open_tiles(cache: str | Path, reduce: int = 1) -> MammogramTiles:
     images = pd.read_csv(cache / "images.csv", keep_default_na=False, dtype=words)
     table = pd.read_csv(cache / "tiles.csv")
     tile_size = int(json.loads((cache / "cache.json").read_text())["inputs"]["settings"]["tile_size"])
-    pixels = np.load(cache / "pixels.npy", mmap_mode="c")
+    pixels = files.map_array(cache / "pixels.npy")
     grey_scale = 256 if reduce > 1 and pixels.dtype == np.uint8 else 1
     if reduce > 1:
         pixels = caches.open_reduced(cache, pixels, images, reduce, grey_scale)

@@ -194,7 +194,7 @@ def open_reduced(
 
     for path in paths:
         if has_size(path, size):  # also in a folder that can't be written
-            return np.load(path, mmap_mode="c")
+            return files.map_array(path)
     for path in paths:
         try:
             path.parent.mkdir(exist_ok=True)
@@ -205,7 +205,7 @@ def open_reduced(
             continue
         if path.parent != cache:
             print(f"note: {cache} can't be written: its averaged copy is {path}", file=sys.stderr)
-        return np.load(path, mmap_mode="c")
+        return files.map_array(path)
     folder = tempfile.gettempdir()
     print(
         f"note: {cache} and {cache.parent} can't be written: its averaged copy goes to a temporary file "
@@ -216,7 +216,7 @@ def open_reduced(
     with files.name_file_in_errors(Path(folder)), tempfile.TemporaryFile() as file:
         write(file)
         file.flush()
-        return np.memmap(file, np.uint16, "c", files.NPY_HEADER)
+        return np.memmap(file, np.uint16, "r", files.NPY_HEADER)
 
 
 def has_size(path: Path, size: int) -> bool:

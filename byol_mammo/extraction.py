@@ -82,6 +82,7 @@ class Journal:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.waiting: list[dict[str, Any]] = []
+        self.unread: list[dict[str, Any]] = []
         self.ends = {pixel_file(self.folder, bits)[0]: files.NPY_HEADER for bits in (8, 16)}
         kept = [{**record} for record in finished.values() if record["folder"] == self.folder]
         for record in kept:
@@ -96,7 +97,13 @@ class Journal:
         self.due = time.monotonic() + SYNC_EVERY
 
     def add(self, record: dict[str, Any]) -> None:
-        """Note a finished image. Raises the OSError of an earlier write."""
+        """Note a finished image; one that the system did not give (`unread`) is left for another start.
+
+        Raises the OSError of an earlier write.
+        """
+        if "unread" in record:
+            self.unread.append(record)
+            return
         self._note_end(record)
         self.waiting.append(record)
         if time.monotonic() >= self.due and self.written.done():
@@ -177,6 +184,9 @@ def extract_missing(
 
     `extract(*job, folder=...)` extracts an image to that folder and returns its record; `mode`: of
     progress; `dask`: the cluster that does it, '' = processes of this machine.
+
+    Raises MammoError where images could not be read for the system's sake, once all others are done: a
+    cache without them would never be made again, whose key knows names, sizes and times alone.
     """
     extracted = folder.parent
     finished = read_records(extracted)
@@ -198,6 +208,13 @@ def extract_missing(
             "perhaps; lower --num_workers and start again: finished images are kept. If it ends there "
             "again, one of these files crashes its decoder: move it away"
         ) from error
+    if journal.unread:
+        first = journal.unread[0]
+        raise MammoError(
+            f"{len(journal.unread)} of {len(jobs)} images can't be read at present, the first is "
+            f"{first['unread']} ({first['error']}); all others are finished and kept, and the same "
+            "command tries these again. If they can't be mended, move them out of --data_dir"
+        )
     finished = read_records(extracted)
     return [finished[job[0]] for job in jobs]
 

@@ -80,6 +80,15 @@ def write_npy_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     np.lib.format.write_array_header_2_0(file, header)
 
 
+def map_array(path: Path) -> np.ndarray:
+    """An .npy file, memory-mapped for reading alone.
+
+    A private mapping that may be written ("c") counts as memory that is promised: a file larger than
+    memory and swap could not be opened.
+    """
+    return np.load(path, mmap_mode="r")
+
+
 UNFINISHED = ".unfinished."  # how the name of a file begins until it is complete
 
 

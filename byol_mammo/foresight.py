@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,20 @@ def count_workers(num_workers: int, items: int, dask: str = "") -> int:
 
         num_workers = there = max(1, cluster.count_workers(dask))
     return min(num_workers, there, items)
+
+
+def pixel_bytes(
+    tried: Sequence[tuple[int, int]], scale: float, most: float = math.inf, dask: str = ""
+) -> tuple[float, float]:
+    """Bytes of a cache's pixels, and of the copy beside it from which it is put into order, if it is.
+
+    `tried`: pixels and the bytes of each of the images tried, one of every `scale`; `most`: pixels that
+    MAX_TILES leaves. See extraction.write_cache: images of 8 and of 16 bit share 16.
+    """
+    widths = {width for count, width in tried if count}
+    kept = min(most, scale * sum(count for count, _ in tried)) * max(widths, default=0)
+    copied = dask or len(widths) > 1 or most < math.inf
+    return kept, scale * sum(count * width for count, width in tried) if copied else 0
 
 
 def size_text(size: float) -> str:

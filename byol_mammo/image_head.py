@@ -363,4 +363,4 @@ def keep_features(path: Path, shape: tuple[int, int], make: Callable[[], np.ndar
                 raise
             print(f"note: {path.parent} can't be written: features are not kept", file=sys.stderr)
             return features
-    return np.load(path, mmap_mode="c").reshape(shape)
+    return files.map_array(path).reshape(shape)

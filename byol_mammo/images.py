@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import stat
 import struct
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +25,6 @@ from byol_mammo import files
 from byol_mammo.settings import MammoError
 from byol_mammo.spacing import parse_spacing
 
-SAMPLE = 100_000  # px that tell of an image's grey levels as much as all
 SPACING_RANGE = (0.005, 2)  # mm per pixel that can be; others count as unknown
 POLARITIES = ("as_is", "inverted", "unknown")  # of a manifest; unknown is judged
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".pgm")
@@ -53,6 +55,10 @@ class ImageReadError(MammoError):
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = Path(path), reason
+
+
+class UnreadError(ImageReadError):
+    """An image that the system did not give: another try may succeed, so that nothing may go without."""
 
 
 def image_folder(data_dir: str | Path) -> Path:
@@ -88,16 +94,15 @@ def walk_images(root: Path) -> tuple[list[Path], list[Path]]:
         folder = folders.pop()
         if os.path.realpath(folder) not in entered:
             entered.add(os.path.realpath(folder))
-            with suppress(PermissionError):  # as lost+found; any other failure must not lose images
-                for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                    if is_left_out(entry.name):
-                        left_out.append(Path(entry))
-                    elif entry.is_symlink() and os.path.isdir(entry):
-                        linked.append(Path(entry))
-                    elif entry.is_dir(follow_symlinks=False):
-                        folders.append(Path(entry))
-                    else:
-                        found.append(Path(entry))
+            for entry in entries_of(folder):
+                if is_left_out(entry.name):
+                    left_out.append(Path(entry))
+                elif entry.is_symlink() and os.path.isdir(entry):
+                    linked.append(Path(entry))
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry))
+                else:
+                    found.append(Path(entry))
         if not folders:
             folders, linked = linked, []
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -106,6 +111,19 @@ def walk_images(root: Path) -> tuple[list[Path], list[Path]]:
         hint += f"; {len(left_out)} hidden files and folders are left out" if left_out else ""
         raise MammoError(f"{root}: no image with {', '.join(IMAGE_SUFFIXES)} in it{hint}")
     return paths, left_out
+
+
+def entries_of(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name. Raises MammoError where that may not be known: its images would be
+    missing without a word."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except PermissionError as error:
+        raise MammoError(
+            f"{folder}: you may not read this folder ({error.strerror}), which may hold images; make it "
+            "readable (chmod u+rx), or give a folder without it"
+        ) from error
 
 
 def list_sources(data_dir: str | Path) -> pd.DataFrame:
@@ -192,6 +210,8 @@ def read_manifest(root: Path, also: Sequence[str] = ()) -> pd.DataFrame:
         ]
         manifest = manifest.replace("", np.nan)
         manifest = manifest.reindex(columns=columns).drop_duplicates("path")
+        # As find_muscle knows them; a table of one's own may say cc.
+        manifest["view"] = manifest["view"].map(str.upper, na_action="ignore").astype(object)
         check_polarity(manifest["polarity"], folder / "manifest.csv")
         cells = manifest["spacing_mm"]
         spacing = pd.to_numeric(cells, errors="coerce")
@@ -220,17 +240,17 @@ def check_polarity(column: pd.Series, path: Path) -> None:
 
 # ---- Decoding and reducing: part of a cache's key --------------------------------------------------
 
+SAMPLE = 100_000  # px that tell of an image's grey levels as much as all
 PNG_SIGNATURE, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT}  # what file servers say for a while
+RETRY_AFTER = 1.0  # s
 MAX_SAMPLES = 150_000_000  # pixels times channels of the largest image read; most have 10-30 million
 
 
 def decode(path: str | Path) -> np.ndarray:
-    """The grey levels of an image file as they are: (H, W) uint8 or uint16. Raises ImageReadError."""
-    if not Path(path).is_file():
-        raise ImageReadError(path, "no such file" if not Path(path).exists() else "not a file")
-    if (samples := declared_samples(path)) > MAX_SAMPLES:
-        raise ImageReadError(path, f"declares {samples:,} values, more than a mammogram has")
-    data = Path(path).read_bytes()  # cv2.imread would crash at a name that is not UTF-8
+    """The grey levels of an image file as they are: (H, W) uint8 or uint16. Raises ImageReadError, of
+    which UnreadError tells of the system, not of the file's content."""
+    data = read_patiently(path)
     try:
         image = decode_grey_png(data)
         if image is None:
@@ -246,6 +266,37 @@ def decode(path: str | Path) -> np.ndarray:
     if min(image.shape) < 2:
         raise ImageReadError(path, f"only {image.shape[1]} x {image.shape[0]} px")
     return image
+
+
+def read_patiently(path: str | Path, tries: int = 2) -> bytes:
+    """read_checked, once more after RETRY_AFTER where a file server may mend itself.
+
+    Raises ImageReadError, and UnreadError for every OSError.
+    """
+    try:
+        return read_checked(path)
+    except OSError as error:
+        if tries > 1 and error.errno in PASSING:
+            time.sleep(RETRY_AFTER)
+            return read_patiently(path, tries - 1)
+        gone = isinstance(error, FileNotFoundError)
+        reason = "no such file" if gone else f"can't be read: {error.strerror or error}"
+        raise UnreadError(path, reason) from error
+
+
+def read_checked(path: str | Path) -> bytes:
+    """The bytes of an image file, whose header is read first. Raises ImageReadError and OSError."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # it leads nowhere
+            raise ImageReadError(path, "no such file") from error
+        raise
+    if not stat.S_ISREG(mode):
+        raise ImageReadError(path, "not a file")
+    if (samples := declared_samples(path)) > MAX_SAMPLES:
+        raise ImageReadError(path, f"declares {samples:,} values, more than a mammogram has")
+    return Path(path).read_bytes()  # cv2.imread would crash at a name that is not UTF-8
 
 
 def decode_grey_png(data: bytes) -> np.ndarray | None:
@@ -280,7 +331,10 @@ def decode_by_opencv(data: bytes) -> np.ndarray | None:
 
 
 def declared_samples(path: str | Path) -> int:
-    """Pixels times channels by a file's header, read before any pixel. Raises ImageReadError."""
+    """Pixels times channels by a file's header, read before any pixel.
+
+    Raises ImageReadError, and OSError where the system doesn't give the file.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images and of odd tags
@@ -290,8 +344,8 @@ def declared_samples(path: str | Path) -> int:
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit, which it names
         raise ImageReadError(path, f"declares more values than a mammogram has: {error}") from error
     except OSError as error:
-        if error.errno:
-            raise ImageReadError(path, f"can't be read: {error.strerror}") from error
+        if error.errno and error.errno != errno.EINVAL:  # of a place beyond all files in a header
+            raise
         with open(path, "rb") as file:
             dicom = file.read(132).endswith(b"DICM")  # after a preamble of 128 bytes (PS3.10, 7.1)
         reason = "DICOM; prepare_dataset.py makes PNG of it" if dicom else "damaged, or not an image"

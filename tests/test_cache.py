@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ import byol_mammo.extraction
 import byol_mammo.pictures
 import byol_mammo.report
 import train_byol_mammo as mammo
+from byol_mammo import cluster, image_head
 
 
 def test_pixels_are_the_masked_originals(archive, tiles):
@@ -51,6 +53,152 @@ def test_images_of_two_depths_share_16_bits_and_keep_their_values(tmp_path, flag
     assert sorted(tiles.images["bit_depth"]) == [8, 12, 12]
     assert np.load(tiles.cache / "pixels.npy", mmap_mode="r").dtype == np.uint16
     assert_masked_originals(tmp_path, tiles)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A file server that answers the opening of some images by an error: its number by the image's name,
+    and how often; `asked` holds the names of all images that were opened."""
+    errors, asked, plain = {}, [], mammo.images.Image.open
+
+    def shaky(path, **options):
+        name = Path(path).name
+        asked.append(name)
+        number, times = errors.get(name, (0, 0))
+        if times:
+            errors[name] = number, times - 1
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, **options)
+
+    monkeypatch.setattr(mammo.images.Image, "open", shaky)
+    monkeypatch.setattr(mammo.images, "RETRY_AFTER", 0)
+    return SimpleNamespace(errors=errors, asked=asked)
+
+
+def test_what_the_system_did_not_give_is_no_skip_and_is_tried_again(tmp_path, server):
+    names = sorted(path.name for path in write_images(tmp_path / "images", 4).iterdir())
+    server.errors |= {names[0]: (errno.ESTALE, 9), names[2]: (errno.EACCES, 9)}
+    config = small_config(tmp_path)
+    with pytest.raises(mammo.MammoError, match=f"2 of 4 images .*{names[0]}.*Stale") as told:
+        mammo.build_cache(config)
+    assert "move them out of --data_dir" in str(told.value)
+    assert set(server.asked) == set(names)  # the others ended first
+    assert server.asked.count(names[0]) == 2
+    assert server.asked.count(names[2]) == 1
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+    server.errors.clear()
+    server.asked.clear()
+    cache = mammo.build_cache(config)
+    assert sorted(server.asked) == [names[0], names[2]]
+    assert set(pd.read_csv(cache / "rejections.csv", keep_default_na=False)["error"]) == {""}
+    shutil.copytree(tmp_path / "images", tmp_path / "calm" / "images")
+    assert_same_cache(cache, mammo.build_cache(small_config(tmp_path / "calm")))
+
+
+def test_a_passing_error_of_the_system_is_waited_for(tmp_path, server):
+    names = sorted(path.name for path in write_images(tmp_path / "images", 2).iterdir())
+    server.errors |= {names[0]: (errno.EIO, 1), names[1]: (errno.ETIMEDOUT, 1)}
+    cache = mammo.build_cache(small_config(tmp_path))
+    funnel = pd.read_csv(cache / "rejections.csv", keep_default_na=False)
+    assert set(funnel["error"]) == {""}
+
+
+def test_an_image_that_vanished_is_no_skip(tmp_path, monkeypatch):
+    gone = write_images(tmp_path / "images", 2) / "s0_i1.png"
+    jobs = mammo.extraction_jobs
+
+    def late(*words):
+        gone.unlink(missing_ok=True)
+        return jobs(*words)
+
+    monkeypatch.setattr(mammo, "extraction_jobs", late)
+    with pytest.raises(mammo.MammoError, match=rf"1 of 2 images .*{gone.name} \(no such file\)"):
+        mammo.build_cache(small_config(tmp_path))
+
+
+def test_a_place_beyond_all_files_is_damage_not_the_system(tmp_path, server):
+    write_images(tmp_path / "images", 2)
+    server.errors["s0_i0.png"] = errno.EINVAL, 9  # of seek()
+    cache = mammo.build_cache(small_config(tmp_path))
+    funnel = pd.read_csv(cache / "rejections.csv", keep_default_na=False)
+    assert list(funnel["error"]) == ["can't be decoded: damaged, or not an image", ""]
+
+
+def test_what_a_clusters_workers_were_not_given_is_tried_again(tmp_path, monkeypatch):
+    def results(dask, function, jobs, *_):
+        yield from ((number, function(*job)) for number, job in enumerate(jobs))
+
+    def extract(index, path, folder):
+        return {"index": index, "error": "no", **({"unread": path} if index == 1 else {})}
+
+    monkeypatch.setattr(cluster, "results", results)
+    with pytest.raises(mammo.MammoError, match=r"1 of 3 images .*b \(no\)"):
+        byol_mammo.extraction.extract_missing(
+            extract, [(0, "a"), (1, "b"), (2, "c")], tmp_path / "extracted" / "here", 1, "none", "x:1"
+        )
+    assert set(byol_mammo.extraction.read_records(tmp_path / "extracted")) == {0, 2}
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 2)
+    for name in ("closed", "lost+found"):
+        write_images(tmp_path / "images" / name, 1)
+    plain = os.scandir
+
+    def scandir(path):
+        if Path(path).name in ("closed", "lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(mammo.MammoError, match=r"images/closed: you may not read .*folder without it"):
+        mammo.images.find_images(tmp_path / "images")
+    (tmp_path / "images" / "closed").rename(tmp_path / "closed")
+    assert len(mammo.images.find_images(tmp_path / "images")) == 2
+
+
+def open_pixels(cache, values):
+    images = pd.DataFrame({"image": ["a"], "study_id": "a", "laterality": "", "view": "", "offset": 0})
+    images = images.assign(height=values // 2**16, width=2**16, y0=0, x0=0, low=0.0, high=1.0)
+    images.to_csv(cache / "images.csv", index=False)
+    pd.DataFrame({"image": [0], "x": 0, "y": 0}).to_csv(cache / "tiles.csv", index=False)
+    (cache / "cache.json").write_text('{"inputs": {"settings": {"tile_size": 64}}}')
+    tiles = mammo.open_tiles(cache)
+    return mammo.cut_regions(tiles, np.array([0]), 32).shape[-1] * len(tiles.pixels) // 64
+
+
+def open_averaged(cache, values):
+    images = pd.DataFrame({"height": [values // 2**16 * 2], "width": 2**17})
+    return len(mammo.caches.open_reduced(cache, np.empty(0), images, 2, 1))
+
+
+def open_features(cache, values):
+    return image_head.keep_features(cache / "features.npy", (values // 64, 64), list).size
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "opened"),
+    [
+        ("pixels.npy", np.uint16, open_pixels),
+        ("pixels_reduced_2.npy", np.uint16, open_averaged),
+        ("features.npy", np.float32, open_features),
+    ],
+)
+def test_what_is_mapped_may_be_larger_than_memory(tmp_path, name, dtype, opened):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    values = int(1.5 * memory) // np.dtype(dtype).itemsize >> 16 << 16
+    path = tmp_path / name
+    with path.open("wb") as file:
+        mammo.files.write_npy_header(file, np.dtype(dtype), values)
+        try:
+            file.truncate(mammo.files.NPY_HEADER + values * np.dtype(dtype).itemsize)
+        except OSError as error:
+            pytest.skip(f"no files of that size here ({error})")
+    if path.stat().st_blocks * 512 > 2**20:
+        path.unlink()
+        pytest.skip("no sparse files here")
+    assert opened(tmp_path, values) == values
+    path.unlink()
 
 
 def test_tables_hold_the_contract_and_agree(tiles):
@@ -482,6 +630,13 @@ def test_a_folder_that_fails_to_list_its_images_is_an_error(tmp_path, monkeypatc
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(OSError, match=r"Input/output error.*b"):
         mammo.images.find_images(tmp_path)
+
+
+@pytest.mark.parametrize("table", ["file,view\na.png, cc\nb.png,Mlo \nc.png,\n", "file\na.png\n"])
+def test_views_of_ones_own_manifest_are_those_that_the_muscle_goes_by(tmp_path, table):
+    (tmp_path / "manifest.csv").write_text(table)
+    views = mammo.images.read_manifest(tmp_path)["view"].fillna("").tolist()
+    assert views == (["CC", "MLO", ""] if "view" in table else [""])
 
 
 def test_a_linked_folder_keeps_the_manifest_beside_the_link(tmp_path):

@@ -42,6 +42,7 @@ EDITS = {  # a piece of the code, what stands there instead, whether that makes 
     ),
     "plumbing": ("caches.build_once(final, build)", "caches.build_once(final, build=build)", False),
     "a mask": (OPENING, "OPENING = 7", True),
+    "how many px are asked for the window": ("SAMPLE = 100_000", "SAMPLE = 90_000", True),
     "a filter": ("SPECK_SIGMA = 0.13", "SPECK_SIGMA = 0.14", True),
     "the choice of tiles": ("(GROUP_RADIUS / spacing_mm)", "(GROUP_SIZE / spacing_mm)", True),
 }

@@ -19,7 +19,7 @@ from test_prepare_dicom import breast, make_dicom, recode, save
 
 import train_byol_mammo as mammo
 import train_classifier as classifier
-from byol_mammo import foresight
+from byol_mammo import extraction, foresight
 
 
 @pytest.fixture
@@ -165,6 +165,42 @@ def test_a_training_is_foretold(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert mammo.main([*words, "--lr", "0.5", "--dry_run"]) == 2
     assert "holds a run with other settings: --lr 0.002 -> 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bits", "flags"), [((8, 12), ()), ((12,), ("--max_tiles", "6")), ((12,), ())])
+def test_both_copies_of_a_cache_are_foretold(
+    tmp_path: Path, bits: tuple[int, ...], flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for number in range(4):
+        image = breast_image(seed=number, bits=bits[number % len(bits)])[0]
+        (tmp_path / "images").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "images" / f"s{number}.png"), image)
+    words = [*places_in(tmp_path), *SMALL, *flags]
+    asked, there = [], []
+    space = foresight.space_text
+    monkeypatch.setattr(foresight, "space_text", lambda *w: asked.append(w[1]) or space(*w))
+    said = foretold(capsys, mammo.main, *words)
+    gather = extraction.gather_pixels
+
+    def measured(images: pd.DataFrame, parts: list, target: Path, *rest: object) -> None:
+        gather(images, parts, target, *rest)
+        there.extend(path.stat().st_size for path in {part[0] for part in parts})
+
+    monkeypatch.setattr(extraction, "gather_pixels", measured)
+    cache = mammo.build_cache(mammo.parse_args(words))
+    there.append((cache / "pixels.npy").stat().st_size)
+    assert len(there) == (1 if (bits, flags) == ((12,), ()) else len(bits) + 1)
+    assert asked == [pytest.approx(sum(there), rel=0.3 if flags else 0.01)]
+    assert ("more until it is in order" in said) == (len(there) > 1)
+
+
+def test_a_clusters_two_copies_are_foretold() -> None:
+    assert foresight.pixel_bytes([(10, 2), (0, 0)], 3) == (60, 0)
+    assert foresight.pixel_bytes([(10, 2), (0, 0)], 3, dask="x:1") == (60, 60)
+    assert foresight.pixel_bytes([(10, 2), (10, 1)], 3) == (120, 90)
+    assert foresight.pixel_bytes([(10, 2)], 3, most=7) == (14, 60)
+    assert foresight.pixel_bytes([(0, 0)], 3) == (0, 0)
 
 
 @pytest.mark.parametrize(

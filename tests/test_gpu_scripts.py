@@ -10,6 +10,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 import prepare_dataset as prep
@@ -82,6 +83,26 @@ def test_a_stage_that_fails_or_hangs_costs_no_other(tmp_path, monkeypatch, capsy
     assert found["versions"] == [{"before": 1}]
     assert "this stage fails" in (tmp_path / "log.txt").read_text()
     assert capsys.readouterr().out.count("\n") == 3
+
+
+AFTER_A_FORK = """
+import os, sys, torch
+import run
+child = os.fork()
+if not child:
+    os._exit(torch.cuda._is_in_bad_fork())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_the_stages_are_forks_that_may_use_the_gpu():
+    """A question to CUDA while run.py imports what the stages need would forbid CUDA in each of them."""
+    if not hasattr(torch._C, "_cuda_isInBadFork"):
+        pytest.skip("this PyTorch is built without CUDA")
+    command = [sys.executable, "-c", AFTER_A_FORK]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "gpu")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 PAGE = f"""# Page

@@ -27,7 +27,9 @@ from private_torch import (
 import train_byol_mammo as mammo
 
 GPU = torch.device("cuda:0")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+# As text, which pytest asks when a test is due: tests/gpu/run.py imports this file and forks, and
+# a question to CUDA before a fork spoils it for all children.
+needs_gpu = pytest.mark.skipif("not torch.cuda.is_available()", reason="no CUDA GPU here")
 
 
 class NoCopyFromTheHost(TorchDispatchMode):

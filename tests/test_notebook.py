@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from update_docs import NOTEBOOK, PICTURE, execute, pictures
 
+import train_byol_mammo as mammo
+
 FIGURES = 6
 
 
@@ -55,6 +57,12 @@ def test_it_is_short_and_defines_no_algorithm(notebook):
                     "dataclasses", "matplotlib", "numpy", "synthetic_mammograms", "tempfile",
                     "train_byol_mammo",
                 }  # fmt: skip
+
+
+def test_it_names_all_that_decides_about_a_tile(notebook):
+    """Also what spares a tile a criterion."""
+    told = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert not [column for column in mammo.SCORES if f"`{column}`" not in told]
 
 
 def test_committed_outputs_are_the_phantoms_and_small(notebook):

@@ -135,6 +135,15 @@ def test_imports_are_silent_and_light(script, late):
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
+@pytest.mark.parametrize("script", ["train_byol_mammo", "train_classifier", "prepare_dataset"])
+def test_names_that_are_no_text_fit_into_tables_where_pyarrow_is_installed(script):
+    """pyarrow is what pandas would take for text then, and it holds UTF-8 alone."""
+    code = f"import {script}, pandas; print(pandas.get_option('mode.string_storage'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "python\n"
+
+
 def test_every_guard_is_found_once():
     """Else change its line in tests/faults/remove_guards.py, and see its test fail without it."""
     assert len(remove_guards.GUARDS) >= 60

@@ -60,8 +60,10 @@ MACHINES, STRANGERS, MESSAGES = "test_machines.py", "test_strangers_weights.py",
 PROCESSES, NUMBERS, SECURITY = "test_killed_processes.py", "test_wrong_numbers.py", "test_security.py"
 
 GUARDS = [
-    Guard("size of an image before it is decoded", "decode", "(samples := declared_samples(path)) > MAX_SAMPLES",
+    Guard("size of an image before it is decoded", "read_checked", "(samples := declared_samples(path)) > MAX_SAMPLES",
           "False and (samples := declared_samples(path))", f"{IMAGES} RGBA bombs"),
+    Guard("errors of the system are no skips", "Journal.add", "if 'unread' in record:",
+          "False", "../test_cache.py did_not_give"),
     Guard("names that are not UTF-8", "decode", "decode_by_opencv(data)",
           "cv2.imread(str(path), cv2.IMREAD_UNCHANGED)", f"{IMAGES} main_script"),
     Guard("memory for a chunk beyond its PNG", "decode_by_opencv", "if start > len(data):",
