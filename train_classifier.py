@@ -915,6 +915,12 @@ def finetune_epoch(job: Job, bar: tqdm, stop: processes.StopSignal) -> float:
     return float(means.mean())
 
 
+def hashed(patients: np.ndarray) -> list[str]:
+    """Who patients are for a checkpoint, which may be given away: hashes of their names, sorted."""
+    names = {labelling.same_name(name) for name in patients.tolist()}
+    return sorted(hashlib.sha256(os.fsencode(name)).hexdigest()[:16] for name in names)
+
+
 def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
     """Write a checkpoint with the main script's keys; a resumable one holds logits before the shift."""
     state = {key: value.detach().cpu().clone() for key, value in job.engine.model.state_dict().items()}
@@ -929,7 +935,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
         "epoch": job.epoch,
         "monitor": job.rows[-1] if job.rows else {},
         "classifier": dataclasses.asdict(job.settings),
-        "patients": sorted(set(job.data.groups[[*job.train_ids, *job.validation_ids]].tolist())),
+        "patients": hashed(job.data.groups[[*job.train_ids, *job.validation_ids]]),
     }
     if resumable:
         content |= {"optimizer": job.optimizer.state_dict(), "scaler": job.scaler.state_dict()}
@@ -1684,15 +1690,14 @@ def judged_findings(settings: Settings, classes: Sequence[str]) -> list[str]:
 def note_fitted(data: LabelledTiles, ids: np.ndarray, settings: Settings) -> None:
     """Say on stderr how many of those who judge a classifier it was fitted on, or chosen by.
 
-    The checkpoint names them; of one that doesn't (before 2026-11-28) they are the split training.
+    The checkpoint knows them; of one that doesn't (before 2026-11-28) they are the split training.
     """
     state = checkpoints.load_checkpoint(settings.weights)
     if Path(state["classifier"]["data_dir"]).resolve() != Path(settings.data_dir).resolve():
         return  # other archives may have patients of these names
-    in_training = data.groups[data.in_split("training")].tolist()
-    fitted = {labelling.same_name(name) for name in state.get("patients", in_training)}
-    judging = {labelling.same_name(name) for name in data.groups[ids].tolist()}
-    if known := judging & fitted:
+    fitted = state.get("patients") or hashed(data.groups[data.in_split("training")])
+    judging = hashed(data.groups[ids])
+    if known := {*judging} & {*fitted}:
         print(
             f"note: {len(known)} of the {len(judging)} patients who judge {settings.weights} are among "
             "those it was fitted on, or chosen by: the figures are too high",

@@ -156,7 +156,7 @@ GUARDS = [
           "False", "../test_timm_backbones.py every_parameter"),
     Guard("an arm that was trained by another recipe", "check_point", "if changed := mammo.changed_settings(config, recorded):",
           "False", "../test_study.py not_trained_again"),
-    Guard("patients who judge what was fitted on them", "note_fitted", "if known := judging & fitted:",
+    Guard("patients who judge what was fitted on them", "note_fitted", "if known := {*judging} & {*fitted}:",
           "False", "../test_classifier.py fitted_on"),
     Guard("one image, several rows", "match_files", "check_shared(table)",
           "", f"{LABELS} rows and file"),
