@@ -10,6 +10,7 @@ import sys
 
 import pandas as pd
 import pytest
+import stages
 import torch
 from conftest import ROOT
 
@@ -85,23 +86,21 @@ def test_a_stage_that_fails_or_hangs_costs_no_other(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("\n") == 3
 
 
-AFTER_A_FORK = """
-import os, sys, torch
-import run
-child = os.fork()
-if not child:
-    os._exit(torch.cuda._is_in_bad_fork())
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+def forbidden_in_a_fork(_: list[str]) -> int:
+    """1 where CUDA is refused to forks of a process that has imported run.py."""
+    import run  # noqa: F401
+
+    child = os.fork()
+    if not child:
+        os._exit(torch.cuda._is_in_bad_fork())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_the_stages_are_forks_that_may_use_the_gpu():
+def test_the_stages_are_forks_that_may_use_the_gpu(tmp_path):
     """A question to CUDA while run.py imports what the stages need would forbid CUDA in each of them."""
     if not hasattr(torch._C, "_cuda_isInBadFork"):
         pytest.skip("this PyTorch is built without CUDA")
-    command = [sys.executable, "-c", AFTER_A_FORK]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "gpu")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = stages.complete(forbidden_in_a_fork, [], tmp_path)
     assert done.returncode == 0, done.stderr
 
 
