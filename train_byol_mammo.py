@@ -892,10 +892,12 @@ def finish_cache(
     rejections = report.tile_funnel(records, kept, sources["image"], COLUMNS)
     if tiles.empty:
         criteria = ", --".join(criterion.setting for criterion in CRITERIA)
-        raise MammoError(
-            f"no tile was kept.\n{report.describe_funnel(rejections, COLUMNS)}\n"
-            f"loosen the criterion that rejects most (--{criteria}), or see --extract_only --qc_pages"
+        remedy = (
+            "mend what is said of the images, for instance by a smaller --tile_size with every command"
         )
+        if rejections["positions"].any():
+            remedy = f"loosen the criterion that rejects most (--{criteria}), or see --qc_pages"
+        raise MammoError(f"no tile was kept.\n{report.describe_funnel(rejections, COLUMNS)}\n{remedy}")
     images, parts = _index_images(records, tiles, sources, config)
     tiles = tiles.assign(image=tiles.groupby("image").ngroup())
     tables = {"images": images, "tiles": tiles, "rejections": rejections}
@@ -2190,7 +2192,10 @@ def train_in_folder(run: Run) -> Path:
     if run.step >= limit and (run.folder / "backbone.safetensors").is_file():
         if ranks.is_main:
             more = ", or raise --max_steps" if config.max_steps else ""
-            print(f"{run.folder} is finished at step {run.step}; give --run_name NAME{more}")
+            print(
+                f"{run.folder} is finished at step {run.step}: its report.html tells the rest; for "
+                f"another run give --run_name NAME{more}"
+            )
         return run.folder
     if ranks.is_main:
         start_folder(run)

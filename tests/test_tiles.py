@@ -3,10 +3,12 @@
 import cv2
 import numpy as np
 import pandas as pd
-from conftest import breast_image, small_config
+import pytest
+from conftest import breast_image, small_config, write_images
 from hypothesis import given, settings, strategies as st
 
 import train_byol_mammo as mammo
+from byol_mammo.settings import MammoError
 
 CONFIG = mammo.Config(tile_size=128, tile_stride=64)
 COLUMNS = "x y breast_ratio mean_intensity non_zero_ratio freq_energy convergence rejected_by".split()
@@ -152,3 +154,11 @@ def test_tissue_of_no_grey_is_not_kept_as_air(tmp_path):
     inside = mask[y : y + height, x : x + width]
     assert (image[y : y + height, x : x + width][inside] == 0).sum() > 100
     assert ((pixels > 0) == inside).all()
+
+
+def test_images_that_are_smaller_than_a_tile_are_not_a_matter_of_criteria(tmp_path):
+    write_images(tmp_path / "images", count=2)
+    with pytest.raises(MammoError, match="no tile was kept") as caught:
+        mammo.build_cache(small_config(tmp_path, "--tile_size", "512"))
+    assert "a smaller --tile_size" in str(caught.value)
+    assert "loosen" not in str(caught.value)
