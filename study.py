@@ -228,7 +228,7 @@ def check_point(point: Point, config: mammo.Config, settings: Settings) -> None:
     state = checkpoints.load_checkpoint(point.weights)
     recorded = checkpoints.recorded_config(state)
     config = dataclasses.replace(config, input_dim=recorded["input_dim"])
-    if changed := mammo.changed_settings(config, recorded):
+    if changed := flags.changed_flags(config, recorded, mammo.FREE_ON_RESUME):
         raise MammoError(
             f"{point.weights} is of another recipe: {'; '.join(changed)}. Give the arm another name, or "
             "another --output_dir"

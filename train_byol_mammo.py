@@ -1550,7 +1550,7 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     """Put the saved state into a run. Raises MammoError where settings differ that shape the weights."""
     refuse_changes(
         run.folder,
-        changed_settings(run.config, state["config"])
+        settings.changed_flags(run.config, state["config"], FREE_ON_RESUME)
         + caches.changed_tiles(state, run.tiles.cache, run.tiles.digest),
     )
     run.model.load_state_dict(state["model_state_dict"])
@@ -1570,14 +1570,6 @@ def resume_run(run: Run, state: dict[str, Any]) -> None:
     missing, unexpected = run.objective.load_state_dict(own, strict=False)
     if unexpected or any(not name.startswith("model.") for name in missing):
         raise KeyError("objective")
-
-
-def changed_settings(config: Config, recorded: dict[str, Any]) -> list[str]:
-    """Flags that shape the weights and are not as a run of `recorded` has them, with both values."""
-    # Until 2026-11-28 images kept their own scale.
-    now, then = dataclasses.asdict(config), {"target_spacing_mm": 0.0, **recorded}
-    names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
-    return [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
 
 
 def refuse_changes(folder: Path, changed: list[str]) -> None:
@@ -2171,9 +2163,7 @@ def train(config: Config) -> Path:
     if config.labels:
         labels.read_labels(config.labels, CLASSES)
     torch.manual_seed(config.seed)
-    backbone = checkpoints.build_backbone(config.backbone, config.weights)
-    config = match_input_dim(config, backbone)
-    checkpoints.check_view_side(backbone, config.backbone, config.view_side)
+    config, backbone = open_backbone(config, config.weights)
     if ranks.is_main:
         images.note_test_images(root)
     lock = processes.exclusive_run_folder(config.run_dir, config.resume)
@@ -2264,14 +2254,11 @@ def dry_run(config: Config) -> None:
     device = devices.choose_device(config.device, ranks.local_rank)
     if config.labels:
         labels.read_labels(config.labels, CLASSES)
-    weights = "none" if config.weights == "imagenet" else config.weights
-    backbone = checkpoints.build_backbone(config.backbone, weights)
-    config = match_input_dim(config, backbone)
-    checkpoints.check_view_side(backbone, config.backbone, config.view_side)
+    config, _ = open_backbone(config, "none" if config.weights == "imagenet" else config.weights)
     folder, resumable = config.run_dir, (config.run_dir / "last.pth").is_file()
     if resumable and config.resume:
         recorded = checkpoints.recorded_config(checkpoints.load_checkpoint(folder / "last.pth"))
-        refuse_changes(folder, changed_settings(config, recorded))
+        refuse_changes(folder, settings.changed_flags(config, recorded, FREE_ON_RESUME))
     tiles = foresee_cache(config)
     batch = config.batch_size * ranks.world_size
     steps = min(config.tiles_per_epoch or tiles, tiles) // batch
@@ -2285,6 +2272,17 @@ def dry_run(config: Config) -> None:
     there = "goes on" if resumable and config.resume else "is moved aside first"
     print(f"run       {folder} {there if begun else 'is new'}")
     print("Nothing was written (--dry_run). How long a step takes is told by the first lines of a run.")
+
+
+def open_backbone(config: Config, weights: str) -> tuple[Config, nn.Module]:
+    """The config with the backbone's width, and the backbone from `weights`.
+
+    Raises MammoError where weights, width or view size don't fit.
+    """
+    backbone = checkpoints.build_backbone(config.backbone, weights)
+    config = match_input_dim(config, backbone)
+    checkpoints.check_view_side(backbone, config.backbone, config.view_side)
+    return config, backbone
 
 
 def match_input_dim(config: Config, backbone: nn.Module) -> Config:

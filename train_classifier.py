@@ -790,16 +790,10 @@ def holds_another_result(folder: Path, settings: Settings, data: LabelledTiles) 
             caches.changed_tiles(then, data.tiles.cache, data.tiles.digest)
             or then["labels"] != data.fingerprint
         )
-        return bool(other_data or changed_settings(then["settings"], settings))
+        changed = mammo.settings.changed_flags(settings, then["settings"], FREE_ON_RESUME)
+        return bool(other_data or changed)
     except (OSError, ValueError, KeyError):
         return True
-
-
-def changed_settings(then: dict[str, Any], settings: Settings) -> list[str]:
-    """Flags that shape a classifier and are not as they were, with both values."""
-    now, then = dataclasses.asdict(settings), {"target_spacing_mm": 0.0, **then}  # since 2026-11-28
-    names = [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]
-    return [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
 
 
 def start_from_probe(job: Job) -> None:
@@ -952,7 +946,7 @@ def save_classifier(job: Job, name: str, resumable: bool = False) -> None:
 def resume_job(job: Job) -> None:
     """Put last.pth's state into the job. Raises MammoError where settings that shape it differ."""
     state = checkpoints.load_checkpoint(job.folder / "last.pth")
-    changed = changed_settings(state["classifier"], job.settings)
+    changed = mammo.settings.changed_flags(job.settings, state["classifier"], FREE_ON_RESUME)
     changed += caches.changed_tiles(state, job.data.tiles.cache, job.data.tiles.digest)
     if state.get("labels") != job.data.fingerprint:
         changed.append("the labels, splits or patients")

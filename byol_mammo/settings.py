@@ -151,6 +151,14 @@ def end_without_reader() -> int:
     return READER_GONE
 
 
+def changed_flags(config: Any, recorded: dict[str, Any], free: Iterable[str]) -> list[str]:
+    """Fields of a dataclass, but those in `free`, that are not as recorded: '--name then -> now'."""
+    # Until 2026-11-28 images kept their own scale.
+    now, then = dataclasses.asdict(config), {"target_spacing_mm": 0.0, **recorded}
+    names = [name for name in now if name not in free and now[name] != then.get(name)]
+    return [f"--{name} {then.get(name)} -> {now[name]}" for name in names]
+
+
 def exit_code(job: Callable[[], None], memory_advice: str) -> int:
     """Do a script's job: 0, or 2 after an error that the user can mend, or 128 + signal number.
 

@@ -263,9 +263,11 @@ def test_a_classifier_of_before_goes_on():
     now = classifier.Settings()
     then = dataclasses.asdict(now)
     del then["target_spacing_mm"]
-    assert classifier.changed_settings(then, now) == []
+    assert mammo.settings.changed_flags(now, then, classifier.FREE_ON_RESUME) == []
     now = dataclasses.replace(now, target_spacing_mm=0.1)
-    assert classifier.changed_settings(then, now) == ["--target_spacing_mm 0.0 -> 0.1"]
+    assert mammo.settings.changed_flags(now, then, classifier.FREE_ON_RESUME) == [
+        "--target_spacing_mm 0.0 -> 0.1"
+    ]
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ GUARDS = [
           "False", "../test_timm_backbones.py keeps_what"),
     Guard("a gradient for what the targets don't ask", "TargetBYOL.forward", "if not loss.requires_grad:",
           "False", "../test_timm_backbones.py every_parameter"),
-    Guard("an arm that was trained by another recipe", "check_point", "if changed := mammo.changed_settings(config, recorded):",
+    Guard("an arm that was trained by another recipe", "check_point", "if changed := flags.changed_flags(config, recorded, mammo.FREE_ON_RESUME):",
           "False", "../test_study.py not_trained_again"),
     Guard("patients who judge what was fitted on them", "note_fitted", "if known := {*judging} & {*fitted}:",
           "False", "../test_classifier.py fitted_on"),
